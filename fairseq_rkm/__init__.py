@@ -1,0 +1,27 @@
+"""fairseq-rkm: recurrent kernel machines as one PyTorch module and as a plugin for fairseq.
+
+``from fairseq_rkm import RKM`` needs PyTorch alone. Inside fairseq's commands (``--user-dir``) importing the package
+registers its models and tasks; elsewhere :func:`register` does.
+"""
+
+import sys
+
+from fairseq_rkm.errors import RKMError
+from fairseq_rkm.modules import RKM, RKMState
+from fairseq_rkm.ops import CELLS
+
+__version__ = "0.1.0"
+__all__ = ["CELLS", "RKM", "RKMError", "RKMState", "register"]
+
+
+def register() -> None:
+    """Make the plugin's models and tasks known to fairseq, and fairseq ready for the torch at hand."""
+    import fairseq_rkm.compat
+    import fairseq_rkm.models
+    import fairseq_rkm.tasks
+
+    fairseq_rkm.compat.adapt()
+
+
+if "fairseq" in sys.modules:
+    register()

@@ -1,0 +1,111 @@
+"""The one place that adapts fairseq 0.12 to the torch and Python at hand.
+
+1. torch >= 2.6 loads checkpoints with ``weights_only=True``. The classes that fairseq's own checkpoints hold beside
+   tensors are named here, and no more: any other class is refused, and nothing of it runs.
+2. A checkpoint that is truncated or refused, and every :class:`~fairseq_rkm.errors.RKMError`, ends fairseq's commands
+   with one sentence in place of a stack trace.
+3. A warning that every CPU run would print at each epoch is silenced.
+"""
+
+import argparse
+import collections
+import functools
+import pickle
+import re
+import sys
+import typing
+import warnings
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import omegaconf
+import torch
+from fairseq import checkpoint_utils
+from fairseq.distributed.utils import _TensorPlaceholder
+
+from fairseq_rkm.errors import RKMError
+
+CHECKPOINT_CLASSES: list[Any] = [
+    # The flags of models, criterions and optimizers that are not dataclass components.
+    argparse.Namespace,
+    # What rank 0 broadcasts when several processes resume: its configuration and stand-ins for tensors.
+    omegaconf.DictConfig,
+    omegaconf.ListConfig,
+    omegaconf.base.ContainerMetadata,
+    omegaconf.base.Metadata,
+    omegaconf.nodes.AnyNode,
+    typing.Any,
+    dict,
+    list,
+    int,
+    collections.defaultdict,
+    _TensorPlaceholder,
+]
+"""Classes that hold data and run no code when a checkpoint is read."""
+
+
+def adapt() -> None:
+    """Do all of the above; a second call changes nothing."""
+    torch.serialization.add_safe_globals(CHECKPOINT_CLASSES)
+    warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator")
+    if not hasattr(checkpoint_utils.load_checkpoint_to_cpu, "__wrapped__"):
+        checkpoint_utils.load_checkpoint_to_cpu = _explain(checkpoint_utils.load_checkpoint_to_cpu)
+    if _in_fairseq_command() and sys.excepthook is sys.__excepthook__:
+        sys.excepthook = _print_error
+
+
+def _explain(load: Any) -> Any:
+    """fairseq's ``load_checkpoint_to_cpu`` with errors that say what is wrong with the file."""
+
+    @functools.wraps(load)
+    def load_checkpoint_to_cpu(path: str, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return load(path, *args, **kwargs)
+        except pickle.UnpicklingError as error:
+            refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+            if refused is None:
+                raise RKMError(f"{path} is not a checkpoint, or is damaged: {_first_line(error)}") from error
+            raise RKMError(
+                f"refused {path}: it carries the class {refused[1]}, and a checkpoint of fairseq holds none such. "
+                "Nothing of it was run. Get the checkpoint from its authors as plain tensors"
+            ) from error
+        except (RuntimeError, EOFError, KeyError) as error:
+            raise RKMError(
+                f"cannot read {path}: it is truncated or not a checkpoint ({_first_line(error)}). Use an earlier one "
+                "(checkpoint_best.pt, or a checkpoint of an earlier epoch)"
+            ) from error
+
+    return load_checkpoint_to_cpu
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _in_fairseq_command() -> bool:
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    return Path(sys.argv[0]).name.startswith("fairseq-") or (spec is not None and spec.name.startswith("fairseq_cli"))
+
+
+def _print_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """``sys.excepthook``: one sentence for a user's mistake, the stack trace for anything else."""
+    sentence = _sentence(error)
+    if sentence is None:
+        sys.__excepthook__(kind, error, trace)
+    else:
+        print(f"fairseq-rkm: error: {sentence}", file=sys.stderr)
+
+
+def _sentence(error: BaseException | None) -> str | None:
+    """The message of the user's mistake behind an error: fairseq wraps some, and so do its worker processes."""
+    while error is not None:
+        if isinstance(error, RKMError):
+            return str(error)
+        if isinstance(error, OSError):
+            return str(error)
+        in_worker = re.search(rf"{RKMError.__module__}.{RKMError.__name__}: (.*)", str(error))
+        if in_worker:
+            return in_worker[1]
+        error = error.__cause__ or error.__context__
+    return None

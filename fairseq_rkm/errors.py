@@ -1,0 +1,8 @@
+"""The one error that stands for a user's mistake."""
+
+
+class RKMError(ValueError):
+    """A flag, a shape, a file or a value that cannot be used: the message says what, where, and what to do.
+
+    On fairseq's command line only the message is printed, without a stack trace (see ``compat.py``).
+    """

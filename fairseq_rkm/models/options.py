@@ -1,0 +1,52 @@
+"""The flags that all RKM models share, and the module that they describe."""
+
+from dataclasses import dataclass, field
+
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+
+from fairseq_rkm.modules import RKM
+from fairseq_rkm.modules.rkm import NGRAM_PADDINGS
+from fairseq_rkm.ops import BACKENDS, CELLS
+
+CELL_CHOICES = ChoiceEnum(list(CELLS))
+NGRAM_PADDING_CHOICES = ChoiceEnum(list(NGRAM_PADDINGS))
+BACKEND_CHOICES = ChoiceEnum(["auto", *BACKENDS])
+
+
+@dataclass
+class RKMOptions(FairseqDataclass):
+    """Which recurrence, and how to compute it."""
+
+    cell: CELL_CHOICES = field(default="rkm_lstm", metadata={"help": "recurrent cell"})
+    ngram: int = field(default=1, metadata={"help": "number of inputs that a step sees"})
+    ngram_padding: NGRAM_PADDING_CHOICES = field(
+        default="causal", metadata={"help": "whether an n-gram ends at its step or is centred there"}
+    )
+    no_feedback: bool = field(
+        default=False, metadata={"help": "gates see the inputs alone, so that time runs in parallel"}
+    )
+    layer_norm: bool = field(default=False, metadata={"help": "layer normalisation of the memory"})
+    sigma_i2: float = field(default=0.5, metadata={"help": "constant input scale, within (0, 1)"})
+    sigma_f2: float = field(default=0.5, metadata={"help": "constant memory scale, within (0, 1)"})
+    learn_sigma: bool = field(default=False, metadata={"help": "learn the constant scales"})
+    forget_bias: float = field(default=1.0, metadata={"help": "initial bias of the forget gate"})
+    backend: BACKEND_CHOICES = field(default="auto", metadata={"help": "how to compute the recurrence"})
+
+
+def build_rkm(options: RKMOptions, input_size: int, hidden_size: int, **arguments) -> RKM:
+    """An RKM of the given sizes as the flags say; further arguments are the module's own."""
+    return RKM(
+        input_size,
+        hidden_size,
+        cell=str(options.cell),
+        ngram=options.ngram,
+        ngram_padding=str(options.ngram_padding),
+        feedback=False if options.no_feedback else None,
+        layer_norm=options.layer_norm,
+        sigma_i2=options.sigma_i2,
+        sigma_f2=options.sigma_f2,
+        learn_sigma=options.learn_sigma,
+        forget_bias=options.forget_bias,
+        backend=str(options.backend),
+        **arguments,
+    )

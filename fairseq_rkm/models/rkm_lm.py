@@ -1,0 +1,242 @@
+"""``rkm_lm``: a word-level language model, an embedding, a stack of RKM layers and a softmax."""
+
+import logging
+from dataclasses import dataclass, field
+from typing import Optional
+
+import torch
+from fairseq.models import FairseqIncrementalDecoder, FairseqLanguageModel, register_model
+from fairseq.modules import AdaptiveSoftmax
+from omegaconf import II
+from torch import Tensor, nn
+
+from fairseq_rkm.data.dictionary import check_fingerprint, fingerprint
+from fairseq_rkm.data.word_vectors import load_word_vectors
+from fairseq_rkm.errors import RKMError
+from fairseq_rkm.models.carried_state import CarriedState
+from fairseq_rkm.models.options import RKMOptions, build_rkm
+from fairseq_rkm.modules import LockedDropout, RKMState, dropped_embedding
+from fairseq_rkm.modules.dropout import check_probability
+
+logger = logging.getLogger(__name__)
+
+States = list[RKMState]
+"""One state for each layer of the stack."""
+
+NO_LIMIT = 10**9
+"""Positions that a recurrence can take: as many as there are."""
+
+
+@dataclass
+class RKMLanguageModelConfig(RKMOptions):
+    """Flags of ``--arch rkm_lm``."""
+
+    decoder_embed_dim: int = field(default=400, metadata={"help": "size of the word embeddings"})
+    decoder_hidden_size: int = field(default=400, metadata={"help": "units in a layer"})
+    decoder_layers: int = field(default=2, metadata={"help": "RKM layers"})
+    decoder_embed_path: Optional[str] = field(default=None, metadata={"help": "word vectors in text format"})
+    decoder_freeze_embed: bool = field(default=False, metadata={"help": "do not train the embeddings"})
+    share_decoder_input_output_embed: bool = field(
+        default=False, metadata={"help": "tie the softmax to the embeddings; the last layer then ends at their size"}
+    )
+    dropout: float = field(default=0.0, metadata={"help": "on the stack's output, one mask for all steps"})
+    dropout_input: float = field(default=0.0, metadata={"help": "on the embeddings, one mask for all steps"})
+    dropout_hidden: float = field(default=0.0, metadata={"help": "between layers, one mask for all steps"})
+    dropout_words: float = field(default=0.0, metadata={"help": "on whole words of the vocabulary"})
+    dropout_weights: float = field(default=0.0, metadata={"help": "on the recurrent weights (DropConnect)"})
+    adaptive_softmax_cutoff: Optional[str] = field(
+        default=None, metadata={"help": "comma-separated cutoffs of an adaptive softmax; needs --criterion adaptive_loss"}
+    )
+    adaptive_softmax_dropout: float = field(default=0.0, metadata={"help": "on the adaptive softmax's projections"})
+    adaptive_softmax_factor: float = field(default=4.0, metadata={"help": "how the adaptive softmax's sizes shrink"})
+    criterion_name: Optional[str] = II("criterion._name")
+
+
+@register_model("rkm_lm", dataclass=RKMLanguageModelConfig)
+class RKMLanguageModel(FairseqLanguageModel):
+    """A language model whose recurrence is any cell of Liang et al. (2019)."""
+
+    @classmethod
+    def build_model(cls, cfg: RKMLanguageModelConfig, task) -> "RKMLanguageModel":
+        """Build the model for a task's dictionaries.
+
+        Raises:
+            RKMError: flags that contradict each other or do not fit the dictionaries.
+        """
+        check_flags(cfg, len(task.source_dictionary), len(task.target_dictionary))
+        return cls(RKMDecoder(cfg, task.source_dictionary, task.target_dictionary))
+
+
+def check_flags(cfg: RKMLanguageModelConfig, source_types: int, target_types: int) -> None:
+    """Raises RKMError for flags that cannot be had together, before anything is built."""
+    if str(cfg.ngram_padding) == "same" and cfg.ngram > 1:
+        raise RKMError("--ngram-padding same looks ahead; a language model needs causal")
+    if cfg.share_decoder_input_output_embed:
+        if cfg.adaptive_softmax_cutoff:
+            raise RKMError("--share-decoder-input-output-embed and --adaptive-softmax-cutoff exclude each other")
+        if source_types != target_types:
+            raise RKMError(
+                f"--share-decoder-input-output-embed needs one dictionary, but the input's has {source_types} types "
+                f"and the output's {target_types}"
+            )
+        if cfg.decoder_layers == 1 and cfg.decoder_hidden_size != cfg.decoder_embed_dim:
+            raise RKMError(
+                "with --share-decoder-input-output-embed a single layer ends at the embedding's size: make "
+                f"--decoder-hidden-size ({cfg.decoder_hidden_size}) and --decoder-embed-dim ({cfg.decoder_embed_dim}) equal"
+            )
+    if cfg.criterion_name == "adaptive_loss" and not cfg.adaptive_softmax_cutoff:
+        raise RKMError("--criterion adaptive_loss needs --adaptive-softmax-cutoff")
+    if cfg.decoder_layers < 1 or cfg.decoder_embed_dim < 1:
+        raise RKMError("--decoder-layers and --decoder-embed-dim must be at least 1")
+
+
+def parse_cutoffs(text: str, types: int) -> list[int]:
+    """``"2000,10000"`` as ``[2000, 10000]``.
+
+    Raises:
+        RKMError: anything but increasing whole numbers between 0 and the number of types.
+    """
+    fields = text.strip("[]() ").split(",")
+    if not all(f.strip().isdecimal() for f in fields):
+        raise RKMError(f"--adaptive-softmax-cutoff takes whole numbers separated by commas, not {text!r}")
+    cutoffs = [int(f) for f in fields]
+    if cutoffs != sorted(set(cutoffs)) or cutoffs[0] < 1 or cutoffs[-1] >= types:
+        raise RKMError(f"--adaptive-softmax-cutoff must increase from 1 to below the {types} types of the dictionary")
+    return cutoffs
+
+
+class RKMDecoder(FairseqIncrementalDecoder):
+    """The language model's network.
+
+    It runs in one of three ways: over whole sequences from a zero state; step by step, with fairseq's incremental
+    state; or over segments of a stream, the state carried from one to the next (see
+    :mod:`fairseq_rkm.models.carried_state`), training and evaluation each with its own.
+    """
+
+    def __init__(self, cfg: RKMLanguageModelConfig, dictionary, output_dictionary) -> None:
+        super().__init__(dictionary)
+        for name in ("dropout_words", "dropout_weights"):
+            check_probability(f"--{name.replace('_', '-')}", getattr(cfg, name))
+        self.padding_idx = dictionary.pad()
+        self.register_buffer("dictionary_fingerprint", fingerprint(dictionary))
+        self.embed_tokens = _embedding(cfg, dictionary)
+        self.dropout_words = cfg.dropout_words
+        self.dropout_input = LockedDropout(cfg.dropout_input, "--dropout-input")
+        self.dropout_hidden = LockedDropout(cfg.dropout_hidden, "--dropout-hidden")
+        self.dropout_output = LockedDropout(cfg.dropout, "--dropout")
+        tied = cfg.share_decoder_input_output_embed
+        sizes = [cfg.decoder_embed_dim] + [cfg.decoder_hidden_size] * cfg.decoder_layers
+        if tied:
+            sizes[-1] = cfg.decoder_embed_dim
+        self.layers = nn.ModuleList(
+            build_rkm(cfg, m, d, weight_dropout=cfg.dropout_weights) for m, d in zip(sizes, sizes[1:], strict=False)
+        )
+        self.adaptive_softmax = self.output_projection = None
+        types = len(output_dictionary)
+        if cfg.adaptive_softmax_cutoff:
+            self.adaptive_softmax = AdaptiveSoftmax(
+                types, sizes[-1], parse_cutoffs(cfg.adaptive_softmax_cutoff, types),
+                dropout=cfg.adaptive_softmax_dropout, factor=cfg.adaptive_softmax_factor,
+            )  # fmt: skip
+        else:
+            self.output_projection = nn.Linear(sizes[-1], types)
+            nn.init.uniform_(self.output_projection.weight, -0.1, 0.1)
+            nn.init.zeros_(self.output_projection.bias)
+            if tied:
+                self.output_projection.weight = self.embed_tokens.weight
+        self.carried = {True: CarriedState[States](), False: CarriedState[States]()}
+
+    def forward(
+        self,
+        prev_output_tokens: Tensor,
+        encoder_out=None,
+        incremental_state: Optional[dict] = None,
+        src_lengths: Optional[Tensor] = None,
+        segment: Optional[int] = None,
+        features_only: bool = False,
+    ) -> tuple[Tensor, dict]:
+        """Predict each next word.
+
+        Args:
+            prev_output_tokens: ``(B, T)`` int64. With an incremental state that holds the earlier ones, only the last
+                is read.
+            encoder_out: none in a language model.
+            incremental_state: fairseq's, for decoding step by step.
+            src_lengths: not needed: padding is told by its symbol.
+            segment: the number of this segment in its streams, counted from 0, for carried state.
+            features_only: stop before the softmax.
+
+        Returns:
+            ``(B, T, V)`` logits, or ``(B, T, d)`` features with an adaptive softmax or ``features_only``, and an empty
+            dictionary.
+        """
+        states, tokens, mask = None, prev_output_tokens, None
+        if incremental_state is not None:
+            states = self.get_incremental_state(incremental_state, "states")
+            if states is not None:
+                tokens = tokens[:, -1:]
+        elif segment is not None:
+            states = self.carried[self.training].before(segment)
+            states = None if states is None else check_streams(states, tokens)
+        if segment is None and tokens.eq(self.padding_idx).any():
+            mask = tokens.eq(self.padding_idx)
+        features, new_states = self._run(tokens, states, mask)
+        if incremental_state is not None:
+            self.set_incremental_state(incremental_state, "states", new_states)
+        elif segment is not None:
+            self.carried[self.training].after(segment, states, [state.detach() for state in new_states])
+        features = features.transpose(0, 1).contiguous()
+        return (features if features_only else self.output_layer(features)), {}
+
+    def _run(self, tokens: Tensor, states: Optional[States], mask: Optional[Tensor]) -> tuple[Tensor, States]:
+        """Features ``(T, B, d)`` of tokens ``(B, T)``, and the state that they leave."""
+        x = dropped_embedding(self.embed_tokens, tokens.t(), self.dropout_words, self.training)
+        x = self.dropout_input(x)
+        new_states = []
+        for i, layer in enumerate(self.layers):
+            if i:
+                x = self.dropout_hidden(x)
+            x, state = layer(x, None if states is None else states[i], mask)
+            new_states.append(state)
+        return self.dropout_output(x), new_states
+
+    def output_layer(self, features: Tensor) -> Tensor:
+        """Logits; with an adaptive softmax the features as they are, since that comes with the loss."""
+        return features if self.output_projection is None else self.output_projection(features)
+
+    def extract_features(self, prev_output_tokens: Tensor, encoder_out=None, incremental_state=None, **kwargs):
+        """:meth:`forward` up to the softmax."""
+        return self.forward(prev_output_tokens, encoder_out, incremental_state, features_only=True, **kwargs)
+
+    def reorder_incremental_state(self, incremental_state: dict, new_order: Tensor) -> None:
+        """Follow the beams: all of the state, n-gram contexts included."""
+        states = self.get_incremental_state(incremental_state, "states")
+        if states is not None:
+            self.set_incremental_state(incremental_state, "states", [s.index_select(new_order) for s in states])
+
+    def max_positions(self) -> int:
+        """A recurrence has no limit."""
+        return NO_LIMIT
+
+    def upgrade_state_dict_named(self, state_dict: dict, name: str) -> None:
+        """Refuse a checkpoint of another dictionary before its weights are looked at."""
+        check_fingerprint(state_dict, f"{name}.dictionary_fingerprint", self.dictionary_fingerprint)
+
+
+def check_streams(states: States, tokens: Tensor) -> States:
+    """Carried states on the tokens' device; RKMError if they are of another number of streams."""
+    carried = states[0].hidden.size(1)
+    if carried != tokens.size(0):
+        raise RKMError(f"the carried state is of {carried} streams, this batch of {tokens.size(0)}: keep --batch-size")
+    return [state.to(tokens.device) for state in states]
+
+
+def _embedding(cfg: RKMLanguageModelConfig, dictionary) -> nn.Embedding:
+    embedding = nn.Embedding(len(dictionary), cfg.decoder_embed_dim, padding_idx=dictionary.pad())
+    nn.init.uniform_(embedding.weight, -0.1, 0.1)
+    if cfg.decoder_embed_path:
+        load_word_vectors(embedding, cfg.decoder_embed_path, dictionary)
+    with torch.no_grad():
+        embedding.weight[dictionary.pad()].zero_()
+    embedding.weight.requires_grad_(not cfg.decoder_freeze_embed)
+    return embedding

@@ -1,0 +1,55 @@
+"""Dropouts that hold one mask for all steps of a sequence (Gal and Ghahramani 2016; Merity et al. 2018)."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fairseq_rkm.errors import RKMError
+
+
+def check_probability(what: str, p: float) -> None:
+    """Raises RKMError for a dropout probability outside [0, 1)."""
+    if not 0 <= p < 1:
+        raise RKMError(f"{what} must lie within [0, 1), not be {p}")
+
+
+class LockedDropout(nn.Module):
+    """Zero the same features of a sequence at all its steps, and scale the rest by ``1 / (1 - p)``.
+
+    Args:
+        p: the probability of a zero, within [0, 1).
+        name: what an error calls it.
+    """
+
+    def __init__(self, p: float, name: str = "dropout") -> None:
+        super().__init__()
+        check_probability(name, p)
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x``: ``(T, B, d)``; the mask is ``(1, B, d)``."""
+        if not self.training or self.p == 0:
+            return x
+        return x * F.dropout(torch.ones_like(x[:1]), self.p) if x.size(0) else x
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+def dropped_embedding(embedding: nn.Embedding, tokens: Tensor, p: float, training: bool) -> Tensor:
+    """Look tokens up with whole words dropped: one draw a word of the vocabulary, the rest scaled by ``1 / (1 - p)``.
+
+    Args:
+        embedding: ``(V, e)``; its weight, perhaps tied to an output layer, stays whole.
+        tokens: any shape, int64.
+        p: the probability that a word is zero, within [0, 1).
+        training: without it, a plain look-up.
+
+    Returns:
+        The tokens' shape and ``e``.
+    """
+    vectors: Tensor = embedding(tokens)
+    if not training or p == 0:
+        return vectors
+    words = F.dropout(vectors.new_ones(embedding.num_embeddings), p)
+    return vectors * words[tokens].unsqueeze(-1)

@@ -1,0 +1,377 @@
+"""RKM: stacked recurrences of any cell, a drop-in for ``torch.nn.LSTM``."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fairseq_rkm.errors import RKMError
+from fairseq_rkm.modules.dropout import LockedDropout, check_probability
+from fairseq_rkm.ops import Weights, memory_dtype, recurrence, resolve_cell
+from fairseq_rkm.ops.dispatch import check_backend
+from fairseq_rkm.ops.ngram import extend, next_context
+
+NGRAM_PADDINGS = ("causal", "same")
+
+
+class RKMState(NamedTuple):
+    """What a sequence leaves for the one that continues it.
+
+    Attributes:
+        hidden: ``h``, ``(num_layers * num_directions, B, d)``.
+        cell: ``c`` (normalised, with layer norm), of the same shape; float32 for models of 16 bits.
+        context: None for n = 1, else for each layer its last n - 1 inputs, ``(n - 1, B, layer_input_size)``, oldest
+            first.
+    """
+
+    hidden: Tensor
+    cell: Tensor
+    context: list[Tensor] | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "RKMState":
+        """The state of which each tensor is ``function`` of this one's."""
+        context = None if self.context is None else [function(c) for c in self.context]
+        return RKMState(function(self.hidden), function(self.cell), context)
+
+    def detach(self) -> "RKMState":
+        """The same state, cut from the graph."""
+        return self.map(Tensor.detach)
+
+    def to(self, device: torch.device) -> "RKMState":
+        """The same state on a device."""
+        return self.map(lambda tensor: tensor.to(device))
+
+    def index_select(self, rows: Tensor) -> "RKMState":
+        """The state of a batch made of these rows of this one: how a beam is reordered."""
+        return self.map(lambda tensor: tensor.index_select(1, rows))
+
+
+class RKM(nn.Module):
+    """A stack of recurrent kernel machines (Liang et al. 2019), to be used as ``torch.nn.LSTM`` is.
+
+    Args:
+        input_size: m.
+        hidden_size: d.
+        num_layers: layers in the stack.
+        cell: one of :data:`fairseq_rkm.CELLS`.
+        ngram: n, the number of inputs that a step sees.
+        ngram_padding: ``"causal"`` for a window that ends at its step (in the direction of travel), ``"same"`` for one
+            centred there (odd n only; a window then sees ``(n - 1) / 2`` inputs ahead, and a sequence's end is padded
+            with zeros, so that a sequence in pieces is not the sequence whole).
+        feedback: None for what the cell's equations say; False drops ``U``, so that gates see the inputs alone.
+        bias: whether the gates have biases.
+        layer_norm: normalise the memory, ``c_t <- LN(c_t)``.
+        sigma_i2: ``s_i`` of the cells with a constant input scale, within (0, 1).
+        sigma_f2: ``s_f`` of those with a constant memory scale, within (0, 1).
+        learn_sigma: learn them, as sigmoids that start at the values given: ``s_i`` one number a layer, ``s_f`` one a
+            unit. Cells whose scales are gates have none to learn.
+        forget_bias: what the forget gate's bias starts at.
+        dropout: on the output of every layer but the last, one mask for all steps (locked dropout).
+        weight_dropout: on the elements of ``weight_hh``, one mask for all steps (DropConnect).
+        bidirectional: run a second recurrence backward in time and concatenate the outputs.
+        batch_first: take and give ``(B, T, ...)`` in place of ``(T, B, ...)``.
+        backend: ``"auto"`` or one of :data:`fairseq_rkm.ops.BACKENDS`: obeyed or refused, never replaced.
+        device: where the parameters live.
+        dtype: their type.
+
+    Parameters, for layer k and the suffix ``""`` or ``"_reverse"``:
+        ``weight_ih_l{k}`` ``(len(gates) * d, n * m)``, ``weight_hh_l{k}`` ``(len(recurrent_gates) * d, d)``,
+        ``bias_l{k}`` ``(len(gates) * d,)``, ``norm_weight_l{k}``, ``norm_bias_l{k}``, ``sigma_f_logit_l{k}`` ``(d,)``,
+        ``sigma_i_logit_l{k}`` ``()``.
+
+    Raises:
+        RKMError: an argument outside what is said above.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        cell: str = "rkm_lstm",
+        ngram: int = 1,
+        ngram_padding: str = "causal",
+        feedback: bool | None = None,
+        bias: bool = True,
+        layer_norm: bool = False,
+        sigma_i2: float = 0.5,
+        sigma_f2: float = 0.5,
+        learn_sigma: bool = False,
+        forget_bias: float = 1.0,
+        dropout: float = 0.0,
+        weight_dropout: float = 0.0,
+        bidirectional: bool = False,
+        batch_first: bool = False,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for what, size in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
+            if size < 1:
+                raise RKMError(f"{what} must be at least 1, not {size}")
+        if ngram < 1:
+            raise RKMError(f"ngram must be at least 1, not {ngram}")
+        if ngram_padding not in NGRAM_PADDINGS:
+            raise RKMError(f"unknown ngram_padding {ngram_padding!r}; choose causal or same")
+        if ngram_padding == "same" and ngram % 2 == 0:
+            raise RKMError(f"ngram_padding 'same' centres an odd window; ngram is {ngram}")
+        for what, sigma in (("sigma_i2", sigma_i2), ("sigma_f2", sigma_f2)):
+            if not 0 < sigma < 1:
+                raise RKMError(f"{what} must lie within (0, 1), not be {sigma}")
+        check_probability("weight_dropout", weight_dropout)
+        check_backend(backend)
+
+        self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
+        self._cell = resolve_cell(cell, feedback)
+        self.cell, self.feedback = cell, self._cell.has_feedback
+        self.ngram, self.ngram_padding = ngram, ngram_padding
+        self.bias, self.layer_norm = bias, layer_norm
+        self.sigma_i2, self.sigma_f2, self.learn_sigma = sigma_i2, sigma_f2, learn_sigma
+        self.forget_bias, self.weight_dropout = forget_bias, weight_dropout
+        self.bidirectional, self.batch_first, self.backend = bidirectional, batch_first, backend
+        self.dropout = LockedDropout(dropout)
+        for layer in range(num_layers):
+            for suffix in self._suffixes:
+                for name, shape in self._shapes(layer).items():
+                    parameter = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+                    self.register_parameter(f"{name}_l{layer}{suffix}", parameter)
+        self.reset_parameters()
+
+    @property
+    def gates(self) -> tuple[str, ...]:
+        """The order in which gates are stacked in ``weight_ih_l{k}`` and ``bias_l{k}``."""
+        return self._cell.gates
+
+    @property
+    def recurrent_gates(self) -> tuple[str, ...]:
+        """The order in ``weight_hh_l{k}``: the gates that see ``h_{t-1}``."""
+        return self._cell.recurrent_gates
+
+    @property
+    def _suffixes(self) -> tuple[str, ...]:
+        return ("", "_reverse") if self.bidirectional else ("",)
+
+    def layer_input_size(self, layer: int) -> int:
+        """The number of features that layer ``layer`` (from 0) takes in at each step."""
+        return self.input_size if layer == 0 else self.hidden_size * len(self._suffixes)
+
+    def _shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
+        cell, d = self._cell, self.hidden_size
+        shapes: dict[str, tuple[int, ...]] = {
+            "weight_ih": (len(cell.gates) * d, self.ngram * self.layer_input_size(layer))
+        }
+        if self.feedback:
+            shapes["weight_hh"] = (len(cell.recurrent_gates) * d, d)
+        if self.bias:
+            shapes["bias"] = (len(cell.gates) * d,)
+        if self.layer_norm:
+            shapes["norm_weight"] = shapes["norm_bias"] = (d,)
+        if self.learn_sigma and cell.input_is_constant:
+            shapes["sigma_i_logit"] = ()
+        if self.learn_sigma and cell.forget_is_constant:
+            shapes["sigma_f_logit"] = (d,)
+        return shapes
+
+    def reset_parameters(self) -> None:
+        """Matrices and biases from U(-1/sqrt(d), 1/sqrt(d)), as ``nn.LSTM``'s; the forget bias, norms and sigmas set."""
+        bound = 1 / math.sqrt(self.hidden_size)
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if name.startswith("norm_weight"):
+                    parameter.fill_(1)
+                elif name.startswith("norm_bias"):
+                    parameter.zero_()
+                elif name.startswith("sigma"):
+                    parameter.fill_(_logit(self.sigma_i2 if name.startswith("sigma_i") else self.sigma_f2))
+                else:
+                    parameter.uniform_(-bound, bound)
+                if name.startswith("bias") and "forget" in self.gates:
+                    parameter.chunk(len(self.gates))[self.gates.index("forget")].fill_(self.forget_bias)
+
+    def num_weights(self) -> int:
+        """Elements of the weight matrices, biases not counted: the paper's figure."""
+        return sum(p.numel() for name, p in self.named_parameters() if name.startswith("weight"))
+
+    def forward(
+        self, x: Tensor, state: RKMState | None = None, padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, RKMState]:
+        """Run the stack over a batch of sequences.
+
+        Args:
+            x: ``(T, B, m)``, or ``(B, T, m)`` with ``batch_first``.
+            state: what an earlier call returned, or None for zeros. A bidirectional stack's context is the forward
+                direction's; the backward one starts without.
+            padding_mask: ``(B, T)`` bool, True at padding, on either side. There the state stands still, the output is
+                zero, and inputs count as zero in every window.
+
+        Returns:
+            The last layer's output, ``(T, B, d * directions)`` or batch first, and the final state.
+
+        Raises:
+            RKMError: shapes that do not fit.
+        """
+        if not torch.is_tensor(x) or x.dim() != 3 or x.size(2) != self.input_size:
+            shape = tuple(x.shape) if torch.is_tensor(x) else type(x).__name__
+            wanted = "(B, T, m)" if self.batch_first else "(T, B, m)"
+            raise RKMError(f"the input must be a tensor {wanted} with m = {self.input_size}, not {shape}")
+        if self.batch_first:
+            x = x.transpose(0, 1)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        keep = self._keep(x, padding_mask)
+        hidden, cell, context = self._initial_state(x, state)
+        contexts: list[Tensor] = []
+        hiddens: list[Tensor] = []
+        cells: list[Tensor] = []
+        for layer in range(self.num_layers):
+            if layer:
+                x = self.dropout(x)
+            if keep is not None:
+                x = x.masked_fill(~keep.unsqueeze(-1), 0)
+            before = None if context is None else context[layer]
+            if self.ngram > 1:
+                contexts.append(next_context(x, self.ngram, before, keep))
+            outputs = []
+            for direction, suffix in enumerate(self._suffixes):
+                i = layer * len(self._suffixes) + direction
+                output, *final = self._direction(f"l{layer}{suffix}", x, hidden[i], cell[i], before, keep)
+                outputs.append(output)
+                hiddens.append(final[0])
+                cells.append(final[1])
+            x = torch.cat(outputs, dim=-1) if self.bidirectional else outputs[0]
+        final_state = RKMState(torch.stack(hiddens), torch.stack(cells), contexts or None)
+        return x.transpose(0, 1) if self.batch_first else x, final_state
+
+    def _direction(
+        self, name: str, x: Tensor, hidden: Tensor, cell: Tensor, context: Tensor | None, keep: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        reverse = name.endswith("_reverse")
+        if reverse:
+            x, context = x.flip(0), None
+            keep = None if keep is None else keep.flip(0)
+        inputs = extend(x, self.ngram, self.ngram_padding, context)
+        autocast = torch.is_autocast_enabled(x.device.type)
+        with torch.autocast(x.device.type, enabled=False):
+            weights = self._weights(name, x.dtype, autocast)
+            output, hidden, cell = recurrence(self._cell, inputs, weights, hidden, cell, keep, self.backend)
+        return output.flip(0) if reverse else output, hidden, cell
+
+    def _weights(self, name: str, dtype: torch.dtype, autocast: bool) -> Weights:
+        """The tensors of one layer and direction; matrices in ``dtype`` where autocast changed it."""
+
+        def parameter(kind: str) -> Tensor | None:
+            value: Tensor | None = getattr(self, f"{kind}_{name}", None)
+            return value.to(dtype) if autocast and value is not None else value
+
+        recurrent = parameter("weight_hh")
+        if recurrent is not None and self.weight_dropout:
+            recurrent = F.dropout(recurrent, self.weight_dropout, self.training)
+        sigma_i, sigma_f = getattr(self, f"sigma_i_logit_{name}", None), getattr(self, f"sigma_f_logit_{name}", None)
+        return Weights(
+            input=parameter("weight_ih"),
+            recurrent=recurrent,
+            bias=parameter("bias"),
+            norm_weight=getattr(self, f"norm_weight_{name}", None),
+            norm_bias=getattr(self, f"norm_bias_{name}", None),
+            sigma_i=self.sigma_i2 if sigma_i is None else torch.sigmoid(sigma_i),
+            sigma_f=self.sigma_f2 if sigma_f is None else torch.sigmoid(sigma_f),
+        )
+
+    def _keep(self, x: Tensor, padding_mask: Tensor | None) -> Tensor | None:
+        if padding_mask is None:
+            return None
+        if padding_mask.shape != (x.size(1), x.size(0)) or padding_mask.dtype != torch.bool:
+            raise RKMError(
+                f"padding_mask must be bool of shape (B, T) = {(x.size(1), x.size(0))}, "
+                f"not {padding_mask.dtype} of shape {tuple(padding_mask.shape)}"
+            )
+        return ~padding_mask.t()
+
+    def _initial_state(self, x: Tensor, state: RKMState | None) -> tuple[Tensor, Tensor, list[Tensor] | None]:
+        shape = (self.num_layers * len(self._suffixes), x.size(1), self.hidden_size)
+        if state is None:
+            return x.new_zeros(shape), x.new_zeros(shape, dtype=memory_dtype(x.dtype)), None
+        hidden, cell, context = RKMState(*state)
+        for what, tensor in (("hidden", hidden), ("cell", cell)):
+            if tensor.shape != shape:
+                raise RKMError(
+                    f"the state's {what} must have shape (layers * directions, B, d) = {shape}, not {tuple(tensor.shape)}"
+                )
+        if context is not None:
+            wanted = [(self.ngram - 1, x.size(1), self.layer_input_size(k)) for k in range(self.num_layers)]
+            given = [tuple(c.shape) for c in context]
+            if self.ngram == 1 or given != wanted:
+                wanted_text = "None for ngram 1" if self.ngram == 1 else f"one tensor a layer of shapes {wanted}"
+                raise RKMError(f"the state's context must be {wanted_text}, not {given}")
+            context = [c.to(x.dtype) for c in context]
+        return hidden, cell, context
+
+    @classmethod
+    def from_lstm(cls, lstm: nn.LSTM) -> "RKM":
+        """The same function as an ``nn.LSTM``'s, as an RKM with ``cell="lstm"``; the weights are copied.
+
+        Raises:
+            RKMError: an LSTM with projections, which the RKM has no counterpart of.
+        """
+        if lstm.proj_size:
+            raise RKMError(f"an LSTM with projections (proj_size={lstm.proj_size}) has no RKM counterpart")
+        first = lstm.weight_ih_l0
+        rkm = cls(
+            lstm.input_size, lstm.hidden_size, lstm.num_layers, "lstm", bias=lstm.bias, dropout=lstm.dropout,
+            bidirectional=lstm.bidirectional, batch_first=lstm.batch_first, device=first.device, dtype=first.dtype,
+        )  # fmt: skip
+        with torch.no_grad():
+            for name, parameter in rkm.named_parameters():
+                if name.startswith("bias"):
+                    value = getattr(lstm, f"bias_ih{name[4:]}") + getattr(lstm, f"bias_hh{name[4:]}")
+                else:
+                    value = getattr(lstm, name)
+                parameter.copy_(_restack(value, _LSTM_GATES, rkm.gates))
+        return rkm.train(lstm.training)
+
+    def to_lstm(self) -> nn.LSTM:
+        """The same function as an ``nn.LSTM``; weights are copied. Weight dropout, which that lacks, is left behind.
+
+        Raises:
+            RKMError: a cell, n-gram, feedback or layer norm that ``nn.LSTM`` cannot compute.
+        """
+        if self.cell != "lstm" or self.ngram > 1 or not self.feedback or self.layer_norm:
+            raise RKMError("only cell='lstm' with ngram 1, feedback and no layer norm is an nn.LSTM")
+        first = self.weight_ih_l0
+        lstm = nn.LSTM(
+            self.input_size, self.hidden_size, self.num_layers, self.bias, self.batch_first, self.dropout.p,
+            self.bidirectional, device=first.device, dtype=first.dtype,
+        )  # fmt: skip
+        with torch.no_grad():
+            for name, parameter in lstm.named_parameters():
+                if name.startswith("bias_hh"):
+                    parameter.zero_()
+                else:
+                    value = getattr(self, name.replace("bias_ih", "bias"))
+                    parameter.copy_(_restack(value, self.gates, _LSTM_GATES))
+        return lstm.train(self.training)
+
+    def extra_repr(self) -> str:
+        text = f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}, cell={self.cell!r}"
+        if self.ngram > 1:
+            text += f", ngram={self.ngram}, ngram_padding={self.ngram_padding!r}"
+        flags = ("layer_norm", "learn_sigma", "bidirectional", "batch_first")
+        text += "".join(f", {flag}=True" for flag in flags if getattr(self, flag))
+        return text + ("" if self.feedback else ", feedback=False")
+
+
+_LSTM_GATES = ("input", "forget", "candidate", "output")
+"""The order in which ``nn.LSTM`` stacks its gates (i, f, g, o)."""
+
+
+def _restack(value: Tensor, given: tuple[str, ...], wanted: tuple[str, ...]) -> Tensor:
+    blocks = dict(zip(given, value.chunk(len(given)), strict=True))
+    return torch.cat([blocks[gate] for gate in wanted])
+
+
+def _logit(p: float) -> float:
+    return math.log(p) - math.log1p(-p)

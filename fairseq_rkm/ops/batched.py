@@ -1,0 +1,315 @@
+"""Plain PyTorch with a backward written by hand: whatever does not depend on ``h_{t-1}`` is done for all steps at once.
+
+Forward, the input projections are one matrix product over time, and a step is one product with ``U``, one sigmoid over
+the stacked gates and a few fused multiply-adds into preallocated buffers. Backward, each gate's gradient is a factor
+known for all steps in advance times the gradient of ``c_t`` (or, for the output gate, of ``h_t``), so that a step is
+one product with ``U`` and four pointwise operations; the weights' gradients are one product each at the end.
+
+Without feedback a block is the whole sequence: only the memory's own recurrence is left in the loop, and a cell without
+memory has no loop.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fairseq_rkm.ops.cells import CANDIDATE, FORGET, INPUT, OUTPUT, Cell
+from fairseq_rkm.ops.ngram import last_real_step, project, project_backward
+from fairseq_rkm.ops.weights import LAYER_NORM_EPS, Weights
+
+
+def recurrence(
+    cell: Cell, inputs: Tensor, weights: Weights, hidden: Tensor, memory: Tensor, keep: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`fairseq_rkm.ops.reference.recurrence`; differentiable once."""
+    return _Recurrence.apply(cell, keep, inputs, hidden, memory, *weights)
+
+
+def gate_slices(cell: Cell, size: int) -> dict[str, slice]:
+    """Where each gate stands among the stacked ones."""
+    return {gate: slice(i * size, (i + 1) * size) for i, gate in enumerate(cell.gates)}
+
+
+def recurrent_slice(cell: Cell, size: int) -> slice:
+    """The contiguous block of gates that see ``h_{t-1}``."""
+    first = cell.gates.index(cell.recurrent_gates[0])
+    return slice(first * size, (first + len(cell.recurrent_gates)) * size)
+
+
+class _Recurrence(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, cell: Cell, keep: Tensor | None, inputs: Tensor, hidden: Tensor, memory: Tensor, *tensors: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        weights = Weights(*tensors)
+        gates = project(inputs, weights.input, weights.bias).to(memory.dtype)
+        run = _Forward(cell, weights, gates, hidden, memory, keep)
+        run.loop()
+        ctx.cell = cell
+        numbers = {name: value for name, value in weights._asdict().items() if isinstance(value, float)}
+        ctx.numbers = numbers
+        ctx.save_for_backward(
+            keep, inputs, gates, run.hidden, run.memory, run.raw, run.mean, run.rstd,
+            *(None if name in numbers else value for name, value in weights._asdict().items()),
+        )  # fmt: skip
+        return run.results()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor, grad_hidden: Tensor, grad_memory: Tensor) -> tuple[Any, ...]:
+        keep, inputs, gates, hidden, memory, raw, mean, rstd, *tensors = ctx.saved_tensors
+        weights = Weights(*tensors)._replace(**ctx.numbers)
+        run = _Backward(ctx.cell, weights, gates, hidden, memory, keep, raw, mean, rstd)
+        grad_hidden, grad_memory = run.loop(grad_output, grad_hidden, grad_memory)
+        needs = dict(zip(Weights._fields, ctx.needs_input_grad[5:], strict=True))
+        grad_inputs, grads = run.parameters(inputs, ctx.needs_input_grad[2], needs)
+        return None, None, grad_inputs, grad_hidden, grad_memory, *grads
+
+
+def _blocks(steps: int, feedback: bool) -> Iterator[slice]:
+    """Stretches of time within which nothing depends on the output."""
+    if feedback:
+        return (slice(t, t + 1) for t in range(steps))
+    return iter([slice(0, steps)] if steps else [])
+
+
+class _Forward:
+    """Buffers and loop of the forward pass.
+
+    ``hidden`` and ``memory`` are ``(T + 1, B, d)``: entry t + 1 holds step t's, entry 0 the initial state.
+    """
+
+    def __init__(
+        self, cell: Cell, weights: Weights, gates: Tensor, hidden: Tensor, memory: Tensor, keep: Tensor | None
+    ) -> None:
+        steps, batch, size = gates.size(0), *hidden.shape
+        self.cell, self.weights, self.gates = cell, weights, gates
+        self.at = gate_slices(cell, size)
+        self.hidden = hidden.new_empty(steps + 1, batch, size)
+        self.memory = memory.new_empty(steps + 1, batch, size)
+        self.hidden[0], self.memory[0] = hidden, memory
+        self.keep = None if keep is None else keep.unsqueeze(-1)
+        self.raw = self.mean = self.rstd = None
+        if weights.norm_weight is not None:
+            self.raw = torch.empty_like(self.memory[1:])
+            self.mean, self.rstd = (memory.new_empty(steps, batch, 1) for _ in range(2))
+
+    def loop(self) -> None:
+        recurrent = None if self.weights.recurrent is None else self.weights.recurrent.t()
+        for block in _blocks(self.gates.size(0), recurrent is not None):
+            if recurrent is not None:
+                self._feed_back(block.start, recurrent)
+            self._activate(block)
+            self._remember(block)
+            self._emit(block)
+
+    def results(self) -> tuple[Tensor, Tensor, Tensor]:
+        output, hidden, memory = self.hidden[1:], self.hidden[-1], self.memory[-1]
+        if self.keep is not None:
+            if self.weights.recurrent is None:
+                last = last_real_step(self.keep.squeeze(-1)).view(1, -1, 1).expand(1, *hidden.shape)
+                hidden, memory = self.hidden.gather(0, last)[0], self.memory.gather(0, last)[0]
+            output = output * self.keep
+        return output, hidden.clone(), memory.clone()
+
+    def _feed_back(self, t: int, recurrent: Tensor) -> None:
+        gates = self.gates[t, :, recurrent_slice(self.cell, self.hidden.size(2))]
+        if gates.dtype == recurrent.dtype:
+            gates.addmm_(self.hidden[t], recurrent)
+        else:
+            gates.add_(self.hidden[t] @ recurrent)
+
+    def _activate(self, block: slice) -> None:
+        size = self.hidden.size(2)
+        gates = self.gates[block]
+        if self.cell.squash_candidate:
+            gates[..., :size].tanh_()
+        if len(self.cell.gates) > 1:
+            gates[..., size:].sigmoid_()
+
+    def _remember(self, block: slice) -> None:
+        """``c_t`` of a block's steps; one after the other if each needs the one before."""
+        if not self.cell.has_memory:
+            self._combine(block, block)
+            return
+        for t in range(block.start, block.stop):
+            self._combine(slice(t, t + 1), slice(t, t + 1))
+
+    def _combine(self, now: slice, before: slice) -> None:
+        cell, weights, gates = self.cell, self.weights, self.gates[now]
+        candidate, previous = gates[..., self.at[CANDIDATE]], self.memory[before]
+        kept = self.memory[now.start + 1 : now.stop + 1]
+        new = kept if self.raw is None else self.raw[now]
+        if cell.input_is_complement:
+            torch.lerp(candidate, previous, gates[..., self.at[FORGET]], out=new)
+        else:
+            torch.mul(candidate, gates[..., self.at[INPUT]] if cell.input_is_gate else weights.sigma_i, out=new)
+            if cell.forget_is_gate:
+                new.addcmul_(gates[..., self.at[FORGET]], previous)
+            elif cell.has_memory:
+                new.add_(previous * weights.sigma_f)
+        if self.raw is not None:
+            kept[...], self.mean[now], self.rstd[now] = torch.native_layer_norm(
+                new, new.shape[-1:], weights.norm_weight, weights.norm_bias, LAYER_NORM_EPS
+            )
+        if self.keep is not None and cell.has_memory:
+            kept.copy_(torch.where(self.keep[now], kept, previous))
+
+    def _emit(self, block: slice) -> None:
+        output = self.memory[block.start + 1 : block.stop + 1]
+        if self.cell.squash_output:
+            output = output.tanh()
+        if self.cell.output_is_gate:
+            output = output * self.gates[block][..., self.at[OUTPUT]]
+        if self.keep is not None and self.weights.recurrent is not None:
+            output = torch.where(self.keep[block], output, self.hidden[block].to(output.dtype))
+        self.hidden[block.start + 1 : block.stop + 1] = output
+
+
+class _Backward:
+    """Factors, loop and parameter gradients of the backward pass, from the forward pass's buffers."""
+
+    def __init__(
+        self, cell: Cell, weights: Weights, gates: Tensor, hidden: Tensor, memory: Tensor, keep: Tensor | None,
+        raw: Tensor | None, mean: Tensor | None, rstd: Tensor | None,
+    ) -> None:  # fmt: skip
+        self.cell, self.weights, self.gates, self.hidden, self.memory = cell, weights, gates, hidden, memory
+        self.raw, self.mean, self.rstd = raw, mean, rstd
+        self.keep = None if keep is None else keep.unsqueeze(-1).to(memory.dtype)
+        self.at = gate_slices(cell, hidden.size(2))
+        self.normed_grad = None if raw is None else torch.empty_like(raw)
+        self._factors()
+
+    def _factors(self) -> None:
+        """``factors``: d c_t / d a^g_t before the layer norm, or d h_t / d a^output_t; ``slope``: d h_t / d c_t."""
+        cell, at, gates, memory = self.cell, self.at, self.gates, self.memory[1:]
+        factors = torch.empty_like(gates)
+        candidate = gates[..., at[CANDIDATE]]
+        into = factors[..., at[CANDIDATE]]
+        if cell.input_is_complement:
+            torch.sub(1, gates[..., at[FORGET]], out=into)
+        elif cell.input_is_gate:
+            into.copy_(gates[..., at[INPUT]])
+            factors[..., at[INPUT]] = candidate * _sigmoid_slope(gates[..., at[INPUT]])
+        else:
+            torch.mul(torch.ones_like(into), self.weights.sigma_i, out=into)
+        if cell.squash_candidate:
+            into.mul_(_tanh_slope(candidate))
+        if cell.forget_is_gate:
+            reach = self.memory[:-1] - candidate if cell.input_is_complement else self.memory[:-1]
+            factors[..., at[FORGET]] = reach * _sigmoid_slope(gates[..., at[FORGET]])
+        squashed = memory.tanh() if cell.squash_output else memory
+        slope = _tanh_slope(squashed) if cell.squash_output else torch.ones_like(memory)
+        if cell.output_is_gate:
+            gate = gates[..., at[OUTPUT]]
+            factors[..., at[OUTPUT]] = squashed * _sigmoid_slope(gate)
+            slope.mul_(gate)
+        if self.keep is not None:
+            factors.mul_(self.keep)
+            slope.mul_(self.keep)
+        self.factors, self.slope = factors, slope
+
+    def loop(self, grad_output: Tensor, grad_hidden: Tensor, grad_memory: Tensor) -> tuple[Tensor, Tensor]:
+        """Turn ``factors`` into the gates' gradients; return those of the initial state."""
+        weights, dtype = self.weights, self.memory.dtype
+        grad_output = grad_output.to(dtype)
+        if self.keep is not None:
+            grad_output = grad_output * self.keep
+        if weights.recurrent is None:
+            return self._parallel(grad_output, grad_hidden.to(dtype), grad_memory)
+        recurrent = recurrent_slice(self.cell, self.hidden.size(2))
+        grad_hidden = grad_hidden.to(dtype)
+        for t in range(self.gates.size(0) - 1, -1, -1):
+            through = grad_hidden
+            grad_hidden = grad_hidden + grad_output[t]
+            self._through_output(slice(t, t + 1), grad_hidden)
+            grad_memory = self._through_memory(t, torch.addcmul(grad_memory, grad_hidden, self.slope[t]))
+            fed_back = self.factors[t, :, recurrent]
+            grad_hidden = (fed_back.to(weights.recurrent.dtype) @ weights.recurrent).to(dtype)
+            if self.keep is not None:
+                grad_hidden.addcmul_(through, 1 - self.keep[t])
+        return grad_hidden.to(self.hidden.dtype), grad_memory
+
+    def _parallel(self, grad_output: Tensor, grad_hidden: Tensor, grad_memory: Tensor) -> tuple[Tensor, Tensor]:
+        """Without feedback: only the memory's recurrence goes step by step, and only where there is one."""
+        steps = self.gates.size(0)
+        grads = torch.cat([torch.zeros_like(grad_hidden).unsqueeze(0), grad_output])
+        held = torch.zeros_like(grads)
+        last = grads.new_full((grads.size(1),), steps, dtype=torch.int64)
+        if self.keep is not None:
+            last = last_real_step(self.keep.squeeze(-1).bool())
+        index = last.view(1, -1, 1).expand(1, *grad_hidden.shape)
+        grads.scatter_add_(0, index, grad_hidden.unsqueeze(0))
+        held.scatter_add_(0, index, grad_memory.unsqueeze(0))
+        self._through_output(slice(0, steps), grads[1:])
+        into_memory = torch.addcmul(held[1:], grads[1:], self.slope)
+        if not self.cell.has_memory:
+            self._through_norm(slice(0, steps), into_memory)
+            return grads[0].to(self.hidden.dtype), held[0]
+        carried = torch.zeros_like(grad_memory)
+        for t in range(steps - 1, -1, -1):
+            carried = self._through_memory(t, carried + into_memory[t])
+        return grads[0].to(self.hidden.dtype), carried + held[0]
+
+    def _through_output(self, block: slice, grad_hidden: Tensor) -> None:
+        if self.cell.output_is_gate:
+            self.factors[block][..., self.at[OUTPUT]] *= grad_hidden
+
+    def _through_norm(self, block: slice, grad: Tensor) -> Tensor:
+        """From the gradient of ``c_t`` to the memory gates' and, returned, to that of ``c_t`` before the layer norm."""
+        if self.raw is not None:
+            self.normed_grad[block] = grad if self.keep is None else grad * self.keep[block]
+            grad = torch.ops.aten.native_layer_norm_backward(
+                grad, self.raw[block], grad.shape[-1:], self.mean[block], self.rstd[block],
+                self.weights.norm_weight, self.weights.norm_bias, [True, False, False],
+            )[0]  # fmt: skip
+        size = self.hidden.size(2)
+        count = len(self.cell.gates) - self.cell.output_is_gate
+        gates = self.factors[block][..., : count * size].unflatten(-1, (count, size))
+        gates *= grad.unsqueeze(-2)
+        return grad
+
+    def _through_memory(self, t: int, grad: Tensor) -> Tensor:
+        """The gradient of ``c_{t-1}`` from that of ``c_t``."""
+        before = self._through_norm(slice(t, t + 1), grad.unsqueeze(0)).squeeze(0)
+        forget = self.gates[t, :, self.at[FORGET]] if self.cell.forget_is_gate else self.weights.sigma_f
+        if self.keep is None:
+            return before * forget
+        return torch.lerp(grad, before * forget, self.keep[t])
+
+    def parameters(
+        self, inputs: Tensor, need_inputs: bool, needs: dict[str, bool]
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """The gradients of the inputs and, in the order of :class:`Weights`, of its fields."""
+        weights, hidden, size = self.weights, self.hidden, self.hidden.size(2)
+        gates = self.factors.to(inputs.dtype)
+        grads: dict[str, Tensor | None] = dict.fromkeys(Weights._fields)
+        grad_inputs, grads["input"] = project_backward(gates, inputs, weights.input, need_inputs, needs["input"])
+        if weights.recurrent is not None and needs["recurrent"]:
+            fed_back = gates[..., recurrent_slice(self.cell, size)].flatten(0, 1)
+            grads["recurrent"] = fed_back.t() @ hidden[:-1].flatten(0, 1)
+        if needs["bias"]:
+            grads["bias"] = self.factors.sum((0, 1)).to(inputs.dtype)
+        if self.raw is not None and (needs["norm_weight"] or needs["norm_bias"]):
+            grads["norm_weight"], grads["norm_bias"] = torch.ops.aten.native_layer_norm_backward(
+                self.normed_grad, self.raw, self.raw.shape[-1:], self.mean, self.rstd,
+                weights.norm_weight, weights.norm_bias, [False, True, True],
+            )[1:]  # fmt: skip
+        # The candidate's gradient is s_i times that of c_t before the layer norm: s_i > 0.
+        if needs["sigma_i"] or needs["sigma_f"]:
+            grad_memory = self.factors[..., self.at[CANDIDATE]] / weights.sigma_i
+            grads["sigma_i"] = (grad_memory * self.gates[..., self.at[CANDIDATE]]).sum()
+            if self.cell.has_memory:
+                grads["sigma_f"] = (grad_memory * self.memory[:-1]).sum((0, 1))
+        return grad_inputs, [grads[name] if needs[name] else None for name in Weights._fields]
+
+
+def _sigmoid_slope(value: Tensor) -> Tensor:
+    return value - value * value
+
+
+def _tanh_slope(value: Tensor) -> Tensor:
+    return 1 - value * value

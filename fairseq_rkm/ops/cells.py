@@ -1,0 +1,129 @@
+"""The cells of Liang et al. (2019), stated once, as data.
+
+Every way to compute a cell, every model flag and every test reads this table; none of them repeats it.
+
+With pre-activations ``a^g_t = W^g X_t + U^g h_{t-1} + b^g`` a cell is::
+
+    candidate     c~_t = squash(a^candidate_t)
+    memory        c_t  = i_t * c~_t + f_t * c_{t-1}
+    output        h_t  = o_t * squash(c_t)
+
+where each of ``i_t``, ``f_t`` and ``o_t`` is a gate (a sigmoid), the complement of another gate, a constant, or absent.
+"""
+
+from dataclasses import dataclass, replace
+
+from fairseq_rkm.errors import RKMError
+
+CANDIDATE, INPUT, FORGET, OUTPUT = "candidate", "input", "forget", "output"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of the table.
+
+    Attributes:
+        name: what users type.
+        title: the paper's name.
+        gates: the pre-activations, in the order in which their weights are stacked. The candidate comes first and the
+            output gate last, so that the gates that act on the memory, the sigmoids, and the recurrent gates are each
+            one contiguous block.
+        recurrent_gates: those that see ``h_{t-1}``; empty for a cell without feedback.
+        has_memory: whether ``c_{t-1}`` enters ``c_t``.
+        squash_candidate: whether ``c~_t`` passes through tanh.
+        squash_output: whether ``c_t`` passes through tanh on its way to the output.
+        source: where the equation stands.
+    """
+
+    name: str
+    title: str
+    gates: tuple[str, ...]
+    recurrent_gates: tuple[str, ...]
+    has_memory: bool = True
+    squash_candidate: bool = False
+    squash_output: bool = False
+    source: str = "Liang et al. 2019, section 4"
+
+    @property
+    def has_feedback(self) -> bool:
+        return bool(self.recurrent_gates)
+
+    @property
+    def input_is_gate(self) -> bool:
+        """``i_t = eta_t``."""
+        return INPUT in self.gates
+
+    @property
+    def forget_is_gate(self) -> bool:
+        """``f_t`` is a sigmoid; otherwise the constant ``sigma_f^2``, or absent without memory."""
+        return FORGET in self.gates
+
+    @property
+    def input_is_complement(self) -> bool:
+        """``i_t = 1 - f_t`` (coupled input and forget gates)."""
+        return self.forget_is_gate and not self.input_is_gate
+
+    @property
+    def input_is_constant(self) -> bool:
+        """``i_t = sigma_i^2``."""
+        return not self.input_is_gate and not self.forget_is_gate
+
+    @property
+    def forget_is_constant(self) -> bool:
+        """``f_t = sigma_f^2``."""
+        return self.has_memory and not self.forget_is_gate
+
+    @property
+    def output_is_gate(self) -> bool:
+        return OUTPUT in self.gates
+
+    def without_feedback(self) -> "Cell":
+        """The same cell with ``U`` dropped: its gates see ``X_t`` alone."""
+        return replace(self, recurrent_gates=())
+
+    def equations(self) -> tuple[str, str]:
+        """The memory's and the output's equation, as the README prints them."""
+        candidate = "tanh(c~_t)" if self.squash_candidate else "c~_t"
+        scale = "i_t" if self.input_is_gate else "(1 - f_t)" if self.input_is_complement else "s_i"
+        memory = f"{scale} {candidate}"
+        if self.has_memory:
+            memory += " + f_t c_{t-1}" if self.forget_is_gate else " + s_f c_{t-1}"
+        squashed = "tanh(c_t)" if self.squash_output else "c_t"
+        return memory, f"o_t {squashed}" if self.output_is_gate else squashed
+
+
+_ALL = (CANDIDATE, INPUT, FORGET, OUTPUT)
+
+CELLS: dict[str, Cell] = {
+    cell.name: cell
+    for cell in (
+        Cell("lstm", "LSTM", _ALL, _ALL, squash_candidate=True, squash_output=True, source="Gers et al. 2000"),
+        Cell("rkm_lstm", "RKM-LSTM", _ALL, _ALL),
+        Cell("rkm_cifg", "RKM-CIFG", (CANDIDATE, FORGET, OUTPUT), (CANDIDATE, FORGET, OUTPUT)),
+        Cell("linear_kernel_gated", "Linear Kernel w/ o_t", (CANDIDATE, OUTPUT), (CANDIDATE, OUTPUT)),
+        Cell("linear_kernel", "Linear Kernel", (CANDIDATE,), (CANDIDATE,), squash_output=True),
+        Cell("gated_cnn", "Gated CNN", (CANDIDATE, OUTPUT), (), has_memory=False),
+        Cell("cnn", "CNN", (CANDIDATE,), (), has_memory=False, squash_output=True),
+        Cell(
+            "ran", "RAN", (CANDIDATE, INPUT, FORGET), (INPUT, FORGET), squash_output=True, source="Lee et al. 2017"
+        ),
+    )
+}
+
+
+def resolve_cell(name: str, feedback: bool | None = None) -> Cell:
+    """The cell called ``name``, with its feedback as asked.
+
+    Args:
+        name: a key of :data:`CELLS`.
+        feedback: None for what the cell's row says, False to drop it.
+
+    Raises:
+        RKMError: an unknown name, or feedback asked of a cell that has none.
+    """
+    if name not in CELLS:
+        raise RKMError(f"unknown cell {name!r}; choose one of {', '.join(CELLS)}")
+    cell = CELLS[name]
+    if feedback and not cell.has_feedback:
+        raise RKMError(f"the cell {name!r} has no feedback; leave feedback at None or False")
+    return cell.without_feedback() if feedback is False else cell

@@ -1,0 +1,94 @@
+"""The one place that decides how a recurrence is computed.
+
+To plug in a kernel, write a file with a ``recurrence`` of the reference's signature and a function that says, in a
+sentence, why it cannot take a given problem (None if it can), and add a row to :data:`BACKENDS`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fairseq_rkm.errors import RKMError
+from fairseq_rkm.ops import batched, reference
+from fairseq_rkm.ops.cells import Cell
+from fairseq_rkm.ops.weights import Weights, memory_dtype
+
+Run = Callable[[Cell, Tensor, Weights, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
+Refusal = Callable[[Cell, Tensor, Weights], str | None]
+
+
+def _takes_all(cell: Cell, inputs: Tensor, weights: Weights) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to compute a recurrence.
+
+    Attributes:
+        run: as :func:`fairseq_rkm.ops.reference.recurrence`.
+        refuses: why a problem is beyond it, or None.
+        automatic: whether ``"auto"`` may pick it.
+    """
+
+    run: Run
+    refuses: Refusal = _takes_all
+    automatic: bool = True
+
+
+BACKENDS: dict[str, Backend] = {
+    "batched": Backend(batched.recurrence),
+    "reference": Backend(reference.recurrence, automatic=False),
+}
+"""By name, the preferred first."""
+
+
+def check_backend(name: str) -> None:
+    """Raises RKMError for a name that is neither ``"auto"`` nor a backend's."""
+    if name != "auto" and name not in BACKENDS:
+        raise RKMError(f"unknown backend {name!r}; choose one of auto, {', '.join(BACKENDS)}")
+
+
+def pick(name: str, cell: Cell, inputs: Tensor, weights: Weights) -> Backend:
+    """The backend called ``name``, or for ``"auto"`` the first that takes the problem.
+
+    Raises:
+        RKMError: an unknown name, or a backend asked for by name that cannot take the problem: it is never replaced by
+            another.
+    """
+    check_backend(name)
+    if name == "auto":
+        candidates = (b for b in BACKENDS.values() if b.automatic and b.refuses(cell, inputs, weights) is None)
+        return next(candidates)
+    reason = BACKENDS[name].refuses(cell, inputs, weights)
+    if reason is not None:
+        raise RKMError(f"backend {name!r} cannot run this: {reason}")
+    return BACKENDS[name]
+
+
+def recurrence(
+    cell: Cell, inputs: Tensor, weights: Weights, hidden: Tensor, memory: Tensor, keep: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """As :func:`fairseq_rkm.ops.reference.recurrence`, by the backend named.
+
+    Raises:
+        RKMError: inputs, weights and state of different devices or dtypes, or a backend that refuses.
+    """
+    for what, tensor in (("the weights", weights.input), ("the hidden state", hidden), ("the memory", memory)):
+        if tensor.device != inputs.device:
+            raise RKMError(f"the inputs are on {inputs.device} but {what} on {tensor.device}; move them to one device")
+    if weights.input.dtype != inputs.dtype:
+        raise RKMError(
+            f"the inputs are {inputs.dtype} but the weights {weights.input.dtype}; convert one, or use torch.autocast"
+        )
+    wide = memory_dtype(inputs.dtype)
+    weights = weights._replace(**{
+        name: value.to(wide)
+        for name, value in weights._asdict().items()
+        if name.startswith(("norm", "sigma")) and torch.is_tensor(value)
+    })  # fmt: skip
+    run = pick(backend, cell, inputs, weights).run
+    return run(cell, inputs, weights, hidden.to(inputs.dtype), memory.to(wide), keep)

@@ -1,0 +1,116 @@
+"""n-gram inputs ``X_t = [x_t; x_{t-1}; ...; x_{t-n+1}]`` and their projection, without the n-fold input in memory.
+
+Every backend takes *extended* inputs of shape ``(T + n - 1, B, m)``, in which the window of step t is
+``[inputs[t + n - 1], ..., inputs[t]]``, newest first. What precedes the sequence, a centred window and a direction of
+travel are thus settled here, once.
+"""
+
+import torch
+from torch import Tensor
+
+
+def extend(x: Tensor, ngram: int, padding: str, context: Tensor | None) -> Tensor:
+    """Put before (and for ``"same"`` behind) the inputs what their windows reach.
+
+    Args:
+        x: ``(T, B, m)``, zero at padding, in the direction of travel.
+        ngram: n.
+        padding: ``"causal"`` (a window ends at its step) or ``"same"`` (it is centred there).
+        context: ``(n - 1, B, m)``, the inputs before the first, oldest first; None for zeros.
+
+    Returns:
+        ``(T + n - 1, B, m)``.
+    """
+    if ngram == 1:
+        return x
+    if context is None:
+        context = x.new_zeros(ngram - 1, *x.shape[1:])
+    if padding == "causal":
+        return torch.cat([context, x])
+    half = (ngram - 1) // 2
+    return torch.cat([context[half:], x, x.new_zeros(half, *x.shape[1:])])
+
+
+def next_context(x: Tensor, ngram: int, context: Tensor | None, keep: Tensor | None) -> Tensor:
+    """The last ``n - 1`` inputs up to each row's last real step: what the next segment's windows reach back to.
+
+    Args:
+        x: ``(T, B, m)``, zero at padding.
+        ngram: n, at least 2.
+        context: as in :func:`extend`.
+        keep: ``(T, B)`` bool, True at real steps; None if all are.
+
+    Returns:
+        ``(n - 1, B, m)``, oldest first.
+    """
+    extended = extend(x, ngram, "causal", context)
+    if keep is None:
+        return extended[x.size(0) :].clone()
+    lengths = last_real_step(keep)
+    index = lengths + torch.arange(ngram - 1, device=x.device).unsqueeze(1)
+    return extended.gather(0, index.unsqueeze(-1).expand(-1, -1, x.size(2)))
+
+
+def last_real_step(keep: Tensor) -> Tensor:
+    """The number (from 1) of each row's last real step, 0 for a row that has none.
+
+    Args:
+        keep: ``(T, B)`` bool.
+
+    Returns:
+        ``(B,)`` int64.
+    """
+    numbers = torch.arange(1, keep.size(0) + 1, device=keep.device).unsqueeze(1)
+    return torch.cat([numbers.new_zeros(1, keep.size(1)), numbers * keep]).amax(0)
+
+
+def project(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``W X_t + b`` for all steps: one matrix product over time for each of the n inputs of a window.
+
+    Args:
+        inputs: extended inputs, ``(T + n - 1, B, m)``.
+        weight: ``(G, n * m)``.
+        bias: ``(G,)`` or None.
+
+    Returns:
+        ``(T, B, G)``, contiguous.
+    """
+    (newest, taps), *older = _taps(inputs, weight)
+    result = newest @ taps.t() if bias is None else torch.addmm(bias, newest, taps.t())
+    for window, taps in older:
+        result.addmm_(window, taps.t())
+    ngram = weight.size(1) // inputs.size(2)
+    return result.view(inputs.size(0) - ngram + 1, inputs.size(1), -1)
+
+
+def project_backward(
+    grad: Tensor, inputs: Tensor, weight: Tensor, need_inputs: bool, need_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of :func:`project` with respect to its inputs and its weight.
+
+    Args:
+        grad: ``(T, B, G)``, contiguous.
+        inputs: as in :func:`project`.
+        weight: as in :func:`project`.
+        need_inputs: whether the first result is wanted.
+        need_weight: whether the second is.
+    """
+    flat = grad.reshape(-1, grad.size(2))
+    grad_inputs = torch.zeros_like(inputs) if need_inputs else None
+    if grad_inputs is not None:
+        for window, taps in _taps(grad_inputs, weight):
+            window.addmm_(flat, taps)
+    grad_weight = None
+    if need_weight:
+        grad_weight = torch.cat([flat.t() @ window for window, _ in _taps(inputs, weight)], dim=1)
+    return grad_inputs, grad_weight
+
+
+def _taps(inputs: Tensor, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Pairs of the k-newest inputs of all windows, ``(T * B, m)``, and the columns that multiply them, ``(G, m)``."""
+    length, batch, size = inputs.shape
+    ngram = weight.size(1) // size
+    steps = length - ngram + 1
+    starts = range(ngram - 1, -1, -1)
+    windows = [inputs[start : start + steps].view(steps * batch, size) for start in starts]
+    return list(zip(windows, weight.split(size, dim=1), strict=True))

@@ -1,0 +1,73 @@
+"""One readable time loop for all cells: the definition of correct. Never fast, never picked by itself.
+
+Section 4 of Liang et al. (2019), with the layer normalisation that its Table 2 was obtained with.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fairseq_rkm.ops.cells import CANDIDATE, FORGET, INPUT, OUTPUT, Cell
+from fairseq_rkm.ops.weights import LAYER_NORM_EPS, Weights
+
+
+def recurrence(
+    cell: Cell, inputs: Tensor, weights: Weights, hidden: Tensor, memory: Tensor, keep: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run a cell over a sequence. Every backend has this signature.
+
+    Args:
+        cell: a row of :data:`fairseq_rkm.ops.cells.CELLS`, perhaps without its feedback.
+        inputs: extended inputs, ``(T + n - 1, B, m)``, zero at padding (see :mod:`fairseq_rkm.ops.ngram`).
+        weights: matrices and bias of the inputs' dtype, the layer norm's and the sigmas of the memory's.
+        hidden: ``h_0``, ``(B, d)``, of the inputs' dtype.
+        memory: ``c_0``, ``(B, d)``, float32 for inputs of 16 bits, else of the inputs' dtype.
+        keep: ``(T, B)`` bool, True at real steps; None if all are. At the others the state stands still and the
+            output is zero.
+
+    Returns:
+        ``(output, hidden, memory)``: ``(T, B, d)`` and the final state, ``(B, d)`` each.
+    """
+    ngram = weights.input.size(1) // inputs.size(2)
+    outputs = [inputs.new_zeros(0, *hidden.shape)]
+    for t in range(inputs.size(0) - ngram + 1):
+        window = torch.cat([inputs[t + ngram - 1 - k] for k in range(ngram)], dim=1)
+        new_hidden, new_memory = step(cell, window, weights, hidden, memory)
+        if keep is None:
+            hidden, memory, output = new_hidden, new_memory, new_hidden
+        else:
+            real = keep[t].unsqueeze(1)
+            hidden = torch.where(real, new_hidden, hidden)
+            memory = torch.where(real, new_memory, memory)
+            output = torch.where(real, new_hidden, torch.zeros_like(new_hidden))
+        outputs.append(output.unsqueeze(0))
+    return torch.cat(outputs), hidden, memory
+
+
+def step(cell: Cell, window: Tensor, weights: Weights, hidden: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+    """``h_t`` and ``c_t`` from ``X_t`` (``(B, n * m)``), ``h_{t-1}`` and ``c_{t-1}``."""
+    size = hidden.size(1)
+    a = dict(zip(cell.gates, F.linear(window, weights.input, weights.bias).split(size, 1), strict=True))
+    if weights.recurrent is not None:
+        fed_back = F.linear(hidden, weights.recurrent).split(size, 1)
+        for gate, term in zip(cell.recurrent_gates, fed_back, strict=True):
+            a[gate] = a[gate] + term
+    a = {gate: value.to(memory.dtype) for gate, value in a.items()}
+
+    candidate = torch.tanh(a[CANDIDATE]) if cell.squash_candidate else a[CANDIDATE]
+    forget = torch.sigmoid(a[FORGET]) if cell.forget_is_gate else weights.sigma_f
+    if cell.input_is_gate:
+        new_memory = torch.sigmoid(a[INPUT]) * candidate
+    elif cell.input_is_complement:
+        new_memory = (1 - forget) * candidate
+    else:
+        new_memory = weights.sigma_i * candidate
+    if cell.has_memory:
+        new_memory = new_memory + forget * memory
+    if weights.norm_weight is not None:
+        new_memory = F.layer_norm(new_memory, (size,), weights.norm_weight, weights.norm_bias, LAYER_NORM_EPS)
+
+    output = torch.tanh(new_memory) if cell.squash_output else new_memory
+    if cell.output_is_gate:
+        output = torch.sigmoid(a[OUTPUT]) * output
+    return output.to(hidden.dtype), new_memory

@@ -1,0 +1,217 @@
+"""``stateful_language_modeling``: truncated backpropagation through time, the state carried between segments."""
+
+import logging
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from fairseq import utils
+from fairseq.data import Dictionary, data_utils, iterators
+from fairseq.data.indexed_dataset import get_available_dataset_impl
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from fairseq.distributed import utils as distributed_utils
+from fairseq.tasks import register_task
+from fairseq.tasks.language_modeling import LanguageModelingTask
+from omegaconf import II
+from torch import Tensor
+
+from fairseq_rkm.data.token_stream import StreamSegments, TokenStream
+from fairseq_rkm.errors import RKMError
+from fairseq_rkm.modules import RKMState
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class StatefulLanguageModelingConfig(FairseqDataclass):
+    """Flags of ``--task stateful_language_modeling``."""
+
+    data: Optional[str] = field(default=None, metadata={"help": "folder of binarized data"})
+    tokens_per_sample: int = field(default=70, metadata={"help": "tokens in a segment of a stream"})
+    batch_size: Optional[int] = II("dataset.batch_size")
+    batch_size_valid: Optional[int] = II("dataset.batch_size_valid")
+    train_subset: str = II("dataset.train_subset")
+    dataset_impl: Optional[ChoiceEnum(get_available_dataset_impl())] = II("dataset.dataset_impl")
+    update_freq: Any = II("optimization.update_freq")
+    distributed_world_size: int = II("distributed_training.distributed_world_size")
+
+
+@register_task("stateful_language_modeling", dataclass=StatefulLanguageModelingConfig)
+class StatefulLanguageModelingTask(LanguageModelingTask):
+    """Language modelling over streams.
+
+    The corpus is one stream of tokens, cut into ``--batch-size`` parallel streams for each process and these into
+    segments of ``--tokens-per-sample``. A model with carried state (``rkm_lm``) starts each segment where the one
+    before ended; gradients stop there. With ``--batch-size 1`` ``fairseq-eval-lm`` thus scores the whole text in one
+    pass.
+    """
+
+    def __init__(self, cfg: StatefulLanguageModelingConfig, dictionary: Dictionary, **kwargs: Any) -> None:
+        super().__init__(cfg, dictionary, targets=["future"])
+        self.training_state: Any = None
+        self.gathered: Optional[list[Tensor]] = None
+
+    @classmethod
+    def setup_task(cls, cfg: StatefulLanguageModelingConfig, **kwargs: Any) -> "StatefulLanguageModelingTask":
+        """Load the dictionary and check the flags.
+
+        Raises:
+            RKMError: flags that carried state rules out, or no dictionary where the data should be.
+        """
+        if any(freq > 1 for freq in cfg.update_freq or []):
+            raise RKMError(
+                "--update-freq above 1 would sum the gradients of segments that follow each other; with carried state "
+                "use a larger --batch-size instead"
+            )
+        if cfg.tokens_per_sample < 1:
+            raise RKMError(f"--tokens-per-sample must be at least 1, not {cfg.tokens_per_sample}")
+        path = Path(utils.split_paths(cfg.data or "")[0], "dict.txt")
+        if not path.is_file():
+            raise RKMError(f"no dictionary at {path}: give the folder that fairseq-preprocess wrote")
+        dictionary = Dictionary.load(os.fspath(path))
+        logger.info(f"dictionary: {len(dictionary):,} types")
+        return cls(cfg, dictionary)
+
+    def build_model(self, cfg: FairseqDataclass, from_checkpoint: bool = False) -> Any:
+        """Build a model and keep hold of its carried state.
+
+        Raises:
+            RKMError: a model that carries none.
+        """
+        model = super().build_model(cfg, from_checkpoint)
+        carried = getattr(model.decoder, "carried", None)
+        if carried is None:
+            raise RKMError(f"{type(model).__name__} carries no state between segments: use --arch rkm_lm, or another task")
+        self.training_state = carried[True]
+        return model
+
+    def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> None:
+        """Read a split as one stream.
+
+        Raises:
+            RKMError: a split that is missing, empty, or shorter than its streams are many.
+        """
+        paths = utils.split_paths(self.args.data)
+        path = os.path.join(paths[(epoch - 1) % len(paths)], split)
+        sentences = data_utils.load_indexed_dataset(path, self.dictionary, self.args.dataset_impl, combine=combine)
+        if sentences is None:
+            raise RKMError(f"no binarized split {split!r} at {path}.bin: was it given to fairseq-preprocess?")
+        if not len(sentences):
+            raise RKMError(f"the split {split!r} at {path}.bin is empty")
+        tokens = torch.cat([sentences[i] for i in range(len(sentences))]).long()
+        stream = TokenStream(tokens, self.dictionary.eos(), split)
+        per_process = self.args.batch_size if split == self.args.train_subset else self.args.batch_size_valid
+        stream.check_streams((per_process or 1) * max(1, self.args.distributed_world_size))
+        self.datasets[split] = stream
+
+    def get_batch_iterator(
+        self,
+        dataset: TokenStream,
+        max_tokens: Optional[int] = None,
+        max_sentences: Optional[int] = None,
+        num_shards: int = 1,
+        shard_id: int = 0,
+        num_workers: int = 0,
+        epoch: int = 1,
+        data_buffer_size: int = 0,
+        skip_remainder_batch: bool = False,
+        **kwargs: Any,
+    ) -> iterators.EpochBatchIterator:
+        """The segments, in order, of one process's streams; arguments as fairseq's.
+
+        Raises:
+            RKMError: no ``--batch-size``, or fewer tokens than streams.
+        """
+        if not max_sentences:
+            raise RKMError("--task stateful_language_modeling needs --batch-size, the number of parallel streams")
+        rows = (shard_id * max_sentences, (shard_id + 1) * max_sentences)
+        segments = StreamSegments(
+            dataset, num_shards * max_sentences, rows, self.args.tokens_per_sample, self.dictionary.pad()
+        )
+        # Each process holds its own streams, so that to fairseq's iterator there is one shard.
+        return iterators.EpochBatchIterator(
+            dataset=segments,
+            collate_fn=segments.collater,
+            batch_sampler=[[i] for i in range(len(segments))],
+            num_workers=num_workers,
+            epoch=epoch,
+            buffer_size=data_buffer_size,
+            disable_shuffling=True,
+            skip_remainder_batch=skip_remainder_batch,
+        )
+
+    def eval_lm_dataloader(
+        self, dataset: TokenStream, batch_size: Optional[int] = None, context_window: int = 0, **kwargs: Any
+    ) -> Any:
+        """fairseq-eval-lm's iterator; the state carries all of the past, so that there is no context window.
+
+        Raises:
+            RKMError: ``--context-window`` above 0, or as :meth:`get_batch_iterator`.
+        """
+        if context_window:
+            raise RKMError("--context-window is for models without carried state; leave it at 0 with this task")
+        for unused in ("max_tokens", "max_positions"):
+            kwargs.pop(unused, None)
+        return self.get_batch_iterator(dataset, max_sentences=batch_size, **kwargs).next_epoch_itr(shuffle=False)
+
+    def optimizer_step(self, optimizer: Any, model: Any, update_num: int) -> None:
+        """Before the update, let every process know all streams' state, since only one of them writes checkpoints."""
+        if distributed_utils.get_data_parallel_world_size() > 1:
+            self.gathered = _gather(_flatten(self.training_state.left))
+        super().optimizer_step(optimizer, model, update_num)
+
+    def get_checkpoint_dict(self) -> dict[str, dict[str, Any]]:
+        """What a checkpoint in the middle of an epoch needs: the last segment's number and the state it left."""
+        left = self.training_state.left
+        if left is None:
+            return {}
+        flat = [_flatten(left)] if self.gathered is None else self.gathered
+        shapes = [list(tensor.shape) for tensor in _tensors(left)]
+        state = {
+            "segment": self.training_state.segment,
+            "layers": len(left),
+            "shapes": shapes,
+            "ranks": [tensor.cpu().clone() for tensor in flat],
+        }
+        return {type(self).__name__: state}
+
+    def set_checkpoint_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`get_checkpoint_dict` left.
+
+        Raises:
+            RKMError: a checkpoint of another number of processes.
+        """
+        world, rank = distributed_utils.get_data_parallel_world_size(), distributed_utils.get_data_parallel_rank()
+        if len(state["ranks"]) != world:
+            raise RKMError(
+                f"the checkpoint carries the state of {len(state['ranks'])} processes' streams, but {world} resume: "
+                "start as many, or begin an epoch anew with --reset-dataloader"
+            )
+        self.training_state.restore(state["segment"], _unflatten(state["ranks"][rank], state["shapes"], state["layers"]))
+
+
+def _tensors(states: list[RKMState]) -> list[Tensor]:
+    """All of a stack's state, layer by layer: h, c and, for n-grams, the context."""
+    return [tensor for state in states for tensor in (state.hidden, state.cell, *(state.context or []))]
+
+
+def _flatten(states: list[RKMState]) -> Tensor:
+    """The state as one vector, of the widest type within it, which holds the others exactly."""
+    return torch.cat([tensor.flatten().to(states[0].cell.dtype) for tensor in _tensors(states)])
+
+
+def _unflatten(flat: Tensor, shapes: list[list[int]], layers: int) -> list[RKMState]:
+    """The reverse of :func:`_flatten`."""
+    sizes = [torch.Size(shape).numel() for shape in shapes]
+    tensors = [piece.view(shape) for piece, shape in zip(flat.split(sizes), shapes, strict=True)]
+    each = len(tensors) // layers
+    groups = [tensors[i * each : (i + 1) * each] for i in range(layers)]
+    return [RKMState(hidden, cell, context or None) for hidden, cell, *context in groups]
+
+
+def _gather(flat: Tensor) -> list[Tensor]:
+    gathered = [torch.empty_like(flat) for _ in range(distributed_utils.get_data_parallel_world_size())]
+    torch.distributed.all_gather(gathered, flat, group=distributed_utils.get_data_parallel_group())
+    return gathered
