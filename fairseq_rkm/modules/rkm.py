@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -220,8 +221,7 @@ class RKM(nn.Module):
             raise RKMError(f"the input must be a tensor {wanted} with m = {self.input_size}, not {shape}")
         if self.batch_first:
             x = x.transpose(0, 1)
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = x.to(_autocast_dtype(x.device) or x.dtype)
         keep = self._keep(x, padding_mask)
         hidden, cell, context = self._initial_state(x, state)
         contexts: list[Tensor] = []
@@ -254,18 +254,17 @@ class RKM(nn.Module):
             x, context = x.flip(0), None
             keep = None if keep is None else keep.flip(0)
         inputs = extend(x, self.ngram, self.ngram_padding, context)
-        autocast = torch.is_autocast_enabled(x.device.type)
-        with torch.autocast(x.device.type, enabled=False):
-            weights = self._weights(name, x.dtype, autocast)
+        weights = self._weights(name, _autocast_dtype(x.device))
+        with torch.autocast(x.device.type, enabled=False) if _autocast_dtype(x.device) else nullcontext():
             output, hidden, cell = recurrence(self._cell, inputs, weights, hidden, cell, keep, self.backend)
         return output.flip(0) if reverse else output, hidden, cell
 
-    def _weights(self, name: str, dtype: torch.dtype, autocast: bool) -> Weights:
-        """The tensors of one layer and direction; matrices in ``dtype`` where autocast changed it."""
+    def _weights(self, name: str, dtype: torch.dtype | None) -> Weights:
+        """The tensors of one layer and direction; matrices and biases in ``dtype``, autocast's, if there is one."""
 
         def parameter(kind: str) -> Tensor | None:
             value: Tensor | None = getattr(self, f"{kind}_{name}", None)
-            return value.to(dtype) if autocast and value is not None else value
+            return value if value is None else value.to(dtype or value.dtype)
 
         recurrent = parameter("weight_hh")
         if recurrent is not None and self.weight_dropout:
@@ -362,6 +361,12 @@ class RKM(nn.Module):
         flags = ("layer_norm", "learn_sigma", "bidirectional", "batch_first")
         text += "".join(f", {flag}=True" for flag in flags if getattr(self, flag))
         return text + ("" if self.feedback else ", feedback=False")
+
+
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The type that matrix products run in under autocast; None outside it."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.get_autocast_dtype(device.type) if available and torch.is_autocast_enabled(device.type) else None
 
 
 _LSTM_GATES = ("input", "forget", "candidate", "output")

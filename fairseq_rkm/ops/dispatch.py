@@ -91,4 +91,4 @@ def recurrence(
         if name.startswith(("norm", "sigma")) and torch.is_tensor(value)
     })  # fmt: skip
     run = pick(backend, cell, inputs, weights).run
-    return run(cell, inputs, weights, hidden.to(inputs.dtype), memory.to(wide), keep)
+    return run(cell, inputs.contiguous(), weights, hidden.to(inputs.dtype), memory.to(wide), keep)

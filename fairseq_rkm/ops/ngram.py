@@ -80,7 +80,7 @@ def project(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     for window, taps in older:
         result.addmm_(window, taps.t())
     ngram = weight.size(1) // inputs.size(2)
-    return result.view(inputs.size(0) - ngram + 1, inputs.size(1), -1)
+    return result.view(inputs.size(0) - ngram + 1, inputs.size(1), weight.size(0))
 
 
 def project_backward(
@@ -95,7 +95,7 @@ def project_backward(
         need_inputs: whether the first result is wanted.
         need_weight: whether the second is.
     """
-    flat = grad.reshape(-1, grad.size(2))
+    flat = grad.flatten(0, 1)
     grad_inputs = torch.zeros_like(inputs) if need_inputs else None
     if grad_inputs is not None:
         for window, taps in _taps(grad_inputs, weight):

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Make .venv with PyTorch, fairseq and this package; a second call finds it done and returns at once.
+#   PYTHON=python3.12 bash scripts/setup.sh       another Python (3.11 or newer)
+#   TORCH='torch==2.11.0' bash scripts/setup.sh   another PyTorch; one already installed is kept otherwise
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
+say() { printf '[setup] %s\n' "$*"; }
+
+stamp=.venv/.done
+wanted="$(cksum < setup.py) ${TORCH:-}"
+if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then exit 0; fi
+
+command -v "$python" > /dev/null || { say "no $python here: set PYTHON" >&2; exit 1; }
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+  { say "$("$python" --version) is too old: 3.11 or newer is needed (set PYTHON)" >&2; exit 1; }
+command -v c++ > /dev/null || command -v g++ > /dev/null ||
+  { say "fairseq is built from source and needs a C++ compiler: install g++" >&2; exit 1; }
+
+if [ ! -x .venv/bin/python ]; then
+  # A PyTorch that this Python already has (a GPU machine's image, say) is kept by letting .venv see it.
+  site=(); "$python" -c 'import torch' 2> /dev/null && site=(--system-site-packages)
+  say "making .venv with $("$python" --version)${site:+, which sees the PyTorch that is installed}"
+  "$python" -m venv "${site[@]}" .venv
+fi
+if [ -n "${TORCH:-}" ] || ! .venv/bin/python -c 'import torch' 2> /dev/null; then
+  say "installing ${TORCH:-torch==2.13.0} (a download of 200 MB for CPUs, several GB for GPUs)"
+  pip install -q "${TORCH:-torch==2.13.0}"
+fi
+say "PyTorch $(.venv/bin/python -c 'import torch; print(torch.__version__)')"
+say "installing what builds fairseq"
+pip install -q 'setuptools<81' wheel cython numpy
+# An isolated build would fetch a second PyTorch, and fairseq's CUDA sources do not compile under CUDA 13.
+say "building fairseq and installing the rest (about 3 minutes the first time)"
+env -u CUDA_HOME "$PWD/.venv/bin/python" -m pip --disable-pip-version-check install -q --no-build-isolation -e '.[dev]'
+printf '%s' "$wanted" > "$stamp"
+say "done: .venv is ready"

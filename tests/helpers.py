@@ -1,0 +1,67 @@
+"""What several tests share: the table of tolerances, and random problems."""
+
+import torch
+from torch import Tensor
+
+from fairseq_rkm import RKM
+
+TOLERANCES: dict[torch.dtype, float] = {
+    torch.float64: 1e-11,
+    torch.float32: 1e-5,
+    torch.float16: 4e-3,
+    torch.bfloat16: 3e-2,
+}
+"""How far a result in a dtype may be from the reference, ``||given - wanted|| / ||wanted||``; never relaxed for a test."""
+
+
+def assert_close(given: Tensor, wanted: Tensor, what: str = "", dtype: torch.dtype | None = None) -> None:
+    """Within the tolerance of ``dtype``, by default the given tensor's."""
+    assert given.shape == wanted.shape, f"{what}: shape {tuple(given.shape)}, not {tuple(wanted.shape)}"
+    given, wanted, tolerance = given.double(), wanted.double(), TOLERANCES[dtype or given.dtype]
+    error, size = (given - wanted).norm().item(), wanted.norm().item()
+    assert error <= tolerance * size + 1e-15, f"{what}: off by {error / max(size, 1e-30):.1e}, more than {tolerance:.0e}"
+
+
+def randomized(rkm: RKM, seed: int = 0) -> RKM:
+    """The module with all parameters (norms and sigmas too) away from their initial values."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in rkm.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            fan_in = parameter.size(-1) if parameter.dim() > 1 else 1
+            parameter.add_(0.2 / fan_in**0.5 * noise.to(parameter.dtype))
+    return rkm
+
+
+def random_mask(kind: str, batch: int, steps: int) -> Tensor | None:
+    """``(B, T)``, True at padding: none, on the left, on the right, or on both with one row all padding."""
+    if kind == "none":
+        return None
+    mask = torch.zeros(batch, steps, dtype=torch.bool)
+    for row in range(batch):
+        width = min(steps, row)
+        if kind in ("left", "mixed"):
+            mask[row, :width] = True
+        if kind in ("right", "mixed") and width:
+            mask[row, -width:] = True
+    if kind == "mixed":
+        mask[-1] = True
+    return mask
+
+
+def forward_and_gradients(rkm: RKM, x: Tensor, hidden: Tensor, cell: Tensor, context, mask) -> dict[str, Tensor]:
+    """Everything that a call gives: outputs, final state, and all gradients of a random projection of them."""
+    leaves = {"x": x, "hidden": hidden, "cell": cell}
+    leaves |= {f"context{i}": c for i, c in enumerate(context or [])}
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in leaves.items()}
+    contexts = [leaves[f"context{i}"] for i in range(len(context))] if context else None
+    output, state = rkm(leaves["x"], (leaves["hidden"], leaves["cell"], contexts), mask)
+    results = {"output": output, "final hidden": state.hidden, "final cell": state.cell}
+    results |= {f"final context{i}": c for i, c in enumerate(state.context or [])}
+    generator = torch.Generator().manual_seed(1)
+    loss = torch.zeros((), dtype=torch.float64)
+    for value in results.values():
+        loss = loss + (value.double() * torch.randn(value.shape, generator=generator, dtype=torch.float64)).sum()
+    wanted = {**leaves, **dict(rkm.named_parameters())}
+    gradients = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True, materialize_grads=True)
+    return results | {f"gradient of {name}": g for name, g in zip(wanted, gradients, strict=True)}

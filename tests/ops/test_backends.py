@@ -1,0 +1,137 @@
+"""Every backend against the reference: outputs, final states and the gradients of all inputs."""
+
+import itertools
+
+import pytest
+import torch
+from helpers import assert_close, forward_and_gradients, random_mask, randomized
+
+from fairseq_rkm import CELLS, RKM
+from fairseq_rkm.ops import BACKENDS
+
+FAST = [name for name in BACKENDS if name != "reference"]
+NGRAMS = [(1, "causal"), (3, "causal"), (3, "same"), (5, "causal"), (5, "same")]
+
+
+def problem(rkm, steps, batch, dtype):
+    """Inputs and a full initial state for a stack."""
+    rows = rkm.num_layers * (1 + rkm.bidirectional)
+    x = torch.randn(steps, batch, rkm.input_size, dtype=dtype)
+    hidden = torch.randn(rows, batch, rkm.hidden_size, dtype=dtype)
+    cell = torch.randn(rows, batch, rkm.hidden_size, dtype=torch.promote_types(dtype, torch.float32))
+    context = None
+    if rkm.ngram > 1:
+        sizes = [rkm.layer_input_size(layer) for layer in range(rkm.num_layers)]
+        context = [torch.randn(rkm.ngram - 1, batch, size, dtype=dtype) for size in sizes]
+    return x, hidden, cell, context
+
+
+def compare(backend, steps=5, batch=4, sizes=(3, 5), mask="none", dtype=torch.float64, **arguments):
+    """A backend in a dtype against the reference in float64 with the same (rounded) weights and inputs."""
+    torch.manual_seed(0)
+    fast = randomized(RKM(*sizes, backend=backend, dtype=dtype, **arguments))
+    reference = RKM(*sizes, backend="reference", dtype=torch.float64, **arguments)
+    reference.load_state_dict(fast.state_dict())
+    x, hidden, cell, context = problem(fast, steps, batch, dtype)
+    padding = random_mask(mask, batch, steps)
+    given = forward_and_gradients(fast, x, hidden, cell, context, padding)
+    double = [c.double() for c in context] if context else None
+    wanted = forward_and_gradients(reference, x.double(), hidden.double(), cell.double(), double, padding)
+    for what, value in wanted.items():
+        assert_close(given[what], value, what, dtype)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(("ngram", "padding"), NGRAMS)
+def test_all_variants(poisoned, backend, cell, ngram, padding):
+    variants = itertools.product((None, False), (False, True), (False, True), ("none", "mixed"))
+    for feedback, layer_norm, bidirectional, mask in variants:
+        compare(
+            backend, mask=mask, cell=cell, ngram=ngram, ngram_padding=padding, feedback=feedback,
+            layer_norm=layer_norm, bidirectional=bidirectional,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("mask", ["left", "right"])
+def test_learned_sigmas_and_two_layers(poisoned, backend, cell, mask):
+    for layer_norm in (False, True):
+        compare(backend, mask=mask, cell=cell, learn_sigma=True, layer_norm=layer_norm, num_layers=2)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_other_dtypes(backend, cell, dtype):
+    for layer_norm in (False, True):
+        compare(backend, dtype=dtype, cell=cell, layer_norm=layer_norm, steps=7, batch=3, sizes=(6, 9))
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize(("steps", "batch", "sizes"), [(1, 1, (1, 1)), (63, 2, (7, 33)), (2, 17, (5, 3)), (0, 3, (2, 2)), (3, 0, (2, 2))])
+def test_odd_sizes(backend, steps, batch, sizes):
+    for cell in ("rkm_lstm", "rkm_cifg", "cnn"):
+        compare(backend, steps=steps, batch=batch, sizes=sizes, cell=cell, ngram=3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("feedback", [None, False])
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_gradcheck(backend, cell, feedback, layer_norm):
+    rkm = randomized(
+        RKM(2, 3, cell=cell, ngram=2, feedback=feedback, layer_norm=layer_norm, learn_sigma=True, backend=backend,
+            dtype=torch.float64)
+    )  # fmt: skip
+    x, hidden, memory, context = problem(rkm, 3, 2, torch.float64)
+    names = [name for name, _ in rkm.named_parameters()]
+    mask = torch.tensor([[False, False, False], [False, False, True]])
+
+    def run(x, hidden, memory, context, *parameters):
+        arguments = (x, (hidden, memory, [context]), mask)
+        output, state = torch.func.functional_call(rkm, dict(zip(names, parameters, strict=True)), arguments)
+        return output, state.hidden, state.cell
+
+    leaves = [x, hidden, memory, context[0], *rkm.parameters()]
+    assert torch.autograd.gradcheck(run, [leaf.detach().clone().requires_grad_() for leaf in leaves])
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_a_backward_can_be_repeated_and_leaves_no_trace(backend):
+    rkm = randomized(RKM(3, 4, backend=backend, dtype=torch.float64))
+    x = torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
+    output, _ = rkm(x)
+    kept = output.detach().clone()
+    first, = torch.autograd.grad(output.sum(), x, retain_graph=True)
+    second, = torch.autograd.grad(output.sum(), x)
+    assert torch.equal(first, second)
+    assert torch.equal(output, kept)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_the_same_bits_on_a_repeated_run(backend):
+    rkm = randomized(RKM(16, 16, backend=backend))
+    x = torch.randn(9, 4, 16)
+    assert torch.equal(rkm(x)[0], rkm(x)[0])
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("cell", CELLS)
+def test_many_training_steps_follow_the_reference(backend, cell):
+    losses = {}
+    for name in ("reference", backend):
+        torch.manual_seed(0)
+        rkm = RKM(4, 6, cell=cell, layer_norm=True, backend=name, dtype=torch.float64)
+        optimizer = torch.optim.SGD(rkm.parameters(), lr=0.02)
+        x, target = torch.randn(8, 5, 4, dtype=torch.float64), torch.randn(8, 5, 6, dtype=torch.float64)
+        losses[name] = []
+        for _ in range(100):
+            loss = (rkm(x)[0] - target).pow(2).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[name].append(loss.detach())
+    assert_close(torch.stack(losses[backend]), torch.stack(losses["reference"]))
+    assert losses[backend][-1] < 0.99 * losses[backend][0]
