@@ -4,7 +4,8 @@
    tensors are named here, and no more: any other class is refused, and nothing of it runs.
 2. A checkpoint that is truncated or refused, and every :class:`~fairseq_rkm.errors.RKMError`, ends fairseq's commands
    with one sentence in place of a stack trace.
-3. A warning that every CPU run would print at each epoch is silenced.
+3. numpy 2 has no ``np.compat``, from which fairseq's blocks of tokens take Python's integer.
+4. A warning that every CPU run would print at each epoch is silenced.
 """
 
 import argparse
@@ -13,12 +14,13 @@ import functools
 import pickle
 import re
 import sys
+import types
 import typing
 import warnings
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
+import numpy as np
 import omegaconf
 import torch
 from fairseq import checkpoint_utils
@@ -49,6 +51,8 @@ def adapt() -> None:
     """Do all of the above; a second call changes nothing."""
     torch.serialization.add_safe_globals(CHECKPOINT_CLASSES)
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator")
+    if not hasattr(np, "compat"):
+        np.compat = types.SimpleNamespace(long=int)
     if not hasattr(checkpoint_utils.load_checkpoint_to_cpu, "__wrapped__"):
         checkpoint_utils.load_checkpoint_to_cpu = _explain(checkpoint_utils.load_checkpoint_to_cpu)
     if _in_fairseq_command() and sys.excepthook is sys.__excepthook__:
@@ -70,7 +74,9 @@ def _explain(load: Any) -> Any:
                 f"refused {path}: it carries the class {refused[1]}, and a checkpoint of fairseq holds none such. "
                 "Nothing of it was run. Get the checkpoint from its authors as plain tensors"
             ) from error
-        except (RuntimeError, EOFError, KeyError) as error:
+        except FileNotFoundError:
+            raise
+        except (RuntimeError, EOFError, KeyError, OSError) as error:
             raise RKMError(
                 f"cannot read {path}: it is truncated or not a checkpoint ({_first_line(error)}). Use an earlier one "
                 "(checkpoint_best.pt, or a checkpoint of an earlier epoch)"
@@ -88,7 +94,7 @@ def _in_fairseq_command() -> bool:
     return Path(sys.argv[0]).name.startswith("fairseq-") or (spec is not None and spec.name.startswith("fairseq_cli"))
 
 
-def _print_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def _print_error(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
     """``sys.excepthook``: one sentence for a user's mistake, the stack trace for anything else."""
     sentence = _sentence(error)
     if sentence is None:

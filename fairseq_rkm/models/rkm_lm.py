@@ -167,8 +167,8 @@ class RKMDecoder(FairseqIncrementalDecoder):
             features_only: stop before the softmax.
 
         Returns:
-            ``(B, T, V)`` logits, or ``(B, T, d)`` features with an adaptive softmax or ``features_only``, and an empty
-            dictionary.
+            ``(B, T, V)`` logits, or ``(B, T, d)`` features with an adaptive softmax or ``features_only``, and fairseq's
+            dictionary of extras, which says that there is no attention.
         """
         states, tokens, mask = None, prev_output_tokens, None
         if incremental_state is not None:
@@ -186,7 +186,7 @@ class RKMDecoder(FairseqIncrementalDecoder):
         elif segment is not None:
             self.carried[self.training].after(segment, states, [state.detach() for state in new_states])
         features = features.transpose(0, 1).contiguous()
-        return (features if features_only else self.output_layer(features)), {}
+        return (features if features_only else self.output_layer(features)), {"attn": None}
 
     def _run(self, tokens: Tensor, states: Optional[States], mask: Optional[Tensor]) -> tuple[Tensor, States]:
         """Features ``(T, B, d)`` of tokens ``(B, T)``, and the state that they leave."""

@@ -95,11 +95,12 @@ class StatefulLanguageModelingTask(LanguageModelingTask):
         """
         paths = utils.split_paths(self.args.data)
         path = os.path.join(paths[(epoch - 1) % len(paths)], split)
+        binary = Path(f"{path}.bin")
+        if not binary.is_file():
+            raise RKMError(f"no binarized split {split!r} at {binary}: was it given to fairseq-preprocess?")
+        if not binary.stat().st_size:
+            raise RKMError(f"the split {split!r} at {binary} is empty")
         sentences = data_utils.load_indexed_dataset(path, self.dictionary, self.args.dataset_impl, combine=combine)
-        if sentences is None:
-            raise RKMError(f"no binarized split {split!r} at {path}.bin: was it given to fairseq-preprocess?")
-        if not len(sentences):
-            raise RKMError(f"the split {split!r} at {path}.bin is empty")
         tokens = torch.cat([sentences[i] for i in range(len(sentences))]).long()
         stream = TokenStream(tokens, self.dictionary.eos(), split)
         per_process = self.args.batch_size if split == self.args.train_subset else self.args.batch_size_valid
@@ -183,7 +184,8 @@ class StatefulLanguageModelingTask(LanguageModelingTask):
         Raises:
             RKMError: a checkpoint of another number of processes.
         """
-        world, rank = distributed_utils.get_data_parallel_world_size(), distributed_utils.get_data_parallel_rank()
+        world = distributed_utils.get_data_parallel_world_size()
+        rank = distributed_utils.get_data_parallel_rank() if world > 1 else 0
         if len(state["ranks"]) != world:
             raise RKMError(
                 f"the checkpoint carries the state of {len(state['ranks'])} processes' streams, but {world} resume: "

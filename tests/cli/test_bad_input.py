@@ -1,0 +1,146 @@
+"""A user's mistake ends a command with one sentence, before training, and a status that is not 0."""
+
+import argparse
+import shutil
+
+import pytest
+import torch
+
+from cli.conftest import SMALL, TASK, fairseq, preprocess, succeed, write_text
+
+
+def train(data, tmp_path, *flags):
+    result = fairseq("train", data, *SMALL, *flags, "--save-dir", tmp_path / "run", "--max-update", 1)
+    assert "train_inner" not in result.output
+    return result
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--cell", "gru"), ("--backend", "tpu"), ("--ngram-padding", "valid")])
+def test_unknown_names(data, tmp_path, flag, value):
+    result = train(data, tmp_path, flag, value)
+    assert result.status == 2
+    assert f"argument {flag}: invalid choice: '{value}' (choose from" in result.output
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--ngram", 0], "ngram must be at least 1, not 0"),
+        (["--sigma-i2", 1.5], "sigma_i2 must lie within (0, 1), not be 1.5"),
+        (["--ngram", 3, "--ngram-padding", "same"], "--ngram-padding same looks ahead"),
+        (["--decoder-layers", 1], "make --decoder-hidden-size (12) and --decoder-embed-dim (8) equal"),
+        (["--update-freq", 2], "--update-freq above 1"),
+        (["--batch-size", 2000], "fewer than the 2000 parallel streams"),
+        (["--dropout-hidden", 1], "--dropout-hidden must lie within [0, 1), not be 1.0"),
+        (["--arch", "lstm_lm", "--decoder-out-embed-dim", 8], "LSTMLanguageModel carries no state between segments: use --arch rkm_lm"),
+        (["--train-subset", "nowhere"], "no binarized split 'nowhere'"),
+        (["--valid-subset", "nowhere"], "no binarized split 'nowhere'"),
+    ],
+)
+def test_flags(data, tmp_path, flags, message):
+    assert message in train(data, tmp_path, *flags).error
+
+
+def test_no_batch_size(data, tmp_path):
+    flags = [flag for flag in SMALL if flag != "--batch-size" and flag != "4"]
+    result = fairseq("train", data, *flags, "--max-tokens", 100, "--save-dir", tmp_path, "--max-update", 1)
+    assert "needs --batch-size" in result.error
+
+
+def test_no_data(tmp_path):
+    assert "no dictionary at" in train(tmp_path / "nothing", tmp_path).error
+
+
+def test_an_empty_split(tmp_path):
+    text = write_text(tmp_path)
+    (text / "valid.txt").write_text("")
+    data = preprocess(text, tmp_path / "bin")
+    assert "valid.bin is empty" in train(data, tmp_path).error
+
+
+def test_a_validation_set_shorter_than_its_streams_is_refused_before_training(tmp_path):
+    text = write_text(tmp_path)
+    (text / "valid.txt").write_text("w1 w2\n")
+    data = preprocess(text, tmp_path / "bin")
+    message = "the split 'valid' has 3 tokens, fewer than the 4 parallel streams"
+    assert message in train(data, tmp_path).error
+
+
+def evaluate(data, checkpoint):
+    return fairseq("eval_lm", data, *TASK, "--path", checkpoint, "--batch-size", 1, "--cpu").error
+
+
+def test_another_dictionary(trained, text, tmp_path):
+    run, _ = trained
+    changed = tmp_path / "text"
+    shutil.copytree(text, changed)
+    with (changed / "train.txt").open("a") as train_text:
+        train_text.write("w29 w29 w29\n" * 50)
+    data = preprocess(changed, tmp_path / "bin")
+    assert "trained with another dictionary than this data's dict.txt" in evaluate(data, run / "checkpoint_best.pt")
+    result = fairseq(
+        "train", data, *SMALL, "--ngram", 2, "--save-dir", tmp_path, "--max-update", 1, "--restore-file",
+        run / "checkpoint_best.pt",
+    )  # fmt: skip
+    assert "trained with another dictionary" in result.error
+
+
+def test_a_truncated_checkpoint(trained, data, tmp_path):
+    run, _ = trained
+    whole = (run / "checkpoint_best.pt").read_bytes()
+    for size in (len(whole) // 2, 10, 0):
+        cut = tmp_path / "cut.pt"
+        cut.write_bytes(whole[:size])
+        assert f"{cut}" in evaluate(data, cut)
+    assert "Model file not found" in evaluate(data, tmp_path / "none.pt")
+
+
+class Malicious:
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self):
+        import os
+
+        return os.system, (self.command,)
+
+
+class Innocent:
+    """A class that fairseq does not know."""
+
+
+@pytest.mark.parametrize("kind", ["malicious", "unknown"])
+def test_a_checkpoint_with_another_class_is_refused_by_name_and_nothing_runs(trained, data, tmp_path, kind):
+    run, _ = trained
+    state = torch.load(run / "checkpoint_best.pt", weights_only=True)
+    trace = tmp_path / "it_ran"
+    state["extra_state"]["gift"] = Malicious(f"touch {trace}") if kind == "malicious" else Innocent()
+    path = tmp_path / "checkpoint.pt"
+    torch.save(state, path)
+    error = evaluate(data, path)
+    assert "refused" in error
+    assert ("posix.system" if kind == "malicious" else "Innocent") in error
+    result = fairseq("train", data, *SMALL, "--restore-file", path, "--save-dir", tmp_path / "run", "--max-update", 1)
+    assert "refused" in result.error
+    assert not trace.exists()
+
+
+def test_a_legacy_checkpoint_with_a_namespace_is_read(trained, data, tmp_path):
+    run, _ = trained
+    state = torch.load(run / "checkpoint_best.pt", weights_only=True)
+    state["extra_state"]["flags"] = argparse.Namespace(lr=1)
+    torch.save(state, tmp_path / "checkpoint.pt")
+    succeed("eval_lm", data, *TASK, "--path", tmp_path / "checkpoint.pt", "--batch-size", 1, "--cpu")
+
+
+def test_a_checkpoint_of_another_batch_size_or_number_of_processes(data, tmp_path):
+    flags = [*SMALL, "--save-interval-updates", 2]
+    succeed("train", data, *flags, "--max-update", 2, "--save-dir", tmp_path)
+    result = fairseq("train", data, *flags, "--batch-size", 5, "--max-update", 4, "--save-dir", tmp_path)
+    assert "carried state is of 4 streams, this batch of 5: keep --batch-size" in result.error
+    state = torch.load(tmp_path / "checkpoint_last.pt", weights_only=True)
+    state["extra_state"]["StatefulLanguageModelingTask"]["ranks"] *= 2
+    torch.save(state, tmp_path / "checkpoint_last.pt")
+    result = fairseq("train", data, *flags, "--max-update", 4, "--save-dir", tmp_path)
+    assert "carries the state of 2 processes' streams, but 1 resume" in result.error

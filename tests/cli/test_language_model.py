@@ -1,0 +1,148 @@
+import math
+import re
+
+import pytest
+import torch
+from fairseq.data import Dictionary, data_utils
+from omegaconf import OmegaConf
+
+from cli.conftest import ROOT, SMALL, TASK, succeed
+from fairseq_rkm.models.rkm_lm import RKMDecoder
+
+
+def perplexity(result) -> float:
+    return float(re.search(r"Perplexity: ([\d.]+)", result.output)[1])
+
+
+def one_pass_perplexity(checkpoint, data, split) -> tuple[float, int]:
+    """Score a split by one forward pass over all of its text."""
+    state = torch.load(checkpoint, weights_only=True)
+    dictionary = Dictionary.load(str(data / "dict.txt"))
+    decoder = RKMDecoder(OmegaConf.create(state["cfg"]["model"]), dictionary, dictionary)
+    decoder.load_state_dict({name.removeprefix("decoder."): value for name, value in state["model"].items()})
+    sentences = data_utils.load_indexed_dataset(str(data / split), dictionary)
+    tokens = torch.cat([sentences[i] for i in range(len(sentences))]).long()
+    source = torch.cat([torch.tensor([dictionary.eos()]), tokens[:-1]])
+    with torch.no_grad():
+        logits, _ = decoder.eval()(source.unsqueeze(0))
+    return math.exp(torch.nn.functional.cross_entropy(logits[0], tokens).item()), len(tokens)
+
+
+def test_training_learns_and_counts_every_token(trained, data):
+    run, result = trained
+    first, second = result.entries("valid")
+    assert float(second["valid_ppl"]) < float(first["valid_ppl"]) < 30
+    tokens = re.search(r"train.txt: \d+ sents, (\d+) tokens", (data / "preprocess.log").read_text())[1]
+    updates = [e for e in result.entries("train_inner") if int(e["epoch"]) == 1]
+    assert sum(round(float(e["wpb"])) for e in updates) == int(tokens)
+    assert len(updates) == math.ceil(math.ceil(int(tokens) / 4) / 7)
+    assert (run / "checkpoint_best.pt").is_file()
+
+
+def test_eval_lm_is_one_pass_over_the_whole_text(trained, data):
+    run, _ = trained
+    checkpoint = run / "checkpoint_best.pt"
+    result = succeed(
+        "eval_lm", data, *TASK, "--path", checkpoint, "--gen-subset", "test", "--batch-size", 1, "--cpu",
+        "--tokens-per-sample", 5,
+    )  # fmt: skip
+    expected, tokens = one_pass_perplexity(checkpoint, data, "test")
+    assert perplexity(result) == pytest.approx(expected, abs=0.006)
+    assert f"Evaluated {tokens:,} tokens" in result.output
+
+
+def test_eval_lm_with_several_streams_counts_every_token_too(trained, data):
+    run, _ = trained
+    result = succeed("eval_lm", data, *TASK, "--path", run / "checkpoint_best.pt", "--batch-size", 4, "--cpu")
+    _, tokens = one_pass_perplexity(run / "checkpoint_best.pt", data, "test")
+    assert f"Evaluated {tokens:,} tokens" in result.output
+    assert perplexity(result) < 30
+
+
+def test_fairseq_validate_agrees_with_training_s_validation(trained, data):
+    run, training = trained
+    result = succeed(
+        "validate", data, *TASK, "--path", run / "checkpoint_best.pt", "--batch-size", 4, "--cpu", "--valid-subset",
+        "valid", "--log-format", "json",
+    )  # fmt: skip
+    loss = re.findall(r'"valid_loss": "([\d.]+)"', result.output)[-1]
+    assert float(loss) == pytest.approx(min(float(e["valid_loss"]) for e in training.entries("valid")), abs=0.002)
+
+
+def test_interactive_continues_a_prompt(trained, data, tmp_path):
+    run, _ = trained
+    prompts = tmp_path / "prompts"
+    prompts.write_text("w1 w4\nw2\n")
+    result = succeed(
+        "interactive", data, "--user-dir", "fairseq_rkm", "--task", "language_modeling", "--path",
+        run / "checkpoint_best.pt", "--input", prompts, "--beam", 3, "--max-len-b", 8, "--cpu", "--buffer-size", 2,
+        "--batch-size", 2,
+    )  # fmt: skip
+    hypotheses = re.findall(r"^H-\d+\t\S+\t(.*)$", result.output, re.M)
+    assert len(hypotheses) == 2
+    assert hypotheses[0].startswith("w1 w4")
+    assert hypotheses[1].startswith("w2")
+
+
+def test_generate_scores_the_test_set_with_language_modeling(trained, data):
+    run, _ = trained
+    result = succeed(
+        "generate", data, "--user-dir", "fairseq_rkm", "--task", "language_modeling", "--path",
+        run / "checkpoint_best.pt", "--sample-break-mode", "eos", "--prefix-size", 2, "--beam", 2, "--batch-size", 4,
+        "--cpu", "--required-batch-size-multiple", 1,
+    )  # fmt: skip
+    assert len(re.findall(r"^H-\d+", result.output, re.M)) == 9
+
+
+def test_fairseq_s_own_task_trains_it_with_an_adaptive_softmax_and_word_vectors(data, tmp_path):
+    vectors = tmp_path / "vectors.txt"
+    vectors.write_text("\n".join(f"w{i} " + " ".join(["0.5"] * 8) for i in range(20)) + "\n")
+    result = succeed(
+        "train", data, "--user-dir", "fairseq_rkm", "--task", "language_modeling", "--arch", "rkm_lm", "--cell",
+        "rkm_cifg", "--ngram", 3, "--layer-norm", "--decoder-embed-dim", 8, "--decoder-hidden-size", 12,
+        "--decoder-embed-path", vectors, "--adaptive-softmax-cutoff", "8,16", "--criterion", "adaptive_loss",
+        "--ddp-backend", "legacy_ddp",
+        "--tokens-per-sample", 12, "--sample-break-mode", "eos", "--batch-size", 8, "--optimizer", "adam", "--lr",
+        0.02, "--max-epoch", 3, "--cpu", "--num-workers", 0, "--save-dir", tmp_path / "run", "--log-format", "json",
+        "--no-epoch-checkpoints",
+    )  # fmt: skip
+    known = set((data / "dict.txt").read_text().split()) & {f"w{i}" for i in range(20)}
+    assert f"{len(known)} of the dictionary's" in result.output
+    assert float(result.entries("valid")[-1]["valid_ppl"]) < 25
+    scored = succeed(
+        "eval_lm", data, "--user-dir", "fairseq_rkm", "--task", "language_modeling", "--path",
+        tmp_path / "run/checkpoint_best.pt", "--batch-size", 4, "--tokens-per-sample", 12, "--sample-break-mode",
+        "eos", "--cpu",
+    )  # fmt: skip
+    assert perplexity(scored) < 25
+
+
+@pytest.mark.parametrize("cell", ["lstm", "linear_kernel_gated", "ran", "gated_cnn"])
+def test_other_cells_train_through_the_same_command(data, tmp_path, cell):
+    flags = ["--cell", cell, "--learn-sigma", "--no-feedback", "--max-update", 3, "--dropout-words", 0.1]
+    result = succeed("train", data, *SMALL, *flags, "--dropout-weights", 0.1, "--save-dir", tmp_path)
+    assert len(result.entries("train_inner")) == 3
+
+
+def test_hydra_train_has_the_same_flags(data, tmp_path):
+    config = tmp_path / "conf"
+    config.mkdir()
+    (config / "small.yaml").write_text(
+        f"""# @package _group_
+common: {{user_dir: {ROOT / "fairseq_rkm"}, cpu: true, log_format: json, log_interval: 1}}
+task: {{_name: stateful_language_modeling, data: {data}, tokens_per_sample: 7}}
+model: {{_name: rkm_lm, cell: ran, decoder_embed_dim: 8, decoder_hidden_size: 8, ngram: 2}}
+criterion: {{_name: cross_entropy}}
+optimizer: {{_name: adam}}
+lr_scheduler: {{_name: fixed}}
+dataset: {{batch_size: 4, num_workers: 0}}
+optimization: {{max_update: 3, lr: [0.01]}}
+checkpoint: {{no_save: true}}
+distributed_training: {{distributed_world_size: 1}}
+"""
+    )
+    result = succeed(
+        "hydra_train", "--config-dir", config, "--config-name", "small", f"hydra.run.dir={tmp_path / 'out'}"
+    )
+    log = result.output + "".join(p.read_text() for p in (tmp_path / "out").glob("*.log"))
+    assert '"num_updates": "3"' in log

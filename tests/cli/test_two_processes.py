@@ -1,0 +1,57 @@
+import socket
+
+import pytest
+import torch
+
+from cli.conftest import SMALL, finish, start, succeed
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+def two_processes(data, run, *flags):
+    """Train with two gloo processes; rank 0's result."""
+    port = free_port()
+    common = [
+        "--distributed-world-size", 2, "--distributed-backend", "gloo", "--ddp-backend", "legacy_ddp",
+        "--distributed-no-spawn", "--distributed-init-method", f"tcp://localhost:{port}",
+    ]  # fmt: skip
+    ranks = [start("train", data, *SMALL, *flags, *common, "--distributed-rank", r, "--save-dir", run) for r in (0, 1)]
+    results = [finish(process) for process in ranks]
+    for result in results:
+        assert result.status == 0, result.output[-5000:]
+    return results[0]
+
+
+def checkpoint(run) -> dict:
+    return torch.load(run / "checkpoint_last.pt", weights_only=True)
+
+
+def test_two_processes_train_as_one_with_the_same_global_batch(data, tmp_path):
+    flags = ["--max-update", 8, "--save-interval-updates", 4, "--ngram", 2, "--optimizer", "adam", "--adam-eps", "1e-4"]
+    one = succeed("train", data, *SMALL, *flags, "--batch-size", 8, "--save-dir", tmp_path / "one")
+    two = two_processes(data, tmp_path / "two", *flags, "--batch-size", 4)
+    for key in ("loss", "gnorm"):
+        values = [[float(entry[key]) for entry in result.entries("train_inner")] for result in (one, two)]
+        assert len(values[0]) == 8
+        assert values[1] == pytest.approx(values[0], rel=2e-3), "as printed, to three decimals"
+    weights = [checkpoint(tmp_path / name)["model"] for name in ("one", "two")]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("all_ranks", [[], ["--load-checkpoint-on-all-dp-ranks"]])
+def test_two_processes_resume_exactly(data, tmp_path, all_ranks):
+    flags = ["--save-interval-updates", 3, "--dropout", 0.2, *all_ranks]
+    two_processes(data, tmp_path / "whole", *flags, "--max-update", 6)
+    two_processes(data, tmp_path / "parts", *flags, "--max-update", 3)
+    carried = checkpoint(tmp_path / "parts")["extra_state"]["StatefulLanguageModelingTask"]["ranks"]
+    assert len(carried) == 2
+    assert not torch.equal(*carried)
+    two_processes(data, tmp_path / "parts", *flags, "--max-update", 6)
+    whole, parts = (checkpoint(tmp_path / name)["model"] for name in ("whole", "parts"))
+    for name, value in whole.items():
+        assert torch.equal(parts[name], value), name

@@ -1,0 +1,156 @@
+import itertools
+
+import pytest
+import torch
+from fairseq.data import Dictionary
+from helpers import assert_close, randomized
+from omegaconf import OmegaConf
+
+from fairseq_rkm import CELLS, RKMError
+from fairseq_rkm.models.rkm_lm import RKMDecoder, RKMLanguageModelConfig, check_flags, parse_cutoffs
+
+
+@pytest.fixture(scope="module")
+def dictionary():
+    words = Dictionary()
+    for i in range(40):
+        words.add_symbol(f"w{i}")
+    return words
+
+
+def decoder(dictionary, **flags):
+    sizes = {"decoder_embed_dim": 6, "decoder_hidden_size": 8, "criterion_name": None}
+    cfg = OmegaConf.structured(RKMLanguageModelConfig(**{**sizes, **flags}))
+    built = RKMDecoder(cfg, dictionary, dictionary).double()
+    for layer in built.layers:
+        randomized(layer)
+    return built.eval()
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("ngram", [1, 3])
+def test_step_by_step_equals_the_full_pass_and_beams_reorder(dictionary, cell, ngram):
+    model = decoder(dictionary, cell=cell, ngram=ngram, decoder_layers=2)
+    tokens = torch.randint(4, 44, (3, 7))
+    full, _ = model(tokens)
+    incremental: dict = {}
+    for t in range(4):
+        step, _ = model(tokens[:, : t + 1], incremental_state=incremental)
+        assert_close(step[:, 0], full[:, t])
+    beams = torch.tensor([2, 2, 0, 1])
+    model.reorder_incremental_state_scripting(incremental, beams)
+    for t in range(4, 7):
+        step, _ = model(tokens[beams, : t + 1], incremental_state=incremental)
+        assert_close(step[:, 0], full[beams, t])
+
+
+def test_a_prefix_may_enter_the_incremental_state_at_once(dictionary):
+    model = decoder(dictionary, ngram=2)
+    tokens = torch.randint(4, 44, (2, 6))
+    full, _ = model(tokens)
+    incremental: dict = {}
+    assert_close(model(tokens[:, :4], incremental_state=incremental)[0], full[:, :4])
+    assert_close(model(tokens[:, :5], incremental_state=incremental)[0][:, 0], full[:, 4])
+
+
+def test_segments_carry_the_state_and_training_and_evaluation_do_not_mix(dictionary):
+    model = decoder(dictionary, ngram=3)
+    tokens = torch.randint(4, 44, (2, 9))
+    full, _ = model(tokens)
+    for mode in (True, False):
+        model.train(mode)
+        assert_close(model(tokens[:, :3], segment=0)[0], full[:, :3])
+    model.train()
+    assert_close(model(tokens[:, 3:6], segment=1)[0], full[:, 3:6])
+    assert_close(model(tokens[:, 3:6], segment=1)[0], full[:, 3:6])
+    model.eval()
+    assert_close(model(tokens[:, 3:6], segment=1)[0], full[:, 3:6])
+    model.train()
+    output, _ = model(tokens[:, 6:], segment=2)
+    assert_close(output, full[:, 6:])
+    output.sum().backward()
+    with pytest.raises(RKMError, match="carried state is of 2 streams, this batch of 1"):
+        model(tokens[:1, :3], segment=3)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(dictionary, side):
+    model = decoder(dictionary, ngram=2, layer_norm=True)
+    tokens = torch.randint(4, 44, (1, 5))
+    pad = torch.full((1, 2), dictionary.pad())
+    padded = torch.cat([pad, tokens] if side == "left" else [tokens, pad], dim=1)
+    output, _ = model(torch.cat([padded, torch.randint(4, 44, (1, 7))]))
+    real = slice(2, 7) if side == "left" else slice(0, 5)
+    assert_close(output[:1, real], model(tokens)[0])
+
+
+@pytest.mark.parametrize(("layers", "tied"), itertools.product([1, 2, 3], [False, True]))
+def test_layers_end_at_the_embedding_s_size_when_tied(dictionary, layers, tied):
+    flags = {"decoder_hidden_size": 6} if layers == 1 and tied else {}
+    model = decoder(dictionary, decoder_layers=layers, share_decoder_input_output_embed=tied, **flags)
+    sizes = [layer.hidden_size for layer in model.layers]
+    hidden = flags.get("decoder_hidden_size", 8)
+    assert sizes == [hidden] * (layers - 1) + [6 if tied else hidden]
+    assert (model.output_projection.weight is model.embed_tokens.weight) == tied
+    assert model(torch.randint(4, 44, (2, 3)))[0].shape == (2, 3, 44)
+
+
+def test_each_dropout_acts_where_its_flag_says(dictionary):
+    tokens = torch.arange(4, 44).view(1, 40)
+    for flag in ("dropout", "dropout_input", "dropout_hidden", "dropout_words", "dropout_weights"):
+        model = decoder(dictionary, **{flag: 0.5})
+        assert torch.equal(model(tokens)[0], model(tokens)[0]), "none in evaluation"
+        model.train()
+        assert not torch.equal(model(tokens)[0], model(tokens)[0]), flag
+    model = decoder(dictionary, dropout=0.5, decoder_hidden_size=50).train()
+    zero = model.extract_features(tokens)[0].eq(0)
+    assert (zero == zero[:, :1]).all(), "one mask for all steps"
+    assert 0.2 < zero[0, 0].double().mean() < 0.8
+
+
+def test_adaptive_softmax(dictionary):
+    model = decoder(dictionary, adaptive_softmax_cutoff="10,20")
+    tokens = torch.randint(4, 44, (2, 3))
+    output = model(tokens)
+    assert output[0].shape == (2, 3, 8)
+    probabilities = model.get_normalized_probs(output, log_probs=False, sample=None)
+    assert_close(probabilities.sum(-1), torch.ones(2, 3), dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"ngram": 3, "ngram_padding": "same"}, "looks ahead"),
+        ({"share_decoder_input_output_embed": True, "adaptive_softmax_cutoff": "10"}, "exclude each other"),
+        ({"share_decoder_input_output_embed": True, "decoder_layers": 1}, "ends at the embedding's size"),
+        ({"criterion_name": "adaptive_loss"}, "needs --adaptive-softmax-cutoff"),
+        ({"decoder_layers": 0}, "must be at least 1"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused(flags, message):
+    cfg = RKMLanguageModelConfig(**{"criterion_name": None, "decoder_hidden_size": 8, "decoder_embed_dim": 6, **flags})
+    with pytest.raises(RKMError, match=message):
+        check_flags(cfg, 44, 44)
+
+
+def test_tied_embeddings_need_one_dictionary():
+    cfg = RKMLanguageModelConfig(share_decoder_input_output_embed=True, criterion_name=None)
+    with pytest.raises(RKMError, match="input's has 44 types and the output's 40"):
+        check_flags(cfg, 44, 40)
+
+
+def test_dropouts_outside_the_range_are_refused_by_name(dictionary):
+    for flag in ("dropout", "dropout_input", "dropout_hidden", "dropout_words", "dropout_weights"):
+        with pytest.raises(RKMError, match=f"--{flag.replace('_', '-')} must lie within"):
+            decoder(dictionary, **{flag: 1.0})
+
+
+def test_cutoffs():
+    assert parse_cutoffs("10, 20", 44) == [10, 20]
+    assert parse_cutoffs("[10,20]", 44) == [10, 20], "as a hydra configuration may write them"
+    for text in ("20,10", "10,10", "0,10", "10,44"):
+        with pytest.raises(RKMError, match="must increase from 1 to below the 44 types"):
+            parse_cutoffs(text, 44)
+    for text in ("__import__('os').system('true')", "1.5", ""):
+        with pytest.raises(RKMError, match="takes whole numbers"):
+            parse_cutoffs(text, 44)
