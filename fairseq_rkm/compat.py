@@ -52,7 +52,7 @@ def adapt() -> None:
     torch.serialization.add_safe_globals(CHECKPOINT_CLASSES)
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator")
     if not hasattr(np, "compat"):
-        np.compat = types.SimpleNamespace(long=int)
+        np.compat = types.SimpleNamespace(long=int)  # type: ignore[attr-defined]  # noqa: NPY201
     if not hasattr(checkpoint_utils.load_checkpoint_to_cpu, "__wrapped__"):
         checkpoint_utils.load_checkpoint_to_cpu = _explain(checkpoint_utils.load_checkpoint_to_cpu)
     if _in_fairseq_command() and sys.excepthook is sys.__excepthook__:
@@ -60,7 +60,7 @@ def adapt() -> None:
 
 
 def _explain(load: Any) -> Any:
-    """fairseq's ``load_checkpoint_to_cpu`` with errors that say what is wrong with the file."""
+    """``load_checkpoint_to_cpu`` of fairseq with errors that say what is wrong with the file."""
 
     @functools.wraps(load)
     def load_checkpoint_to_cpu(path: str, *args: Any, **kwargs: Any) -> Any:

@@ -18,7 +18,8 @@ def describe(kind: str, entry: dict[str, str], updates: int) -> str | None:
     if kind == "train_inner":
         done = int(entry["num_updates"])
         share = f"{100 * done / updates:3.0f}%" if updates else f"update {done:,}"
-        return f"  {share}  epoch {entry['epoch']}  training perplexity {entry['ppl']:>9}  {float(entry['wps']):,.0f} tokens/s"
+        speed = f"{float(entry['wps']):,.0f} tokens/s"
+        return f"  {share}  epoch {entry['epoch']}  training perplexity {entry['ppl']:>9}  {speed}"
     if kind == "valid":
         return f"  valid perplexity {entry['valid_ppl']} after {int(entry['valid_num_updates']):,} updates"
     return None

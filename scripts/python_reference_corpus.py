@@ -45,7 +45,9 @@ def build(folder: Path) -> dict[str, int]:
         for sentence in sentences(topics[name]):
             if sentence not in seen:
                 seen.add(sentence)
-                line = tokenizer.tokenize(sentence.lower(), escape=False, return_str=True, protected_patterns=IDENTIFIERS)
+                line = tokenizer.tokenize(
+                    sentence.lower(), escape=False, return_str=True, protected_patterns=IDENTIFIERS
+                )
                 splits[HELD_OUT.get(i % 10, "train")].append(line)
     folder.mkdir(parents=True, exist_ok=True)
     for split, lines in splits.items():

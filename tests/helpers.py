@@ -11,7 +11,7 @@ TOLERANCES: dict[torch.dtype, float] = {
     torch.float16: 4e-3,
     torch.bfloat16: 3e-2,
 }
-"""How far a result in a dtype may be from the reference, ``||given - wanted|| / ||wanted||``; never relaxed for a test."""
+"""How far from the reference a result may be, ``||given - wanted|| / ||wanted||``; never relaxed for a test."""
 
 
 def assert_close(given: Tensor, wanted: Tensor, what: str = "", dtype: torch.dtype | None = None) -> None:
@@ -19,7 +19,9 @@ def assert_close(given: Tensor, wanted: Tensor, what: str = "", dtype: torch.dty
     assert given.shape == wanted.shape, f"{what}: shape {tuple(given.shape)}, not {tuple(wanted.shape)}"
     given, wanted, tolerance = given.double(), wanted.double(), TOLERANCES[dtype or given.dtype]
     error, size = (given - wanted).norm().item(), wanted.norm().item()
-    assert error <= tolerance * size + 1e-15, f"{what}: off by {error / max(size, 1e-30):.1e}, more than {tolerance:.0e}"
+    assert error <= tolerance * size + 1e-15, (
+        f"{what}: off by {error / max(size, 1e-30):.1e}, more than {tolerance:.0e}"
+    )
 
 
 def randomized(rkm: RKM, seed: int = 0) -> RKM:

@@ -1,5 +1,7 @@
 """A corpus as one stream of tokens, cut into parallel streams and these into segments that follow each other."""
 
+import math
+
 import torch
 from fairseq.data import FairseqDataset
 from torch import Tensor
@@ -68,7 +70,7 @@ class StreamSegments(FairseqDataset):
         self.pad = pad
 
     def __len__(self) -> int:
-        return -(-self.source.size(1) // self.length)
+        return math.ceil(self.source.size(1) / self.length)
 
     def __getitem__(self, index: int) -> dict:
         columns = slice(index * self.length, (index + 1) * self.length)

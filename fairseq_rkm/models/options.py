@@ -1,6 +1,7 @@
 """The flags that all RKM models share, and the module that they describe."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
@@ -33,7 +34,7 @@ class RKMOptions(FairseqDataclass):
     backend: BACKEND_CHOICES = field(default="auto", metadata={"help": "how to compute the recurrence"})
 
 
-def build_rkm(options: RKMOptions, input_size: int, hidden_size: int, **arguments) -> RKM:
+def build_rkm(options: RKMOptions, input_size: int, hidden_size: int, **arguments: Any) -> RKM:
     """An RKM of the given sizes as the flags say; further arguments are the module's own."""
     return RKM(
         input_size,

@@ -2,9 +2,11 @@
 
 import logging
 from dataclasses import dataclass, field
-from typing import Optional
+from itertools import pairwise
+from typing import Any, Optional
 
 import torch
+from fairseq.data import Dictionary
 from fairseq.models import FairseqIncrementalDecoder, FairseqLanguageModel, register_model
 from fairseq.modules import AdaptiveSoftmax
 from omegaconf import II
@@ -45,7 +47,8 @@ class RKMLanguageModelConfig(RKMOptions):
     dropout_words: float = field(default=0.0, metadata={"help": "on whole words of the vocabulary"})
     dropout_weights: float = field(default=0.0, metadata={"help": "on the recurrent weights (DropConnect)"})
     adaptive_softmax_cutoff: Optional[str] = field(
-        default=None, metadata={"help": "comma-separated cutoffs of an adaptive softmax; needs --criterion adaptive_loss"}
+        default=None,
+        metadata={"help": "comma-separated cutoffs of an adaptive softmax; needs --criterion adaptive_loss"},
     )
     adaptive_softmax_dropout: float = field(default=0.0, metadata={"help": "on the adaptive softmax's projections"})
     adaptive_softmax_factor: float = field(default=4.0, metadata={"help": "how the adaptive softmax's sizes shrink"})
@@ -57,7 +60,7 @@ class RKMLanguageModel(FairseqLanguageModel):
     """A language model whose recurrence is any cell of Liang et al. (2019)."""
 
     @classmethod
-    def build_model(cls, cfg: RKMLanguageModelConfig, task) -> "RKMLanguageModel":
+    def build_model(cls, cfg: RKMLanguageModelConfig, task: Any) -> "RKMLanguageModel":
         """Build the model for a task's dictionaries.
 
         Raises:
@@ -81,8 +84,8 @@ def check_flags(cfg: RKMLanguageModelConfig, source_types: int, target_types: in
             )
         if cfg.decoder_layers == 1 and cfg.decoder_hidden_size != cfg.decoder_embed_dim:
             raise RKMError(
-                "with --share-decoder-input-output-embed a single layer ends at the embedding's size: make "
-                f"--decoder-hidden-size ({cfg.decoder_hidden_size}) and --decoder-embed-dim ({cfg.decoder_embed_dim}) equal"
+                "with --share-decoder-input-output-embed a single layer ends at the embedding's size: make --decoder-"
+                f"hidden-size ({cfg.decoder_hidden_size}) and --decoder-embed-dim ({cfg.decoder_embed_dim}) equal"
             )
     if cfg.criterion_name == "adaptive_loss" and not cfg.adaptive_softmax_cutoff:
         raise RKMError("--criterion adaptive_loss needs --adaptive-softmax-cutoff")
@@ -113,7 +116,7 @@ class RKMDecoder(FairseqIncrementalDecoder):
     :mod:`fairseq_rkm.models.carried_state`), training and evaluation each with its own.
     """
 
-    def __init__(self, cfg: RKMLanguageModelConfig, dictionary, output_dictionary) -> None:
+    def __init__(self, cfg: RKMLanguageModelConfig, dictionary: Dictionary, output_dictionary: Dictionary) -> None:
         super().__init__(dictionary)
         for name in ("dropout_words", "dropout_weights"):
             check_probability(f"--{name.replace('_', '-')}", getattr(cfg, name))
@@ -129,7 +132,7 @@ class RKMDecoder(FairseqIncrementalDecoder):
         if tied:
             sizes[-1] = cfg.decoder_embed_dim
         self.layers = nn.ModuleList(
-            build_rkm(cfg, m, d, weight_dropout=cfg.dropout_weights) for m, d in zip(sizes, sizes[1:], strict=False)
+            build_rkm(cfg, m, d, weight_dropout=cfg.dropout_weights) for m, d in pairwise(sizes)
         )
         self.adaptive_softmax = self.output_projection = None
         types = len(output_dictionary)
@@ -149,7 +152,7 @@ class RKMDecoder(FairseqIncrementalDecoder):
     def forward(
         self,
         prev_output_tokens: Tensor,
-        encoder_out=None,
+        encoder_out: None = None,
         incremental_state: Optional[dict] = None,
         src_lengths: Optional[Tensor] = None,
         segment: Optional[int] = None,
@@ -204,9 +207,9 @@ class RKMDecoder(FairseqIncrementalDecoder):
         """Logits; with an adaptive softmax the features as they are, since that comes with the loss."""
         return features if self.output_projection is None else self.output_projection(features)
 
-    def extract_features(self, prev_output_tokens: Tensor, encoder_out=None, incremental_state=None, **kwargs):
+    def extract_features(self, prev_output_tokens: Tensor, **kwargs: Any) -> tuple[Tensor, dict]:
         """:meth:`forward` up to the softmax."""
-        return self.forward(prev_output_tokens, encoder_out, incremental_state, features_only=True, **kwargs)
+        return self.forward(prev_output_tokens, features_only=True, **kwargs)
 
     def reorder_incremental_state(self, incremental_state: dict, new_order: Tensor) -> None:
         """Follow the beams: all of the state, n-gram contexts included."""
@@ -231,7 +234,7 @@ def check_streams(states: States, tokens: Tensor) -> States:
     return [state.to(tokens.device) for state in states]
 
 
-def _embedding(cfg: RKMLanguageModelConfig, dictionary) -> nn.Embedding:
+def _embedding(cfg: RKMLanguageModelConfig, dictionary: Dictionary) -> nn.Embedding:
     embedding = nn.Embedding(len(dictionary), cfg.decoder_embed_dim, padding_idx=dictionary.pad())
     nn.init.uniform_(embedding.weight, -0.1, 0.1)
     if cfg.decoder_embed_path:

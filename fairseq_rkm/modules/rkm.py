@@ -111,18 +111,12 @@ class RKM(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for what, size in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
-            if size < 1:
-                raise RKMError(f"{what} must be at least 1, not {size}")
-        if ngram < 1:
-            raise RKMError(f"ngram must be at least 1, not {ngram}")
+        _check_sizes(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers, ngram=ngram)
+        _check_scales(sigma_i2=sigma_i2, sigma_f2=sigma_f2)
         if ngram_padding not in NGRAM_PADDINGS:
             raise RKMError(f"unknown ngram_padding {ngram_padding!r}; choose causal or same")
         if ngram_padding == "same" and ngram % 2 == 0:
             raise RKMError(f"ngram_padding 'same' centres an odd window; ngram is {ngram}")
-        for what, sigma in (("sigma_i2", sigma_i2), ("sigma_f2", sigma_f2)):
-            if not 0 < sigma < 1:
-                raise RKMError(f"{what} must lie within (0, 1), not be {sigma}")
         check_probability("weight_dropout", weight_dropout)
         check_backend(backend)
 
@@ -178,7 +172,7 @@ class RKM(nn.Module):
         return shapes
 
     def reset_parameters(self) -> None:
-        """Matrices and biases from U(-1/sqrt(d), 1/sqrt(d)), as ``nn.LSTM``'s; the forget bias, norms and sigmas set."""
+        """Matrices and biases from U(-1/sqrt(d), 1/sqrt(d)) as ``nn.LSTM``'s; forget bias, norms and sigmas as set."""
         bound = 1 / math.sqrt(self.hidden_size)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
@@ -266,12 +260,13 @@ class RKM(nn.Module):
             value: Tensor | None = getattr(self, f"{kind}_{name}", None)
             return value if value is None else value.to(dtype or value.dtype)
 
+        matrix: Tensor = getattr(self, f"weight_ih_{name}")
         recurrent = parameter("weight_hh")
         if recurrent is not None and self.weight_dropout:
             recurrent = F.dropout(recurrent, self.weight_dropout, self.training)
         sigma_i, sigma_f = getattr(self, f"sigma_i_logit_{name}", None), getattr(self, f"sigma_f_logit_{name}", None)
         return Weights(
-            input=parameter("weight_ih"),
+            input=matrix.to(dtype or matrix.dtype),
             recurrent=recurrent,
             bias=parameter("bias"),
             norm_weight=getattr(self, f"norm_weight_{name}", None),
@@ -298,7 +293,8 @@ class RKM(nn.Module):
         for what, tensor in (("hidden", hidden), ("cell", cell)):
             if tensor.shape != shape:
                 raise RKMError(
-                    f"the state's {what} must have shape (layers * directions, B, d) = {shape}, not {tuple(tensor.shape)}"
+                    f"the state's {what} must have shape (layers * directions, B, d) = {shape}, "
+                    f"not {tuple(tensor.shape)}"
                 )
         if context is not None:
             wanted = [(self.ngram - 1, x.size(1), self.layer_input_size(k)) for k in range(self.num_layers)]
@@ -318,7 +314,7 @@ class RKM(nn.Module):
         """
         if lstm.proj_size:
             raise RKMError(f"an LSTM with projections (proj_size={lstm.proj_size}) has no RKM counterpart")
-        first = lstm.weight_ih_l0
+        first: Tensor = lstm.get_parameter("weight_ih_l0")
         rkm = cls(
             lstm.input_size, lstm.hidden_size, lstm.num_layers, "lstm", bias=lstm.bias, dropout=lstm.dropout,
             bidirectional=lstm.bidirectional, batch_first=lstm.batch_first, device=first.device, dtype=first.dtype,
@@ -340,7 +336,7 @@ class RKM(nn.Module):
         """
         if self.cell != "lstm" or self.ngram > 1 or not self.feedback or self.layer_norm:
             raise RKMError("only cell='lstm' with ngram 1, feedback and no layer norm is an nn.LSTM")
-        first = self.weight_ih_l0
+        first = self.get_parameter("weight_ih_l0")
         lstm = nn.LSTM(
             self.input_size, self.hidden_size, self.num_layers, self.bias, self.batch_first, self.dropout.p,
             self.bidirectional, device=first.device, dtype=first.dtype,
@@ -376,6 +372,18 @@ _LSTM_GATES = ("input", "forget", "candidate", "output")
 def _restack(value: Tensor, given: tuple[str, ...], wanted: tuple[str, ...]) -> Tensor:
     blocks = dict(zip(given, value.chunk(len(given)), strict=True))
     return torch.cat([blocks[gate] for gate in wanted])
+
+
+def _check_sizes(**sizes: int) -> None:
+    for what, size in sizes.items():
+        if size < 1:
+            raise RKMError(f"{what} must be at least 1, not {size}")
+
+
+def _check_scales(**scales: float) -> None:
+    for what, scale in scales.items():
+        if not 0 < scale < 1:
+            raise RKMError(f"{what} must lie within (0, 1), not be {scale}")
 
 
 def _logit(p: float) -> float:

@@ -10,7 +10,7 @@ memory has no loop.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ class _Recurrence(torch.autograd.Function):
         numbers = {name: value for name, value in weights._asdict().items() if isinstance(value, float)}
         ctx.numbers = numbers
         ctx.save_for_backward(
-            keep, inputs, gates, run.hidden, run.memory, run.raw, run.mean, run.rstd,
+            keep, inputs, gates, run.hidden, run.memory, *(run.norm or (None, None, None)),
             *(None if name in numbers else value for name, value in weights._asdict().items()),
         )  # fmt: skip
         return run.results()
@@ -62,11 +62,20 @@ class _Recurrence(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor, grad_hidden: Tensor, grad_memory: Tensor) -> tuple[Any, ...]:
         keep, inputs, gates, hidden, memory, raw, mean, rstd, *tensors = ctx.saved_tensors
         weights = Weights(*tensors)._replace(**ctx.numbers)
-        run = _Backward(ctx.cell, weights, gates, hidden, memory, keep, raw, mean, rstd)
+        norm = None if raw is None else _Norm(raw, mean, rstd)
+        run = _Backward(ctx.cell, weights, gates, hidden, memory, keep, norm)
         grad_hidden, grad_memory = run.loop(grad_output, grad_hidden, grad_memory)
         needs = dict(zip(Weights._fields, ctx.needs_input_grad[5:], strict=True))
         grad_inputs, grads = run.parameters(inputs, ctx.needs_input_grad[2], needs)
         return None, None, grad_inputs, grad_hidden, grad_memory, *grads
+
+
+class _Norm(NamedTuple):
+    """What the layer norm's backward needs: ``c_t`` before it, ``(T, B, d)``, and its statistics, ``(T, B, 1)``."""
+
+    raw: Tensor
+    mean: Tensor
+    rstd: Tensor
 
 
 def _blocks(steps: int, feedback: bool) -> Iterator[slice]:
@@ -92,10 +101,10 @@ class _Forward:
         self.memory = memory.new_empty(steps + 1, batch, size)
         self.hidden[0], self.memory[0] = hidden, memory
         self.keep = None if keep is None else keep.unsqueeze(-1)
-        self.raw = self.mean = self.rstd = None
+        self.norm = None
         if weights.norm_weight is not None:
-            self.raw = torch.empty_like(self.memory[1:])
-            self.mean, self.rstd = (memory.new_empty(steps, batch, 1) for _ in range(2))
+            statistics = (memory.new_empty(steps, batch, 1) for _ in range(2))
+            self.norm = _Norm(torch.empty_like(self.memory[1:]), *statistics)
 
     def loop(self) -> None:
         recurrent = None if self.weights.recurrent is None else self.weights.recurrent.t()
@@ -142,7 +151,7 @@ class _Forward:
         cell, weights, gates = self.cell, self.weights, self.gates[now]
         candidate, previous = gates[..., self.at[CANDIDATE]], self.memory[before]
         kept = self.memory[now.start + 1 : now.stop + 1]
-        new = kept if self.raw is None else self.raw[now]
+        new = kept if self.norm is None else self.norm.raw[now]
         if cell.input_is_complement:
             torch.lerp(candidate, previous, gates[..., self.at[FORGET]], out=new)
         else:
@@ -151,8 +160,8 @@ class _Forward:
                 new.addcmul_(gates[..., self.at[FORGET]], previous)
             elif cell.has_memory:
                 new.add_(previous * weights.sigma_f)
-        if self.raw is not None:
-            kept[...], self.mean[now], self.rstd[now] = torch.native_layer_norm(
+        if self.norm is not None:
+            kept[...], self.norm.mean[now], self.norm.rstd[now] = torch.native_layer_norm(
                 new, new.shape[-1:], weights.norm_weight, weights.norm_bias, LAYER_NORM_EPS
             )
         if self.keep is not None and cell.has_memory:
@@ -174,13 +183,13 @@ class _Backward:
 
     def __init__(
         self, cell: Cell, weights: Weights, gates: Tensor, hidden: Tensor, memory: Tensor, keep: Tensor | None,
-        raw: Tensor | None, mean: Tensor | None, rstd: Tensor | None,
+        norm: _Norm | None,
     ) -> None:  # fmt: skip
         self.cell, self.weights, self.gates, self.hidden, self.memory = cell, weights, gates, hidden, memory
-        self.raw, self.mean, self.rstd = raw, mean, rstd
+        self.norm = norm
         self.keep = None if keep is None else keep.unsqueeze(-1).to(memory.dtype)
         self.at = gate_slices(cell, hidden.size(2))
-        self.normed_grad = None if raw is None else torch.empty_like(raw)
+        self.normed_grad = torch.empty_like(memory[1:] if norm is not None else memory[:0])
         self._factors()
 
     def _factors(self) -> None:
@@ -260,10 +269,10 @@ class _Backward:
 
     def _through_norm(self, block: slice, grad: Tensor) -> Tensor:
         """From the gradient of ``c_t`` to the memory gates' and, returned, to that of ``c_t`` before the layer norm."""
-        if self.raw is not None:
+        if self.norm is not None:
             self.normed_grad[block] = grad if self.keep is None else grad * self.keep[block]
             grad = torch.ops.aten.native_layer_norm_backward(
-                grad, self.raw[block], grad.shape[-1:], self.mean[block], self.rstd[block],
+                grad, self.norm.raw[block], grad.shape[-1:], self.norm.mean[block], self.norm.rstd[block],
                 self.weights.norm_weight, self.weights.norm_bias, [True, False, False],
             )[0]  # fmt: skip
         size = self.hidden.size(2)
@@ -293,9 +302,9 @@ class _Backward:
             grads["recurrent"] = fed_back.t() @ hidden[:-1].flatten(0, 1)
         if needs["bias"]:
             grads["bias"] = self.factors.sum((0, 1)).to(inputs.dtype)
-        if self.raw is not None and (needs["norm_weight"] or needs["norm_bias"]):
+        if self.norm is not None and (needs["norm_weight"] or needs["norm_bias"]):
             grads["norm_weight"], grads["norm_bias"] = torch.ops.aten.native_layer_norm_backward(
-                self.normed_grad, self.raw, self.raw.shape[-1:], self.mean, self.rstd,
+                self.normed_grad, self.norm.raw, (size,), self.norm.mean, self.norm.rstd,
                 weights.norm_weight, weights.norm_bias, [False, True, True],
             )[1:]  # fmt: skip
         # The candidate's gradient is s_i times that of c_t before the layer norm: s_i > 0.

@@ -104,9 +104,7 @@ CELLS: dict[str, Cell] = {
         Cell("linear_kernel", "Linear Kernel", (CANDIDATE,), (CANDIDATE,), squash_output=True),
         Cell("gated_cnn", "Gated CNN", (CANDIDATE, OUTPUT), (), has_memory=False),
         Cell("cnn", "CNN", (CANDIDATE,), (), has_memory=False, squash_output=True),
-        Cell(
-            "ran", "RAN", (CANDIDATE, INPUT, FORGET), (INPUT, FORGET), squash_output=True, source="Lee et al. 2017"
-        ),
+        Cell("ran", "RAN", (CANDIDATE, INPUT, FORGET), (INPUT, FORGET), squash_output=True, source="Lee et al. 2017"),
     )
 }
 

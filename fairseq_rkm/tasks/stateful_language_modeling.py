@@ -54,7 +54,7 @@ class StatefulLanguageModelingTask(LanguageModelingTask):
         self.gathered: Optional[list[Tensor]] = None
 
     @classmethod
-    def setup_task(cls, cfg: StatefulLanguageModelingConfig, **kwargs: Any) -> "StatefulLanguageModelingTask":
+    def setup_task(cls, cfg: StatefulLanguageModelingConfig, **_kwargs: Any) -> "StatefulLanguageModelingTask":
         """Load the dictionary and check the flags.
 
         Raises:
@@ -83,7 +83,9 @@ class StatefulLanguageModelingTask(LanguageModelingTask):
         model = super().build_model(cfg, from_checkpoint)
         carried = getattr(model.decoder, "carried", None)
         if carried is None:
-            raise RKMError(f"{type(model).__name__} carries no state between segments: use --arch rkm_lm, or another task")
+            raise RKMError(
+                f"{type(model).__name__} carries no state between segments: use --arch rkm_lm, or another task"
+            )
         self.training_state = carried[True]
         return model
 
@@ -191,7 +193,9 @@ class StatefulLanguageModelingTask(LanguageModelingTask):
                 f"the checkpoint carries the state of {len(state['ranks'])} processes' streams, but {world} resume: "
                 "start as many, or begin an epoch anew with --reset-dataloader"
             )
-        self.training_state.restore(state["segment"], _unflatten(state["ranks"][rank], state["shapes"], state["layers"]))
+        self.training_state.restore(
+            state["segment"], _unflatten(state["ranks"][rank], state["shapes"], state["layers"])
+        )
 
 
 def _tensors(states: list[RKMState]) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """A user's mistake ends a command with one sentence, before training, and a status that is not 0."""
 
 import argparse
+import os
 import shutil
 
 import pytest
@@ -33,7 +34,10 @@ def test_unknown_names(data, tmp_path, flag, value):
         (["--update-freq", 2], "--update-freq above 1"),
         (["--batch-size", 2000], "fewer than the 2000 parallel streams"),
         (["--dropout-hidden", 1], "--dropout-hidden must lie within [0, 1), not be 1.0"),
-        (["--arch", "lstm_lm", "--decoder-out-embed-dim", 8], "LSTMLanguageModel carries no state between segments: use --arch rkm_lm"),
+        (
+            ["--arch", "lstm_lm", "--decoder-out-embed-dim", 8],
+            "LSTMLanguageModel carries no state between segments: use --arch rkm_lm",
+        ),
         (["--train-subset", "nowhere"], "no binarized split 'nowhere'"),
         (["--valid-subset", "nowhere"], "no binarized split 'nowhere'"),
     ],
@@ -43,7 +47,7 @@ def test_flags(data, tmp_path, flags, message):
 
 
 def test_no_batch_size(data, tmp_path):
-    flags = [flag for flag in SMALL if flag != "--batch-size" and flag != "4"]
+    flags = [flag for flag in SMALL if flag not in {"--batch-size", "4"}]
     result = fairseq("train", data, *flags, "--max-tokens", 100, "--save-dir", tmp_path, "--max-update", 1)
     assert "needs --batch-size" in result.error
 
@@ -97,12 +101,12 @@ def test_a_truncated_checkpoint(trained, data, tmp_path):
 
 
 class Malicious:
+    """What unpickling must not run."""
+
     def __init__(self, command: str) -> None:
         self.command = command
 
     def __reduce__(self):
-        import os
-
         return os.system, (self.command,)
 
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fairseq_rkm import CELLS, RKM, RKMError, RKMState
+from fairseq_rkm.modules import rkm as rkm_module
 from fairseq_rkm.ops import BACKENDS
 
 DOUBLE = torch.float64
@@ -39,7 +40,9 @@ def test_initial_values():
     learned = RKM(3, 4, cell="linear_kernel", learn_sigma=True)
     assert learned.sigma_i_logit_l0.item() == 0
     assert learned.sigma_f_logit_l0.eq(0).all()
-    torch.testing.assert_close(RKM(3, 4, cell="cnn", learn_sigma=True, sigma_i2=0.2).sigma_i_logit_l0.sigmoid().item(), 0.2)
+    torch.testing.assert_close(
+        RKM(3, 4, cell="cnn", learn_sigma=True, sigma_i2=0.2).sigma_i_logit_l0.sigmoid().item(), 0.2
+    )
 
 
 def test_learned_sigmas_start_as_the_fixed_ones():
@@ -51,7 +54,10 @@ def test_learned_sigmas_start_as_the_fixed_ones():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("layers", "bidirectional", "batch_first", "bias"), [(1, False, False, True), (3, True, True, True), (2, True, False, False)])
+@pytest.mark.parametrize(
+    ("layers", "bidirectional", "batch_first", "bias"),
+    [(1, False, False, True), (3, True, True, True), (2, True, False, False)],
+)
 def test_from_lstm_and_back_are_the_same_function(backend, layers, bidirectional, batch_first, bias):
     lstm = nn.LSTM(3, 5, layers, bias, batch_first, bidirectional=bidirectional, dtype=DOUBLE)
     rkm = RKM.from_lstm(lstm)
@@ -65,8 +71,8 @@ def test_from_lstm_and_back_are_the_same_function(backend, layers, bidirectional
         assert_close(output, expected)
         assert_close(final.hidden, hidden)
         assert_close(final.cell, cell)
-    wanted, = torch.autograd.grad(expected.pow(2).sum(), x)
-    given_, = torch.autograd.grad(rkm(x, (state[0], state[1]))[0].pow(2).sum(), x)
+    (wanted,) = torch.autograd.grad(expected.pow(2).sum(), x)
+    (given_,) = torch.autograd.grad(rkm(x, (state[0], state[1]))[0].pow(2).sum(), x)
     assert_close(given_, wanted)
 
 
@@ -143,7 +149,7 @@ def test_locked_dropout_between_layers_and_none_behind_the_last():
     seen = []
     rkm.dropout.register_forward_hook(lambda _module, inputs, output: seen.append((inputs[0], output)))
     output, _ = rkm(torch.randn(7, 2, 3))
-    (before, after), = seen
+    ((before, after),) = seen
     kept = after.ne(0)
     assert (kept == kept[:1]).all(), "one mask for all steps"
     assert 0.2 < kept[0].float().mean() < 0.8
@@ -156,12 +162,10 @@ def test_locked_dropout_between_layers_and_none_behind_the_last():
 def test_weight_dropout_reaches_the_recurrent_weights_and_these_alone(backend, monkeypatch):
     rkm = RKM(3, 20, weight_dropout=0.5, backend=backend)
     used = []
-    from fairseq_rkm.modules import rkm as module
-
-    run = module.recurrence
-    monkeypatch.setattr(module, "recurrence", lambda *args: used.append(args[2]) or run(*args))
+    run = rkm_module.recurrence
+    monkeypatch.setattr(rkm_module, "recurrence", lambda *args: used.append(args[2]) or run(*args))
     rkm(torch.randn(9, 2, 3))[0].sum().backward()
-    weights, = used
+    (weights,) = used
     dropped = weights.recurrent.eq(0)
     assert 0.4 < dropped.float().mean() < 0.6
     torch.testing.assert_close(weights.recurrent[~dropped], 2 * rkm.weight_hh_l0[~dropped])

@@ -41,10 +41,11 @@ def compare(backend, steps=5, batch=4, sizes=(3, 5), mask="none", dtype=torch.fl
         assert_close(given[what], value, what, dtype)
 
 
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize(("ngram", "padding"), NGRAMS)
-def test_all_variants(poisoned, backend, cell, ngram, padding):
+def test_all_variants(backend, cell, ngram, padding):
     variants = itertools.product((None, False), (False, True), (False, True), ("none", "mixed"))
     for feedback, layer_norm, bidirectional, mask in variants:
         compare(
@@ -53,10 +54,11 @@ def test_all_variants(poisoned, backend, cell, ngram, padding):
         )  # fmt: skip
 
 
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("mask", ["left", "right"])
-def test_learned_sigmas_and_two_layers(poisoned, backend, cell, mask):
+def test_learned_sigmas_and_two_layers(backend, cell, mask):
     for layer_norm in (False, True):
         compare(backend, mask=mask, cell=cell, learn_sigma=True, layer_norm=layer_norm, num_layers=2)
 
@@ -70,7 +72,9 @@ def test_other_dtypes(backend, cell, dtype):
 
 
 @pytest.mark.parametrize("backend", FAST)
-@pytest.mark.parametrize(("steps", "batch", "sizes"), [(1, 1, (1, 1)), (63, 2, (7, 33)), (2, 17, (5, 3)), (0, 3, (2, 2)), (3, 0, (2, 2))])
+@pytest.mark.parametrize(
+    ("steps", "batch", "sizes"), [(1, 1, (1, 1)), (63, 2, (7, 33)), (2, 17, (5, 3)), (0, 3, (2, 2)), (3, 0, (2, 2))]
+)
 def test_odd_sizes(backend, steps, batch, sizes):
     for cell in ("rkm_lstm", "rkm_cifg", "cnn"):
         compare(backend, steps=steps, batch=batch, sizes=sizes, cell=cell, ngram=3)
@@ -104,8 +108,8 @@ def test_a_backward_can_be_repeated_and_leaves_no_trace(backend):
     x = torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
     output, _ = rkm(x)
     kept = output.detach().clone()
-    first, = torch.autograd.grad(output.sum(), x, retain_graph=True)
-    second, = torch.autograd.grad(output.sum(), x)
+    (first,) = torch.autograd.grad(output.sum(), x, retain_graph=True)
+    (second,) = torch.autograd.grad(output.sum(), x)
     assert torch.equal(first, second)
     assert torch.equal(output, kept)
 
