@@ -1,6 +1,6 @@
 """Read fairseq's output (``--log-format json``), keep it all in a file and print one short line an interval.
 
-    fairseq-train ... --log-format json | python scripts/progress.py run/output.log --updates 1200
+    fairseq-train ... --log-format json | python scripts/progress.py run/train.log --updates 1200
 
 If fairseq fails, the end of its output is printed, so that nothing need be looked up.
 """

@@ -2,7 +2,7 @@
 # Train and evaluate three language models of the same width and compare them, through fairseq's own commands.
 #   bash scripts/quickstart.sh        on the Python language reference: about 5 minutes on 2 CPU cores
 #   bash scripts/quickstart.sh DIR    on DIR/train.txt, DIR/valid.txt and DIR/test.txt, tokenised, a sentence a line
-# An interrupted run goes on where it stopped. UPDATES sets the length of training (default 1200 updates a model).
+# An interrupted run goes on where it stopped. UPDATES sets the length of training (default 1000 updates a model).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 say() { printf '\n== %s\n' "$*"; }
@@ -18,7 +18,7 @@ fi
 bash scripts/setup.sh
 export PATH="$PWD/.venv/bin:$PATH" PYTHONWARNINGS=ignore
 out=runs/quickstart${text:+-$(basename "$text")}
-updates=${UPDATES:-1200}
+updates=${UPDATES:-1000}
 mkdir -p "$out"
 
 if [ -z "$text" ]; then
@@ -41,14 +41,14 @@ for cell in rkm_lstm lstm linear_kernel_gated; do
   say "fairseq-train --user-dir fairseq_rkm --task stateful_language_modeling --arch rkm_lm --cell $cell"
   fairseq-train "$out/data" --user-dir fairseq_rkm --task stateful_language_modeling --arch rkm_lm --cell "$cell" \
     --layer-norm --decoder-embed-dim 200 --decoder-hidden-size 200 --decoder-layers 2 \
-    --share-decoder-input-output-embed --dropout 0.3 --dropout-input 0.3 --dropout-hidden 0.3 --dropout-words 0.1 \
+    --share-decoder-input-output-embed --dropout 0.4 --dropout-input 0.3 --dropout-hidden 0.3 --dropout-words 0.1 \
     --batch-size 20 --tokens-per-sample 35 --optimizer adam --lr 0.004 --lr-scheduler polynomial_decay \
     --total-num-update "$updates" --max-update "$updates" --clip-norm 0.25 --seed 1 --num-workers 0 \
     --validate-interval-updates 100 --save-interval-updates 100 --keep-interval-updates 1 --no-epoch-checkpoints \
     --validate-interval 1000000 --save-interval 1000000 --save-dir "$run" \
-    --log-format json --log-interval 25 --log-file "$run/train.log" 2>&1 |
-    python scripts/progress.py "$run/output.log" --updates "$updates" ||
-    fail "training failed; the whole output is in $run/output.log"
+    --log-format json --log-interval 25 2>&1 |
+    python scripts/progress.py "$run/train.log" --updates "$updates" ||
+    fail "training failed; the whole output is in $run/train.log"
   for split in valid test; do
     fairseq-eval-lm "$out/data" --user-dir fairseq_rkm --task stateful_language_modeling --gen-subset "$split" \
       --batch-size 1 --path "$run/checkpoint_best.pt" --num-workers 0 --log-format none > "$run/$split.log" 2>&1 ||

@@ -2,9 +2,9 @@
 
     python scripts/report.py RUN [RUN ...] --out FOLDER
 
-A run is a folder with what ``fairseq-train --log-format json --log-file RUN/train.log --save-dir RUN`` left, and, if
-``fairseq-eval-lm``'s output was kept, RUN/valid.log and RUN/test.log. Writes FOLDER/results.md, results.json and
-curves.png, and prints the table.
+A run is a folder with what ``fairseq-train --log-format json --save-dir RUN > RUN/train.log 2>&1`` left, and, if
+``fairseq-eval-lm``'s output was kept likewise, RUN/valid.log and RUN/test.log. Writes FOLDER/results.md, results.json
+and curves.png, and prints the table.
 """
 
 import argparse

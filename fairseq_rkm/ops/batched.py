@@ -49,12 +49,9 @@ class _Recurrence(torch.autograd.Function):
         run = _Forward(cell, weights, gates, hidden, memory, keep)
         run.loop()
         ctx.cell = cell
-        numbers = {name: value for name, value in weights._asdict().items() if isinstance(value, float)}
-        ctx.numbers = numbers
-        ctx.save_for_backward(
-            keep, inputs, gates, run.hidden, run.memory, *(run.norm or (None, None, None)),
-            *(None if name in numbers else value for name, value in weights._asdict().items()),
-        )  # fmt: skip
+        ctx.numbers = weights.numbers()
+        norm = run.norm or (None, None, None)
+        ctx.save_for_backward(keep, inputs, gates, run.hidden, run.memory, *norm, *weights.tensors())
         return run.results()
 
     @staticmethod
@@ -307,13 +304,29 @@ class _Backward:
                 self.normed_grad, self.norm.raw, (size,), self.norm.mean, self.norm.rstd,
                 weights.norm_weight, weights.norm_bias, [False, True, True],
             )[1:]  # fmt: skip
-        # The candidate's gradient is s_i times that of c_t before the layer norm: s_i > 0.
         if needs["sigma_i"] or needs["sigma_f"]:
-            grad_memory = self.factors[..., self.at[CANDIDATE]] / weights.sigma_i
-            grads["sigma_i"] = (grad_memory * self.gates[..., self.at[CANDIDATE]]).sum()
-            if self.cell.has_memory:
-                grads["sigma_f"] = (grad_memory * self.memory[:-1]).sum((0, 1))
+            block = self.at[CANDIDATE]
+            grads["sigma_i"], grads["sigma_f"] = sigma_gradients(
+                self.factors[..., block], self.gates[..., block], self.memory[:-1], weights.sigma_i
+            )
         return grad_inputs, [grads[name] if needs[name] else None for name in Weights._fields]
+
+
+def sigma_gradients(
+    grad_candidate: Tensor, candidate: Tensor, previous: Tensor, sigma_i: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the constant scales ``s_i`` and ``s_f``.
+
+    The candidate's gradient is ``s_i > 0`` times that of ``c_t`` before the layer norm.
+
+    Args:
+        grad_candidate: of ``c~_t``, ``(T, B, d)``.
+        candidate: ``c~_t``, likewise.
+        previous: ``c_{t-1}``, likewise.
+        sigma_i: ``s_i``.
+    """
+    grad_memory = grad_candidate / sigma_i
+    return (grad_memory * candidate).sum(), (grad_memory * previous).sum((0, 1))
 
 
 def _sigmoid_slope(value: Tensor) -> Tensor:

@@ -29,6 +29,14 @@ class Weights(NamedTuple):
     sigma_i: Tensor | float = 0.5
     sigma_f: Tensor | float = 0.5
 
+    def numbers(self) -> dict[str, float]:
+        """The fields that are plain numbers."""
+        return {name: value for name, value in self._asdict().items() if isinstance(value, float)}
+
+    def tensors(self) -> list[Tensor | None]:
+        """The fields in order, None in the place of plain numbers: what autograd can save."""
+        return [None if isinstance(value, float) else value for value in self]
+
 
 def memory_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type in which ``c_t`` is kept: that of the inputs, but never below float32."""

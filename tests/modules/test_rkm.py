@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import TOLERANCES, assert_close, random_mask, randomized
+from helpers import assert_close, random_mask, randomized
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -12,6 +12,7 @@ from fairseq_rkm.modules import rkm as rkm_module
 from fairseq_rkm.ops import BACKENDS
 
 DOUBLE = torch.float64
+CPU_BACKENDS = [name for name in BACKENDS if name != "persistent"]
 
 
 def test_parameters_have_the_contract_s_names_and_shapes():
@@ -53,7 +54,7 @@ def test_learned_sigmas_start_as_the_fixed_ones():
     assert_close(learned(x)[0], fixed(x)[0])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize(
     ("layers", "bidirectional", "batch_first", "bias"),
     [(1, False, False, True), (3, True, True, True), (2, True, False, False)],
@@ -158,7 +159,7 @@ def test_locked_dropout_between_layers_and_none_behind_the_last():
     assert torch.equal(*(rkm.eval()(torch.ones(7, 2, 3))[0] for _ in range(2)))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_weight_dropout_reaches_the_recurrent_weights_and_these_alone(backend, monkeypatch):
     rkm = RKM(3, 20, weight_dropout=0.5, backend=backend)
     used = []
@@ -196,7 +197,7 @@ def test_same_padding_and_backward_windows():
 
 variants = st.fixed_dictionaries({
     "cell": st.sampled_from(list(CELLS)),
-    "backend": st.sampled_from(list(BACKENDS)),
+    "backend": st.sampled_from(CPU_BACKENDS),
     "ngram": st.integers(1, 4),
     "layer_norm": st.booleans(),
     "num_layers": st.integers(1, 2),
@@ -271,10 +272,6 @@ def test_non_contiguous_inputs_are_fine():
     rkm = RKM(4, 3)
     x = torch.randn(4, 5, 2).permute(1, 2, 0)
     assert torch.equal(rkm(x)[0], rkm(x.contiguous())[0])
-
-
-def test_every_tolerance_is_for_a_dtype_in_use():
-    assert set(TOLERANCES) == {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 
 
 @pytest.mark.parametrize(("cell", "feedback"), itertools.product(CELLS, (None, False)))

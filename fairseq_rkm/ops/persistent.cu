@@ -1,0 +1,555 @@
+// Recurrences with feedback: one launch for a whole sequence, the recurrent weights in shared memory all along.
+//
+// The batch is cut into GROUPS that know nothing of each other; within a group each of SLICES blocks owns UNITS units
+// (their weights, their memory) for ROWS rows. A step is one product on the tensor cores with what all blocks of the
+// group published at the step before (h_{t-1} forward, the gates' gradients backward), a sum over warps, and the
+// cell's pointwise equations, after which the block publishes its own part and raises its flag. A warp waits only
+// for the flags of the blocks whose values it multiplies.
+//
+// ops/persistent.py compiles this with the sizes and the cell (a row of ops/cells.py) as macros. Indices:
+//   u unit in the block, j = slice * UNITS + u unit of the layer, n row in the group, b row of the batch (a batch too
+//   large for one launch is run in several, from row `first` on), g gate in stacking order, r = g - FIRST_RECURRENT.
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned char u8;
+
+#define THREADS (WARPS * 32)
+#define TILES ((ROWS + 7) / 8)             // of 8 rows of the batch: the product's N
+#define PADDED (TILES * 8)
+#define LANE_ELEMENTS (16 / ELEMENT)       // a lane moves 16 bytes
+#define CHUNK (64 / ELEMENT)               // of the product's K: 64 bytes of each row, two tensor-core steps
+#define CEIL(a, b) (((a) + (b) - 1) / (b))
+#define PASS_TILES (TILES < MAX_PASS_TILES ? TILES : MAX_PASS_TILES)
+#define PASSES CEIL(TILES, PASS_TILES)
+#define PASS_ROWS (PASS_TILES * 8)
+#define PITCH (PASS_ROWS + 1)              // odd: no bank conflicts
+#define PER_PASS CEIL(UNITS * PASS_ROWS, THREADS)
+#define ITEMS (PASSES * PER_PASS)          // (unit, row) pairs that a thread owns
+
+// Both products: M rows of weights in this block, K values published by the group for each row of the batch.
+#define FORWARD_M (RECURRENT * UNITS)
+#define FORWARD_K (SLICES * UNITS)
+#define BACKWARD_M UNITS
+#define BACKWARD_K (SLICES * RECURRENT * UNITS)
+
+#if ELEMENT == 4
+typedef float Stored;
+__device__ __forceinline__ float widen(Stored x) { return x; }
+__device__ __forceinline__ Stored narrow(float x) { return x; }
+// What the tensor cores read: rounded, where they would cut off.
+__device__ __forceinline__ Stored operand(float x) {
+    u32 y;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+    return __uint_as_float(y);
+}
+#define MMA "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32"
+#else
+typedef u16 Stored;
+#if BF16
+__device__ __forceinline__ float widen(Stored x) { return __uint_as_float(u32(x) << 16); }
+__device__ __forceinline__ Stored narrow(float x) {
+    u16 y;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
+    return y;
+}
+#define MMA "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+#else
+__device__ __forceinline__ float widen(Stored x) {
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+    return y;
+}
+__device__ __forceinline__ Stored narrow(float x) {
+    u16 y;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
+    return y;
+}
+#define MMA "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+#endif
+__device__ __forceinline__ Stored operand(float x) { return narrow(x); }
+#endif
+
+__device__ __forceinline__ float sigmoid(float x) { return 1.f / (1.f + __expf(-x)); }
+__device__ __forceinline__ float hyperbolic(float x) { return 2.f / (1.f + __expf(-2.f * x)) - 1.f; }
+
+// Published values come from other multiprocessors during this launch: read them past the first-level cache.
+__device__ __forceinline__ uint4 load_published(const Stored* p) {
+    uint4 v;
+    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ void multiply(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm(MMA " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void raise_flag(u32* flag, u32 value) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence();
+        asm volatile("st.release.gpu.global.u32 [%0], %1;" :: "l"(flag), "r"(value) : "memory");
+    }
+}
+
+// A warp waits until the blocks [first, last] of its group have published step `value`.
+__device__ __forceinline__ void wait_for(const u32* flags, int first, int last, u32 value) {
+    for (int s = first + int(threadIdx.x % 32); s <= last; s += 32) {
+        u32 seen;
+        do {
+            asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(flags + s) : "memory");
+        } while (seen < value);
+    }
+    __syncwarp();
+}
+
+// The weights' rows in shared memory, in steps of 16 bytes: an odd number of chunks apart, so that the lanes of a tensor
+// core's tile (8 rows, 4 times 16 bytes of each) meet in no bank.
+#define WEIGHT_PITCH(K) ((CEIL(K, CHUNK) | 1) * 4)
+
+template <int M, int K, typename At>
+__device__ __forceinline__ void stage_weights(uint4* staged, At at) {
+    const int pitch = WEIGHT_PITCH(K);
+    for (int i = threadIdx.x; i < M * pitch; i += THREADS) {
+        const int row = i / pitch, k = i % pitch * LANE_ELEMENTS;
+        union { uint4 v; Stored e[LANE_ELEMENTS]; } packed;
+        for (int e = 0; e < LANE_ELEMENTS; ++e) packed.e[e] = k + e < K ? at(row, k + e) : operand(0.f);
+        staged[i] = packed.v;
+    }
+}
+
+// This warp's share of weights (M x K) times published^T (K x PADDED), in `sums`. A lane's 16 bytes are consecutive in
+// K, in the weights as in what is published: the order of K within a chunk does not matter to the product. Rows of a
+// tile beyond M repeat the last one; nobody reads their sums.
+template <int M, int K, int PER_BLOCK>
+__device__ __forceinline__ void product(
+    float (&sums)[CEIL(M, 16)][TILES][4], const uint4* staged, const Stored* published, const u32* flags, u32 step) {
+    const int chunks = CEIL(K, CHUNK), tiles = CEIL(M, 16), stride = chunks * CHUNK, share = CEIL(chunks, WARPS);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int first = warp * share, last = min(first + share, chunks);
+#pragma unroll
+    for (int m = 0; m < tiles; ++m)
+#pragma unroll
+        for (int n = 0; n < TILES; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sums[m][n][i] = 0.f;
+    if (first >= chunks) return;
+    wait_for(flags, first * CHUNK / PER_BLOCK, min((last * CHUNK - 1) / PER_BLOCK, SLICES - 1), step);
+    const uint4* rows[tiles][2];
+#pragma unroll
+    for (int m = 0; m < tiles; ++m)
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+            rows[m][h] = staged + min(m * 16 + h * 8 + lane / 4, M - 1) * WEIGHT_PITCH(K) + lane % 4;
+    const Stored* mine = published + (lane / 4) * stride + lane % 4 * LANE_ELEMENTS;
+    constexpr int depth = CEIL(12, TILES);  // chunks in flight: about 12 loads of 16 bytes a lane
+#pragma unroll depth
+    for (int c = first; c < last; ++c) {
+        uint4 b[TILES];
+#pragma unroll
+        for (int n = 0; n < TILES; ++n) b[n] = load_published(mine + n * 8 * stride + c * CHUNK);
+#pragma unroll
+        for (int m = 0; m < tiles; ++m) {
+            const uint4 upper = rows[m][0][c * 4], lower = rows[m][1][c * 4];
+#pragma unroll
+            for (int n = 0; n < TILES; ++n) {
+                multiply(sums[m][n], upper.x, lower.x, upper.y, lower.y, b[n].x, b[n].y);
+                multiply(sums[m][n], upper.z, lower.z, upper.w, lower.w, b[n].z, b[n].w);
+            }
+        }
+    }
+}
+
+// Lay this warp's sums of one pass out for all threads: partial[warp][row of weights][row of the pass].
+template <int MTILES>
+__device__ __forceinline__ void share_sums(float* partial, const float (&sums)[MTILES][TILES][4], int pass) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+    for (int m = 0; m < MTILES; ++m)
+#pragma unroll
+        for (int i = 0; i < PASS_TILES; ++i) {
+            const int n = pass * PASS_TILES + i;
+            if (n >= TILES) continue;
+            float* at = partial + ((warp * MTILES + m) * 16 + lane / 4) * PITCH + i * 8 + lane % 4 * 2;
+            at[0] = sums[m][n][0];
+            at[1] = sums[m][n][1];
+            at[8 * PITCH] = sums[m][n][2];
+            at[8 * PITCH + 1] = sums[m][n][3];
+        }
+}
+
+template <int MTILES>
+__device__ __forceinline__ float total(const float* partial, int row, int column) {
+    float sum = 0.f;
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) sum += partial[((w * MTILES + row / 16) * 16 + row % 16) * PITCH + column];
+    return sum;
+}
+
+// The (unit, row) pair `item` of this thread.
+struct Place {
+    int u, n, j, b;
+    bool real;
+    __device__ __forceinline__ Place(int item, int slice, int group, int first, int batch) {
+        const int i = item % PER_PASS * THREADS + threadIdx.x;
+        u = i % UNITS;
+        n = item / PER_PASS * PASS_ROWS + i / UNITS;
+        j = slice * UNITS + u;
+        b = first + group * ROWS + n;
+        real = i < UNITS * PASS_ROWS && n < ROWS && j < SIZE && b < batch;
+    }
+    __device__ __forceinline__ int column() const { return n % PASS_ROWS; }
+};
+
+#if NORM
+// Sums over a layer's units, for each row of the group: of two numbers a (unit, row) pair, or their mean and squared
+// deviations. Each block publishes its part; every block adds up all parts in the same order.
+struct Exchange {
+    float2 *pairs, *results;  // shared: [ROWS][UNITS], [ROWS]
+    float2* parts;            // global: [2][GROUPS][SLICES][ROWS]
+    u32* flags;
+    int slice, group;
+
+    __device__ __forceinline__ float2* part(u32 step, int s) const {
+        return parts + ((size_t(step % 2) * GROUPS + group) * SLICES + s) * ROWS;
+    }
+
+    template <typename Local, typename Merge>
+    __device__ __forceinline__ void run(u32 step, Local local, Merge merge) {
+        __syncthreads();
+        for (int n = threadIdx.x; n < ROWS; n += THREADS) part(step, slice)[n] = local(pairs + n * UNITS);
+        raise_flag(flags + slice, step);
+        wait_for(flags, 0, SLICES - 1, step);
+        for (int n = threadIdx.x / 32; n < ROWS; n += WARPS) {
+            float2 sum = make_float2(0.f, 0.f);
+            int units = 0;
+            for (int s = threadIdx.x % 32; s < SLICES; s += 32) {
+                float2 other;
+                asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];"
+                             : "=f"(other.x), "=f"(other.y) : "l"(part(step, s) + n) : "memory");
+                merge(sum, units, other, min(UNITS, SIZE - s * UNITS));
+            }
+            for (int offset = 16; offset; offset /= 2) {
+                float2 other;
+                other.x = __shfl_down_sync(~0u, sum.x, offset);
+                other.y = __shfl_down_sync(~0u, sum.y, offset);
+                merge(sum, units, other, __shfl_down_sync(~0u, units, offset));
+            }
+            if (threadIdx.x % 32 == 0) results[n] = sum;
+        }
+        __syncthreads();
+    }
+};
+
+// Mean and squared deviations of two samples together (Chan et al. 1983).
+__device__ __forceinline__ void merge_moments(float2& sum, int& units, float2 other, int more) {
+    if (more <= 0) return;
+    const float share = float(more) / float(units + more), gap = other.x - sum.x;
+    sum.x += gap * share;
+    sum.y += other.y + gap * gap * float(units) * share;
+    units += more;
+}
+#endif
+
+struct Gates {
+    float value[GATES];
+    float sf, si;
+    __device__ __forceinline__ float forget() const { return FORGET >= 0 ? value[FORGET >= 0 ? FORGET : 0] : sf; }
+    __device__ __forceinline__ float input() const {
+        return INPUT >= 0 ? value[INPUT >= 0 ? INPUT : 0] : FORGET >= 0 ? 1.f - forget() : si;
+    }
+    __device__ __forceinline__ float output() const { return OUTPUT >= 0 ? value[OUTPUT >= 0 ? OUTPUT : 0] : 1.f; }
+    __device__ __forceinline__ float raw(float before) const { return input() * value[0] + forget() * before; }
+};
+
+extern __shared__ uint4 shared[];
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_forward(
+    Stored* gates,          // [T][B][GATES * SIZE]: in W X + b, out the activated gates
+    const Stored* weights,  // [RECURRENT * SIZE][SIZE]
+    Stored* hidden,         // [T + 1][B][SIZE], the first given
+    float* memory,          // [T + 1][B][SIZE], the first given
+    Stored* published,      // [2][GROUPS][PADDED][K], the first given, the rest zero
+    u32* flags,             // [2][GROUPS][SLICES], zero
+    const u8* keep,         // [T][B]
+    const float* gain, const float* shift,  // [SIZE]
+    float* moments,         // [T][B][2]: mean and reciprocal deviation
+    float2* parts, const float* scale_f, const float* scale_i, int steps, int first, int batch) {
+    const int slice = blockIdx.x % SLICES, group = blockIdx.x / SLICES;
+    const int mtiles = CEIL(FORWARD_M, 16), k_padded = CEIL(FORWARD_K, CHUNK) * CHUNK;
+    uint4* staged = shared;
+    float* partial = (float*)(staged + FORWARD_M * WEIGHT_PITCH(FORWARD_K));
+    stage_weights<FORWARD_M, FORWARD_K>(staged, [&](int row, int k) {
+        const int r = row / UNITS, j = slice * UNITS + row % UNITS;
+        return j < SIZE && k < SIZE ? operand(widen(weights[size_t(r * SIZE + j) * SIZE + k])) : operand(0.f);
+    });
+    flags += group * SLICES;
+    Stored* const mine = published + size_t(group) * PADDED * k_padded;
+    const size_t half = size_t(GROUPS) * PADDED * k_padded;
+#if NORM
+    Exchange exchange;
+    exchange.pairs = (float2*)(partial + WARPS * mtiles * 16 * PITCH);
+    exchange.results = exchange.pairs + ROWS * UNITS;
+    exchange.parts = parts;
+    exchange.flags = flags + GROUPS * SLICES;
+    exchange.slice = slice;
+    exchange.group = group;
+#endif
+
+    float before[ITEMS], before_h[ITEMS];
+#pragma unroll
+    for (int i = 0; i < ITEMS; ++i) {
+        const Place at(i, slice, group, first, batch);
+        before[i] = at.real ? memory[size_t(at.b) * SIZE + at.j] : 0.f;
+        before_h[i] = at.real ? widen(hidden[size_t(at.b) * SIZE + at.j]) : 0.f;
+    }
+    __syncthreads();
+
+    for (int t = 0; t < steps; ++t) {
+        Gates a[ITEMS];
+        bool real_step[ITEMS];
+#pragma unroll
+        for (int i = 0; i < ITEMS; ++i) {
+            const Place at(i, slice, group, first, batch);
+            const Stored* x = gates + (size_t(t) * batch + at.b) * (GATES * SIZE) + at.j;
+#pragma unroll
+            for (int g = 0; g < GATES; ++g) a[i].value[g] = at.real ? widen(x[g * SIZE]) : 0.f;
+            a[i].sf = FORGET < 0 && at.real ? scale_f[at.j] : 0.f;
+            a[i].si = FORGET < 0 && INPUT < 0 ? scale_i[0] : 0.f;
+            real_step[i] = at.real && (!MASK || keep[size_t(t) * batch + at.b]);
+        }
+        float sums[mtiles][TILES][4];
+        product<FORWARD_M, FORWARD_K, UNITS>(sums, staged, mine + t % 2 * half, flags, t);
+
+        float now[ITEMS], now_h[ITEMS];
+#pragma unroll
+        for (int pass = 0; pass < PASSES; ++pass) {
+            if (pass) __syncthreads();
+            share_sums<mtiles>(partial, sums, pass);
+            __syncthreads();
+#pragma unroll
+            for (int i = pass * PER_PASS; i < (pass + 1) * PER_PASS; ++i) {
+                const Place at(i, slice, group, first, batch);
+                if (!at.real) continue;
+#pragma unroll
+                for (int r = 0; r < RECURRENT; ++r)
+                    a[i].value[FIRST_RECURRENT + r] += total<mtiles>(partial, r * UNITS + at.u, at.column());
+                if (SQUASH_CANDIDATE) a[i].value[0] = hyperbolic(a[i].value[0]);
+#pragma unroll
+                for (int g = 1; g < GATES; ++g) a[i].value[g] = sigmoid(a[i].value[g]);
+                now[i] = a[i].raw(before[i]);
+            }
+        }
+#if NORM
+#pragma unroll
+        for (int i = 0; i < ITEMS; ++i) {
+            const Place at(i, slice, group, first, batch);
+            if (at.real) exchange.pairs[at.n * UNITS + at.u].x = now[i];
+        }
+        const int units = min(UNITS, SIZE - slice * UNITS);
+        exchange.run(t + 1, [&](const float2* row) {
+            float mean = 0.f, squares = 0.f;
+            for (int u = 0; u < units; ++u) mean += row[u].x;
+            mean /= units;
+            for (int u = 0; u < units; ++u) squares += (row[u].x - mean) * (row[u].x - mean);
+            return make_float2(mean, squares);
+        }, merge_moments);
+#pragma unroll
+        for (int i = 0; i < ITEMS; ++i) {
+            const Place at(i, slice, group, first, batch);
+            if (!at.real) continue;
+            const float2 both = exchange.results[at.n];
+            const float inverse = rsqrtf(both.y / SIZE + EPSILON);
+            now[i] = (now[i] - both.x) * inverse * gain[at.j] + shift[at.j];
+            if (at.j == 0) {
+                moments[(size_t(t) * batch + at.b) * 2] = both.x;
+                moments[(size_t(t) * batch + at.b) * 2 + 1] = inverse;
+            }
+        }
+#endif
+#pragma unroll
+        for (int i = 0; i < ITEMS; ++i) {
+            const Place at(i, slice, group, first, batch);
+            if (!at.real) continue;
+            now_h[i] = a[i].output() * (SQUASH_OUTPUT ? hyperbolic(now[i]) : now[i]);
+            if (!real_step[i]) now[i] = before[i], now_h[i] = before_h[i];
+            mine[(t + 1) % 2 * half + at.n * k_padded + at.j] = operand(now_h[i]);
+            before[i] = now[i];
+            before_h[i] = now_h[i];
+        }
+        raise_flag(flags + slice, t + 1);
+        // What only the backward pass needs is written while the others wait.
+#pragma unroll
+        for (int i = 0; i < ITEMS; ++i) {
+            const Place at(i, slice, group, first, batch);
+            if (!at.real) continue;
+            const size_t row = size_t(t) * batch + at.b;
+#pragma unroll
+            for (int g = 0; g < GATES; ++g) gates[row * (GATES * SIZE) + g * SIZE + at.j] = narrow(a[i].value[g]);
+            memory[(row + batch) * SIZE + at.j] = now[i];
+            hidden[(row + batch) * SIZE + at.j] = narrow(now_h[i]);
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_backward(
+    const Stored* gates,        // [T][B][GATES * SIZE], activated
+    const Stored* weights,      // [RECURRENT * SIZE][SIZE]
+    const float* memory,        // [T + 1][B][SIZE]
+    const Stored* grad_output,  // [T][B][SIZE]
+    float* grad_hidden,         // [B][SIZE]: in of the final state, out of the initial one
+    float* grad_memory,         // [B][SIZE]: likewise
+    Stored* grad_gates,         // [T][B][GATES * SIZE]: out, of the pre-activations
+    Stored* published,          // [2][GROUPS][PADDED][K], zero
+    u32* flags,                 // [2][GROUPS][SLICES], zero
+    const u8* keep, const float* gain, const float* moments,
+    float* grad_gain, float* grad_shift,  // [B][SIZE]: out, a row's share
+    float2* parts, const float* scale_f, const float* scale_i, int steps, int first, int batch) {
+    const int slice = blockIdx.x % SLICES, group = blockIdx.x / SLICES;
+    const int mtiles = CEIL(BACKWARD_M, 16), k_padded = CEIL(BACKWARD_K, CHUNK) * CHUNK, own = RECURRENT * UNITS;
+    uint4* staged = shared;
+    float* partial = (float*)(staged + BACKWARD_M * WEIGHT_PITCH(BACKWARD_K));
+    stage_weights<BACKWARD_M, BACKWARD_K>(staged, [&](int row, int k) {
+        const int r = k % own / UNITS, to = k / own * UNITS + k % UNITS, j = slice * UNITS + row;
+        return j < SIZE && to < SIZE ? operand(widen(weights[size_t(r * SIZE + to) * SIZE + j])) : operand(0.f);
+    });
+    flags += group * SLICES;
+    Stored* const mine = published + size_t(group) * PADDED * k_padded;
+    const size_t half = size_t(GROUPS) * PADDED * k_padded;
+#if NORM
+    Exchange exchange;
+    exchange.pairs = (float2*)(partial + WARPS * mtiles * 16 * PITCH);
+    exchange.results = exchange.pairs + ROWS * UNITS;
+    exchange.parts = parts;
+    exchange.flags = flags + GROUPS * SLICES;
+    exchange.slice = slice;
+    exchange.group = group;
+#endif
+
+    float to_memory[ITEMS], to_hidden[ITEMS], to_gain[ITEMS], to_shift[ITEMS];
+#pragma unroll
+    for (int i = 0; i < ITEMS; ++i) {
+        const Place at(i, slice, group, first, batch);
+        to_memory[i] = at.real ? grad_memory[size_t(at.b) * SIZE + at.j] : 0.f;
+        to_hidden[i] = at.real ? grad_hidden[size_t(at.b) * SIZE + at.j] : 0.f;
+        to_gain[i] = to_shift[i] = 0.f;
+    }
+    __syncthreads();
+
+    for (int done = 0; done <= steps; ++done) {
+        const int t = steps - 1 - done;
+        Gates a[ITEMS];
+        float now[ITEMS], before[ITEMS], from_output[ITEMS];
+        bool real_step[ITEMS];
+        if (t >= 0) {
+#pragma unroll
+            for (int i = 0; i < ITEMS; ++i) {
+                const Place at(i, slice, group, first, batch);
+                const size_t row = size_t(t) * batch + at.b;
+#pragma unroll
+                for (int g = 0; g < GATES; ++g)
+                    a[i].value[g] = at.real ? widen(gates[row * (GATES * SIZE) + g * SIZE + at.j]) : 0.f;
+                a[i].sf = FORGET < 0 && at.real ? scale_f[at.j] : 0.f;
+                a[i].si = FORGET < 0 && INPUT < 0 ? scale_i[0] : 0.f;
+                now[i] = at.real ? memory[(row + batch) * SIZE + at.j] : 0.f;
+                before[i] = at.real ? memory[row * SIZE + at.j] : 0.f;
+                from_output[i] = at.real ? widen(grad_output[row * SIZE + at.j]) : 0.f;
+                real_step[i] = at.real && (!MASK || keep[row]);
+            }
+        }
+        if (done) {
+            float sums[mtiles][TILES][4];
+            product<BACKWARD_M, BACKWARD_K, RECURRENT * UNITS>(sums, staged, mine + done % 2 * half, flags, done);
+#pragma unroll
+            for (int pass = 0; pass < PASSES; ++pass) {
+                if (pass) __syncthreads();
+                share_sums<mtiles>(partial, sums, pass);
+                __syncthreads();
+#pragma unroll
+                for (int i = pass * PER_PASS; i < (pass + 1) * PER_PASS; ++i) {
+                    const Place at(i, slice, group, first, batch);
+                    if (at.real) to_hidden[i] += total<mtiles>(partial, at.u, at.column());
+                }
+            }
+        }
+        if (t < 0) break;
+
+        float to_raw[ITEMS], through[ITEMS];
+#pragma unroll
+        for (int i = 0; i < ITEMS; ++i) {
+            if (real_step[i]) to_hidden[i] += from_output[i];
+            through[i] = SQUASH_OUTPUT ? hyperbolic(now[i]) : now[i];
+            const float slope = SQUASH_OUTPUT ? 1.f - through[i] * through[i] : 1.f;
+            to_raw[i] = to_memory[i] + (real_step[i] ? to_hidden[i] * a[i].output() * slope : 0.f);
+        }
+#if NORM
+        float normal[ITEMS];
+#pragma unroll
+        for (int i = 0; i < ITEMS; ++i) {
+            const Place at(i, slice, group, first, batch);
+            if (!at.real) continue;
+            const size_t row = size_t(t) * batch + at.b;
+            normal[i] = (a[i].raw(before[i]) - moments[row * 2]) * moments[row * 2 + 1];
+            const float weighted = to_raw[i] * gain[at.j];
+            exchange.pairs[at.n * UNITS + at.u] = make_float2(weighted, weighted * normal[i]);
+            if (real_step[i]) to_gain[i] += to_raw[i] * normal[i], to_shift[i] += to_raw[i];
+        }
+        const int units = min(UNITS, SIZE - slice * UNITS);
+        exchange.run(done + 1, [&](const float2* row) {
+            float2 sum = make_float2(0.f, 0.f);
+            for (int u = 0; u < units; ++u) sum.x += row[u].x, sum.y += row[u].y;
+            return sum;
+        }, [](float2& sum, int&, float2 other, int) { sum.x += other.x, sum.y += other.y; });
+#pragma unroll
+        for (int i = 0; i < ITEMS; ++i) {
+            const Place at(i, slice, group, first, batch);
+            if (!at.real || !real_step[i]) continue;
+            const float2 both = exchange.results[at.n];
+            const float inverse = moments[(size_t(t) * batch + at.b) * 2 + 1];
+            to_raw[i] = inverse * (to_raw[i] * gain[at.j] - (both.x + normal[i] * both.y) / SIZE);
+        }
+#endif
+        float to_gate[ITEMS][GATES];
+#pragma unroll
+        for (int i = 0; i < ITEMS; ++i) {
+            const Place at(i, slice, group, first, batch);
+            if (!at.real) continue;
+            const float candidate = a[i].value[0], forget = a[i].forget(), input = a[i].input();
+            to_gate[i][0] = to_raw[i] * input * (SQUASH_CANDIDATE ? 1.f - candidate * candidate : 1.f);
+            if (INPUT >= 0) to_gate[i][INPUT >= 0 ? INPUT : 0] = to_raw[i] * candidate * input * (1.f - input);
+            if (FORGET >= 0)
+                to_gate[i][FORGET >= 0 ? FORGET : 0] =
+                    to_raw[i] * (before[i] - (INPUT >= 0 ? 0.f : candidate)) * forget * (1.f - forget);
+            if (OUTPUT >= 0)
+                to_gate[i][OUTPUT >= 0 ? OUTPUT : 0] =
+                    to_hidden[i] * through[i] * a[i].output() * (1.f - a[i].output());
+#pragma unroll
+            for (int g = 0; g < GATES; ++g) to_gate[i][g] = real_step[i] ? to_gate[i][g] : 0.f;
+            if (real_step[i]) to_memory[i] = to_raw[i] * forget, to_hidden[i] = 0.f;
+            Stored* to = mine + (done + 1) % 2 * half + at.n * k_padded + slice * own + at.u;
+#pragma unroll
+            for (int r = 0; r < RECURRENT; ++r) to[r * UNITS] = operand(to_gate[i][FIRST_RECURRENT + r]);
+        }
+        raise_flag(flags + slice, done + 1);
+#pragma unroll
+        for (int i = 0; i < ITEMS; ++i) {
+            const Place at(i, slice, group, first, batch);
+            if (!at.real) continue;
+            Stored* to = grad_gates + (size_t(t) * batch + at.b) * (GATES * SIZE) + at.j;
+#pragma unroll
+            for (int g = 0; g < GATES; ++g) to[g * SIZE] = narrow(to_gate[i][g]);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < ITEMS; ++i) {
+        const Place at(i, slice, group, first, batch);
+        if (!at.real) continue;
+        const size_t to = size_t(at.b) * SIZE + at.j;
+        grad_hidden[to] = to_hidden[i];
+        grad_memory[to] = to_memory[i];
+        if (NORM) grad_gain[to] = to_gain[i], grad_shift[to] = to_shift[i];
+    }
+}

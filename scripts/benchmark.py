@@ -1,0 +1,211 @@
+"""Time recurrences against ``torch.nn.LSTM`` in the same run, after checking that they are right.
+
+    python scripts/benchmark.py recurrence --device cuda --dtype bfloat16 --cell rkm_lstm --shape 70,20,1150,1150
+
+prints, for each shape T,B,m,d, medians and quartiles in milliseconds of the forward pass, of forward and backward, and
+for T = 1 of decoding; the memory that a forward pass leaves for the backward one; and the ratio to ``nn.LSTM`` (cuDNN,
+oneDNN) of the same sizes and dtype. A result that is wrong is an error, not a row.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from report import circumstances
+from torch import Tensor, nn
+
+from fairseq_rkm import CELLS, RKM, RKMError
+
+TOLERANCES = {torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""``||given - wanted|| / ||wanted||`` against the float64 reference; float32's leaves room for TF32."""
+
+
+def error_of(rkm: RKM, x: Tensor) -> float:
+    """The largest relative error of output and gradients against the reference in float64, on 3 rows and 40 steps."""
+    piece = x[:40, :3].detach()
+    wanted = _outcome(_reference(rkm), piece.double())
+    given = _outcome(rkm, piece)
+    return max(((g.double() - w).norm() / w.norm()).item() for g, w in zip(given, wanted, strict=True))
+
+
+def _reference(rkm: RKM) -> RKM:
+    copy = RKM(
+        rkm.input_size, rkm.hidden_size, cell=rkm.cell, ngram=rkm.ngram, layer_norm=rkm.layer_norm,
+        feedback=None if rkm.feedback == CELLS[rkm.cell].has_feedback else False, backend="reference",
+        device=rkm.weight_ih_l0.device, dtype=torch.float64,
+    )  # fmt: skip
+    copy.load_state_dict(rkm.state_dict())
+    return copy
+
+
+def _outcome(rkm: RKM, x: Tensor) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    output, _ = rkm(x)
+    weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=x.device).view_as(output)
+    gradients = torch.autograd.grad((output * weights).sum(), [x, *rkm.parameters()])
+    return [output.detach(), *gradients]
+
+
+def timed(run: Callable[[], Any], device: str, seconds: float) -> list[float]:
+    """Milliseconds of repeated calls: as many as fit in ``seconds``, at least 5, after warming up."""
+    for _ in range(3):
+        run()
+    times: list[float] = []
+    stop = time.perf_counter() + seconds
+    while len(times) < 5 or (time.perf_counter() < stop and len(times) < 500):
+        if device == "cuda":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+        else:
+            before = time.perf_counter()
+            run()
+            times.append(1e3 * (time.perf_counter() - before))
+    return times
+
+
+def kept_memory(module: nn.Module, x: Tensor) -> int | None:
+    """Bytes that a forward pass keeps for the backward one, its output included; None on CPU."""
+    if x.device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    output = module(x)
+    torch.cuda.synchronize()
+    kept = torch.cuda.memory_allocated() - before
+    del output
+    return kept
+
+
+def measure(module: nn.Module, x: Tensor, args: argparse.Namespace) -> dict[str, Any]:
+    """Times and memory of a module."""
+
+    def forward() -> None:
+        with torch.no_grad():
+            module(x)
+
+    grad = torch.randn_like(module(x)[0])
+
+    def both() -> None:
+        module.zero_grad(set_to_none=True)
+        module(x)[0].backward(grad)
+
+    result: dict[str, Any] = {"kept_bytes": kept_memory(module, x)}
+    for name, run in (("forward", forward), ("forward_backward", both)):
+        times = timed(run, args.device, args.seconds)
+        quartiles = statistics.quantiles(times, n=4)
+        result[name] = {"median_ms": statistics.median(times), "quartiles_ms": [quartiles[0], quartiles[2]]}
+    return result
+
+
+def benchmark_shape(shape: tuple[int, int, int, int], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """``nn.LSTM`` and each cell at one shape.
+
+    Raises:
+        SystemExit: a cell whose result is wrong.
+    """
+    steps, batch, m, d = shape
+    dtype = getattr(torch, args.dtype)
+    x = torch.randn(steps, batch, m, device=args.device, dtype=dtype, requires_grad=True)
+    baseline = measure(nn.LSTM(m, d, device=args.device, dtype=dtype), x, args)
+    rows = [{"shape": shape, "dtype": args.dtype, "cell": "nn.LSTM", "backend": "torch", **baseline}]
+    for cell in args.cell:
+        rkm = RKM(
+            m, d, cell=cell, ngram=args.ngram, layer_norm=args.layer_norm, backend=args.backend,
+            feedback=False if args.no_feedback else None, device=args.device, dtype=dtype,
+        )  # fmt: skip
+        error = error_of(rkm, x)
+        if not error <= TOLERANCES[dtype]:
+            raise SystemExit(f"benchmark: {cell} at {shape} in {args.dtype} is wrong: off by {error:.1e}")
+        row = {"shape": shape, "dtype": args.dtype, "cell": cell, "backend": args.backend, "error": error}
+        row |= {"feedback": rkm.feedback, "ngram": args.ngram, "layer_norm": args.layer_norm}
+        row |= measure(rkm, x, args)
+        for kind in ("forward", "forward_backward"):
+            row[f"{kind}_ratio"] = baseline[kind]["median_ms"] / row[kind]["median_ms"]
+        rows.append(row)
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        "| T, B, m, d | dtype | cell | forward ms | forward + backward ms (quartiles) | kept MB | times nn.LSTM's speed |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        both = row["forward_backward"]
+        spread = "{:.3f}, {:.3f}".format(*both["quartiles_ms"])
+        kept = "" if row["kept_bytes"] is None else f"{row['kept_bytes'] / 1e6:.1f}"
+        ratio = f"{row['forward_backward_ratio']:.2f}" if "error" in row else ""
+        name = row["cell"] + ("" if row.get("feedback", True) else " without feedback")
+        lines.append(
+            f"| {', '.join(map(str, row['shape']))} | {row['dtype']} | {name} | {row['forward']['median_ms']:.3f} | "
+            f"{both['median_ms']:.3f} ({spread}) | {kept} | {ratio} |"
+        )
+    return "\n".join(lines)
+
+
+def shape_of(text: str) -> tuple[int, ...]:
+    """``"70,20,1150,1150"`` as numbers."""
+    numbers = tuple(int(field) for field in text.split(","))
+    if len(numbers) != 4 or min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"a shape is T,B,m,d, four positive numbers, not {text!r}")
+    return numbers
+
+
+def recurrence(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The subcommand of that name."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("benchmark: no CUDA device here; use --device cpu")
+    if args.device == "cpu" and args.threads:
+        torch.set_num_threads(args.threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.manual_seed(args.seed)
+    rows = []
+    for shape in args.shape:
+        try:
+            rows += benchmark_shape(shape, args)
+        except RKMError as error:
+            raise SystemExit(f"benchmark: {error}") from error
+        print(table(rows[-1 - len(args.cell) :]), flush=True)
+    return rows
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("recurrence", help="one layer against nn.LSTM")
+    one.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    one.add_argument(
+        "--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="float32: with TF32"
+    )
+    one.add_argument("--cell", choices=list(CELLS), nargs="+", default=["rkm_lstm"])
+    one.add_argument("--shape", type=shape_of, nargs="+", required=True, metavar="T,B,m,d")
+    one.add_argument("--backend", default="auto")
+    one.add_argument("--ngram", type=int, default=1)
+    one.add_argument("--layer-norm", action="store_true")
+    one.add_argument("--no-feedback", action="store_true")
+    one.add_argument("--threads", type=int, help="CPU threads")
+    one.add_argument("--seconds", type=float, default=1.0, help="how long to repeat each measurement")
+    one.add_argument("--seed", type=int, default=1)
+    one.add_argument("--json", type=Path, help="where to append the rows, with hardware, versions and commit")
+    one.set_defaults(run=recurrence)
+    args = parser.parse_args()
+    rows = args.run(args)
+    if args.json:
+        earlier = json.loads(args.json.read_text()) if args.json.exists() else []
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps([*earlier, *({**row, **circumstances()} for row in rows)], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""The persistent kernels against the reference in float64: on a GPU only."""
+
+import itertools
+
+import pytest
+import torch
+
+from fairseq_rkm import CELLS, RKM, RKMError
+from fairseq_rkm.ops import persistent
+from ops.test_backends import compare
+
+HAS_GPU = torch.cuda.is_available()
+gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA GPU")
+FEEDBACK = [name for name, cell in CELLS.items() if cell.has_feedback]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+@gpu
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("cell", FEEDBACK)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_all_variants(cell, dtype):
+    for layer_norm, bidirectional, mask in itertools.product((False, True), (False, True), ("none", "mixed")):
+        compare(
+            "persistent", device="cuda", dtype=dtype, cell=cell, layer_norm=layer_norm, bidirectional=bidirectional,
+            mask=mask, steps=7, batch=5, sizes=(6, 37), learn_sigma=True, ngram=2, tf32=True,
+        )  # fmt: skip
+
+
+@gpu
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(
+    ("steps", "batch", "size"), [(1, 1, 1), (3, 1, 8), (63, 33, 100), (5, 20, 1150), (4, 200, 500), (9, 3, 651)]
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_odd_sizes(steps, batch, size, dtype, layer_norm):
+    compare(
+        "persistent", device="cuda", dtype=dtype, steps=steps, batch=batch, sizes=(5, size), layer_norm=layer_norm,
+        tf32=True,
+    )  # fmt: skip
+
+
+@gpu
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_the_same_bits_on_a_repeated_run(layer_norm):
+    rkm = RKM(40, 300, layer_norm=layer_norm, backend="persistent", device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(50, 24, 40, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    runs = []
+    for _ in range(3):
+        output, _ = rkm(x)
+        runs.append([output, *torch.autograd.grad(output.float().pow(2).sum(), [x, *rkm.parameters()])])
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+@gpu
+def test_training_follows_the_reference():
+    losses = {}
+    for backend in ("persistent", "reference"):
+        torch.manual_seed(0)
+        rkm = RKM(16, 48, layer_norm=True, backend=backend, device="cuda")
+        optimizer = torch.optim.SGD(rkm.parameters(), lr=0.1)
+        x, target = torch.randn(20, 8, 16, device="cuda"), torch.randn(20, 8, 48, device="cuda")
+        losses[backend] = []
+        for _ in range(200):
+            loss = (rkm(x)[0] - target).pow(2).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[backend].append(loss.item())
+    assert losses["persistent"] == pytest.approx(losses["reference"], rel=1e-3)
+    assert losses["persistent"][-1] < losses["persistent"][0]
+
+
+@gpu
+def test_what_it_cannot_take_is_refused_with_a_reason():
+    x = torch.zeros(2, 1, 4, device="cuda")
+    with pytest.raises(RKMError, match="weights of 9000 units do not fit"):
+        RKM(4, 9000, backend="persistent", device="cuda")(x)
+    with pytest.raises(RKMError, match=r"not in torch\.float64"):
+        RKM(4, 4, backend="persistent", device="cuda", dtype=torch.float64)(x.double())
+    with pytest.raises(RKMError, match="without feedback"):
+        RKM(4, 4, backend="persistent", feedback=False, device="cuda")(x)
+    with pytest.raises(RKMError, match="at least one step"):
+        RKM(4, 4, backend="persistent", device="cuda")(x[:0])
+    assert RKM(4, 4, device="cuda")(x[:0])[0].shape == (0, 1, 4)
+
+
+def test_on_cpu_it_is_refused_by_name_and_passed_over_by_auto():
+    with pytest.raises(RKMError, match="backend 'persistent' cannot run this: it runs on CUDA GPUs"):
+        RKM(4, 4, backend="persistent")(torch.zeros(2, 1, 4))
+    assert RKM(4, 4)(torch.zeros(2, 1, 4))[0].shape == (2, 1, 4)
+
+
+@pytest.mark.parametrize("element", [2, 4])
+@pytest.mark.parametrize("norm", [False, True])
+def test_plans_never_ask_for_more_than_the_chip_has(element, norm):
+    multiprocessors, shared = 132, 232_448
+    planned = 0
+    for recurrent, size, batch in itertools.product((1, 2, 4), (1, 7, 64, 300, 650, 1150, 3000), (1, 20, 80, 999)):
+        plan = persistent.make_plan(recurrent, size, batch, element, norm, multiprocessors, shared)
+        if plan is None:
+            assert recurrent * size * size * element > 0.5 * multiprocessors * shared or size > 1000
+            continue
+        planned += 1
+        assert plan.groups * plan.slices <= multiprocessors
+        assert max(plan.shared) <= shared
+        assert plan.units * plan.slices >= size > plan.units * (plan.slices - 1)
+        assert plan.rows * plan.groups * plan.launches(batch) >= batch
+    assert planned > 40
