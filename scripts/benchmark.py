@@ -37,7 +37,7 @@ def _reference(rkm: RKM) -> RKM:
     copy = RKM(
         rkm.input_size, rkm.hidden_size, cell=rkm.cell, ngram=rkm.ngram, layer_norm=rkm.layer_norm,
         feedback=None if rkm.feedback == CELLS[rkm.cell].has_feedback else False, backend="reference",
-        device=rkm.weight_ih_l0.device, dtype=torch.float64,
+        device=rkm.get_parameter("weight_ih_l0").device, dtype=torch.float64,
     )  # fmt: skip
     copy.load_state_dict(rkm.state_dict())
     return copy
@@ -137,7 +137,7 @@ def benchmark_shape(shape: tuple[int, int, int, int], args: argparse.Namespace) 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
     lines = [
-        "| T, B, m, d | dtype | cell | forward ms | forward + backward ms (quartiles) | kept MB | times nn.LSTM's speed |",
+        "| T, B, m, d | dtype | cell | forward ms | forward + backward ms (quartiles) | kept MB | speed / nn.LSTM's |",
         "| --- | --- | --- | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
