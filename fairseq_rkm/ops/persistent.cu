@@ -3,8 +3,12 @@
 // The batch is cut into GROUPS that know nothing of each other; within a group each of SLICES blocks owns UNITS units
 // (their weights, their memory) for ROWS rows. A step is one product on the tensor cores with what all blocks of the
 // group published at the step before (h_{t-1} forward, the gates' gradients backward), a sum over warps, and the
-// cell's pointwise equations, after which the block publishes its own part and raises its flag. A warp waits only
-// for the flags of the blocks whose values it multiplies.
+// cell's pointwise equations, after which the block publishes its own part.
+//
+// No barrier and no flag: a published vector of WORDS 32-bit words (2 or 4) is written and read whole, and one whose first
+// word is MISSING is not there yet. Published values rotate through RING buffers. Once a block has everything of step t, all others
+// have read step t - 1, so that it can mark its own part of that buffer as missing. It will be read next at step
+// t + 3, by blocks that have seen step t + 2 of this one, which is published after a fence behind the marking.
 //
 // ops/persistent.py compiles this with the sizes and the cell (a row of ops/cells.py) as macros. Indices:
 //   u unit in the block, j = slice * UNITS + u unit of the layer, n row in the group, b row of the batch (a batch too
@@ -19,6 +23,9 @@ typedef unsigned char u8;
 #define PADDED (TILES * 8)
 #define LANE_ELEMENTS (16 / ELEMENT)       // a lane moves 16 bytes
 #define CHUNK (64 / ELEMENT)               // of the product's K: 64 bytes of each row, two tensor-core steps
+#define VECTOR (WORDS * 4 / ELEMENT)       // values that are published at once, by neighbouring units
+#define RING 4
+#define MISSING 0xffffffffu                // two NaNs that no conversion gives
 #define CEIL(a, b) (((a) + (b) - 1) / (b))
 #define PASS_TILES (TILES < MAX_PASS_TILES ? TILES : MAX_PASS_TILES)
 #define PASSES CEIL(TILES, PASS_TILES)
@@ -27,10 +34,13 @@ typedef unsigned char u8;
 #define PER_PASS CEIL(UNITS * PASS_ROWS, THREADS)
 #define ITEMS (PASSES * PER_PASS)          // (unit, row) pairs that a thread owns
 
+#define HAS_SCALE_F (FORGET < 0)
+#define HAS_SCALE_I (FORGET < 0 && INPUT < 0)
+
 // Both products: M rows of weights in this block, K values published by the group for each row of the batch.
 #define FORWARD_M (RECURRENT * UNITS)
 #define FORWARD_K (SLICES * UNITS)
-#define BACKWARD_M UNITS
+#define BACKWARD_M UNITS                   // a multiple of VECTOR
 #define BACKWARD_K (SLICES * RECURRENT * UNITS)
 
 #if ELEMENT == 4
@@ -73,37 +83,55 @@ __device__ __forceinline__ Stored operand(float x) { return narrow(x); }
 __device__ __forceinline__ float sigmoid(float x) { return 1.f / (1.f + __expf(-x)); }
 __device__ __forceinline__ float hyperbolic(float x) { return 2.f / (1.f + __expf(-2.f * x)) - 1.f; }
 
-// Published values come from other multiprocessors during this launch: read them past the first-level cache.
-__device__ __forceinline__ uint4 load_published(const Stored* p) {
+// 16 bytes, at once, where all multiprocessors see them.
+__device__ __forceinline__ uint4 load_published(const void* p) {
     uint4 v;
-    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+    asm volatile(
+        "{ .reg .b128 q; .reg .b64 low, high; ld.relaxed.gpu.global.b128 q, [%4]; mov.b128 {low, high}, q;"
+        " mov.b64 {%0, %1}, low; mov.b64 {%2, %3}, high; }"
+        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
     return v;
+}
+
+__device__ __forceinline__ void publish_whole(void* p, uint4 v) {
+    asm volatile(
+        "{ .reg .b128 q; .reg .b64 low, high; mov.b64 low, {%1, %2}; mov.b64 high, {%3, %4}; mov.b128 q, {low, high};"
+        " st.relaxed.gpu.global.b128 [%0], q; }"
+        :: "l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
+__device__ __forceinline__ bool is_missing(uint4 v) { return v.x == MISSING || (WORDS == 2 && v.z == MISSING); }
+
+__device__ __forceinline__ void publish(void* p, uint4 v) {
+#if WORDS == 2
+    asm volatile("{ .reg .b64 q; mov.b64 q, {%1, %2}; st.relaxed.gpu.global.b64 [%0], q; }"
+                 :: "l"(p), "r"(v.x), "r"(v.y) : "memory");
+#else
+    publish_whole(p, v);
+#endif
+}
+
+// The values of VECTOR neighbouring lanes as one vector, in the first of them. All lanes of a warp must call.
+__device__ __forceinline__ uint4 gather_lanes(float x) {
+#if ELEMENT == 4
+    const u32 v = __float_as_uint(operand(x)), step = 1;
+#else
+    u32 v = operand(x);
+    v |= __shfl_down_sync(~0u, v, 1) << 16;
+    const u32 step = 2;
+#endif
+    uint4 all;
+    all.x = v;
+    all.y = __shfl_down_sync(~0u, v, step);
+    all.z = __shfl_down_sync(~0u, v, 2 * step);
+    all.w = __shfl_down_sync(~0u, v, 3 * step);
+    return all;
 }
 
 __device__ __forceinline__ void multiply(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     asm(MMA " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-__device__ __forceinline__ void raise_flag(u32* flag, u32 value) {
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        __threadfence();
-        asm volatile("st.release.gpu.global.u32 [%0], %1;" :: "l"(flag), "r"(value) : "memory");
-    }
-}
-
-// A warp waits until the blocks [first, last] of its group have published step `value`.
-__device__ __forceinline__ void wait_for(const u32* flags, int first, int last, u32 value) {
-    for (int s = first + int(threadIdx.x % 32); s <= last; s += 32) {
-        u32 seen;
-        do {
-            asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(flags + s) : "memory");
-        } while (seen < value);
-    }
-    __syncwarp();
 }
 
 // The weights' rows in shared memory, in steps of 16 bytes: an odd number of chunks apart, so that the lanes of a tensor
@@ -124,10 +152,11 @@ __device__ __forceinline__ void stage_weights(uint4* staged, At at) {
 // This warp's share of weights (M x K) times published^T (K x PADDED), in `sums`. A lane's 16 bytes are consecutive in
 // K, in the weights as in what is published: the order of K within a chunk does not matter to the product. Rows of a
 // tile beyond M repeat the last one; nobody reads their sums.
-template <int M, int K, int PER_BLOCK>
+template <int M, int K>
 __device__ __forceinline__ void product(
-    float (&sums)[CEIL(M, 16)][TILES][4], const uint4* staged, const Stored* published, const u32* flags, u32 step) {
-    const int chunks = CEIL(K, CHUNK), tiles = CEIL(M, 16), stride = chunks * CHUNK, share = CEIL(chunks, WARPS);
+    float (&sums)[CEIL(M, 16)][TILES][4], const uint4* staged, const Stored* published, int rows_here) {
+    constexpr int chunks = CEIL(K, CHUNK), tiles = CEIL(M, 16), stride = chunks * CHUNK, share = CEIL(chunks, WARPS);
+    constexpr int depth = share * TILES <= VECTORS ? share : VECTORS / TILES > 0 ? VECTORS / TILES : 1;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int first = warp * share, last = min(first + share, chunks);
 #pragma unroll
@@ -136,28 +165,47 @@ __device__ __forceinline__ void product(
         for (int n = 0; n < TILES; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i) sums[m][n][i] = 0.f;
-    if (first >= chunks) return;
-    wait_for(flags, first * CHUNK / PER_BLOCK, min((last * CHUNK - 1) / PER_BLOCK, SLICES - 1), step);
     const uint4* rows[tiles][2];
 #pragma unroll
     for (int m = 0; m < tiles; ++m)
 #pragma unroll
         for (int h = 0; h < 2; ++h)
             rows[m][h] = staged + min(m * 16 + h * 8 + lane / 4, M - 1) * WEIGHT_PITCH(K) + lane % 4;
-    const Stored* mine = published + (lane / 4) * stride + lane % 4 * LANE_ELEMENTS;
-    constexpr int depth = CEIL(12, TILES);  // chunks in flight: about 12 loads of 16 bytes a lane
-#pragma unroll depth
-    for (int c = first; c < last; ++c) {
-        uint4 b[TILES];
+    const int lane_k = lane % 4 * LANE_ELEMENTS;
+    const Stored* mine = published + (lane / 4) * stride + lane_k;
+    for (int start = first; start < last; start += depth) {
+        uint4 b[depth][TILES];
+        bool missing;
 #pragma unroll
-        for (int n = 0; n < TILES; ++n) b[n] = load_published(mine + n * 8 * stride + c * CHUNK);
-#pragma unroll
-        for (int m = 0; m < tiles; ++m) {
-            const uint4 upper = rows[m][0][c * 4], lower = rows[m][1][c * 4];
+        for (int d = 0; d < depth; ++d)
 #pragma unroll
             for (int n = 0; n < TILES; ++n) {
-                multiply(sums[m][n], upper.x, lower.x, upper.y, lower.y, b[n].x, b[n].y);
-                multiply(sums[m][n], upper.z, lower.z, upper.w, lower.w, b[n].z, b[n].w);
+                const bool there = start + d < last && n * 8 + lane / 4 < rows_here && (start + d) * CHUNK + lane_k < K;
+                b[d][n] = make_uint4(there ? MISSING : 0, 0, 0, 0);
+            }
+        do {
+            missing = false;
+#pragma unroll
+            for (int d = 0; d < depth; ++d)
+#pragma unroll
+                for (int n = 0; n < TILES; ++n)
+                    if (is_missing(b[d][n])) b[d][n] = load_published(mine + n * 8 * stride + (start + d) * CHUNK);
+#pragma unroll
+            for (int d = 0; d < depth; ++d)
+#pragma unroll
+                for (int n = 0; n < TILES; ++n) missing |= is_missing(b[d][n]);
+        } while (__any_sync(~0u, missing));
+#pragma unroll
+        for (int d = 0; d < depth; ++d) {
+            if (start + d >= last) break;
+#pragma unroll
+            for (int m = 0; m < tiles; ++m) {
+                const uint4 upper = rows[m][0][(start + d) * 4], lower = rows[m][1][(start + d) * 4];
+#pragma unroll
+                for (int n = 0; n < TILES; ++n) {
+                    multiply(sums[m][n], upper.x, lower.x, upper.y, lower.y, b[d][n].x, b[d][n].y);
+                    multiply(sums[m][n], upper.z, lower.z, upper.w, lower.w, b[d][n].z, b[d][n].w);
+                }
             }
         }
     }
@@ -189,56 +237,64 @@ __device__ __forceinline__ float total(const float* partial, int row, int column
     return sum;
 }
 
-// The (unit, row) pair `item` of this thread.
-struct Place {
-    int u, n, j, b;
-    bool real;
-    __device__ __forceinline__ Place(int item, int slice, int group, int first, int batch) {
-        const int i = item % PER_PASS * THREADS + threadIdx.x;
-        u = i % UNITS;
-        n = item / PER_PASS * PASS_ROWS + i / UNITS;
-        j = slice * UNITS + u;
-        b = first + group * ROWS + n;
-        real = i < UNITS * PASS_ROWS && n < ROWS && j < SIZE && b < batch;
-    }
-    __device__ __forceinline__ int column() const { return n % PASS_ROWS; }
-};
-
 #if NORM
-// Sums over a layer's units, for each row of the group: of two numbers a (unit, row) pair, or their mean and squared
-// deviations. Each block publishes its part; every block adds up all parts in the same order.
+// Sums over a layer's units for each row of the group. Each block publishes its part, marked with the step; every block
+// adds up all parts in the same order.
 struct Exchange {
     float2 *pairs, *results;  // shared: [ROWS][UNITS], [ROWS]
-    float2* parts;            // global: [2][GROUPS][SLICES][ROWS]
-    u32* flags;
+    uint4* parts;             // global: [2][GROUPS][SLICES][ROWS]
     int slice, group;
 
-    __device__ __forceinline__ float2* part(u32 step, int s) const {
+    __device__ __forceinline__ uint4* part(u32 step, int s) const {
         return parts + ((size_t(step % 2) * GROUPS + group) * SLICES + s) * ROWS;
     }
 
     template <typename Local, typename Merge>
     __device__ __forceinline__ void run(u32 step, Local local, Merge merge) {
+        constexpr int rows = CEIL(ROWS, WARPS), per_lane = CEIL(SLICES, 32);
+        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
         __syncthreads();
-        for (int n = threadIdx.x; n < ROWS; n += THREADS) part(step, slice)[n] = local(pairs + n * UNITS);
-        raise_flag(flags + slice, step);
-        wait_for(flags, 0, SLICES - 1, step);
-        for (int n = threadIdx.x / 32; n < ROWS; n += WARPS) {
+        for (int n = threadIdx.x; n < ROWS; n += THREADS) {
+            const float2 sum = local(pairs + n * UNITS);
+            publish_whole(part(step, slice) + n, make_uint4(__float_as_uint(sum.x), __float_as_uint(sum.y), step, 0));
+        }
+        uint4 got[rows][per_lane];
+        bool missing;
+#pragma unroll
+        for (int r = 0; r < rows; ++r)
+#pragma unroll
+            for (int i = 0; i < per_lane; ++i) {
+                const bool there = warp + r * WARPS < ROWS && lane + i * 32 < SLICES;
+                got[r][i] = make_uint4(0, 0, there ? 0 : step, 0);
+            }
+        do {
+            missing = false;
+#pragma unroll
+            for (int r = 0; r < rows; ++r)
+#pragma unroll
+                for (int i = 0; i < per_lane; ++i)
+                    if (got[r][i].z != step) got[r][i] = load_published(part(step, lane + i * 32) + warp + r * WARPS);
+#pragma unroll
+            for (int r = 0; r < rows; ++r)
+#pragma unroll
+                for (int i = 0; i < per_lane; ++i) missing |= got[r][i].z != step;
+        } while (__any_sync(~0u, missing));
+#pragma unroll
+        for (int r = 0; r < rows; ++r) {
             float2 sum = make_float2(0.f, 0.f);
             int units = 0;
-            for (int s = threadIdx.x % 32; s < SLICES; s += 32) {
-                float2 other;
-                asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];"
-                             : "=f"(other.x), "=f"(other.y) : "l"(part(step, s) + n) : "memory");
-                merge(sum, units, other, min(UNITS, SIZE - s * UNITS));
-            }
+#pragma unroll
+            for (int i = 0; i < per_lane; ++i)
+                merge(sum, units, make_float2(__uint_as_float(got[r][i].x), __uint_as_float(got[r][i].y)),
+                      min(UNITS, SIZE - (lane + i * 32) * UNITS));
+#pragma unroll
             for (int offset = 16; offset; offset /= 2) {
                 float2 other;
                 other.x = __shfl_down_sync(~0u, sum.x, offset);
                 other.y = __shfl_down_sync(~0u, sum.y, offset);
                 merge(sum, units, other, __shfl_down_sync(~0u, units, offset));
             }
-            if (threadIdx.x % 32 == 0) results[n] = sum;
+            if (lane == 0 && warp + r * WARPS < ROWS) results[warp + r * WARPS] = sum;
         }
         __syncthreads();
     }
@@ -267,44 +323,86 @@ struct Gates {
 
 extern __shared__ uint4 shared[];
 
+template <int M, int K>
+struct Product {};
+
+// What both kernels begin with: this block's place, its weights, and where its group publishes.
+struct Block {
+    int slice, group, rows_here;
+    float* partial;
+    Stored* published;
+    size_t buffer;
+#if NORM
+    Exchange exchange;
+#endif
+
+    template <int M, int K, typename At>
+    __device__ __forceinline__ Block(u32* workspace, int first, int batch, At weight, Product<M, K>) {
+        slice = blockIdx.x % SLICES;
+        group = blockIdx.x / SLICES;
+        rows_here = min(ROWS, batch - first - group * ROWS);
+        const int slice_ = slice;
+        stage_weights<M, K>(shared, [&](int row, int k) { return weight(slice_, row, k); });
+        partial = (float*)(shared + M * WEIGHT_PITCH(K));
+        const int k_padded = CEIL(K, CHUNK) * CHUNK;
+        buffer = size_t(GROUPS) * ROWS * k_padded;
+        published = (Stored*)workspace + size_t(group) * ROWS * k_padded;
+#if NORM
+        exchange.pairs = (float2*)(partial + WARPS * CEIL(M, 16) * 16 * PITCH);
+        exchange.results = exchange.pairs + ROWS * UNITS;
+        exchange.parts = (uint4*)((Stored*)workspace + RING * buffer);
+        exchange.slice = slice;
+        exchange.group = group;
+#endif
+    }
+};
+
+// The (unit, row) pair `item` of this thread; neighbouring lanes have neighbouring units.
+struct Place {
+    int u, n, j, b;
+    bool real, in_rows;
+    __device__ __forceinline__ Place(int item, const Block& block, int first) {
+        const int i = item % PER_PASS * THREADS + threadIdx.x;
+        u = i % UNITS;
+        n = item / PER_PASS * PASS_ROWS + i / UNITS;
+        j = block.slice * UNITS + u;
+        b = first + block.group * ROWS + n;
+        in_rows = i < UNITS * PASS_ROWS && n < block.rows_here;
+        real = in_rows && j < SIZE;
+    }
+    __device__ __forceinline__ int column() const { return n % PASS_ROWS; }
+    // Whether this thread writes the vector of VECTOR units that begins with its own.
+    __device__ __forceinline__ bool publishes() const { return in_rows && u % VECTOR == 0; }
+};
+
+#if !BACKWARD
 extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_forward(
     Stored* gates,          // [T][B][GATES * SIZE]: in W X + b, out the activated gates
     const Stored* weights,  // [RECURRENT * SIZE][SIZE]
-    Stored* hidden,         // [T + 1][B][SIZE], the first given
-    float* memory,          // [T + 1][B][SIZE], the first given
-    Stored* published,      // [2][GROUPS][PADDED][K], the first given, the rest zero
-    u32* flags,             // [2][GROUPS][SLICES], zero
+    const Stored* first_hidden, const float* first_memory,  // [B][SIZE]
+    Stored* hidden,         // [T + 1][B][SIZE]: out, the first included
+    float* memory,          // [T + 1][B][SIZE]: likewise
+    u32* workspace,         // all MISSING: what is published, [RING][GROUPS][ROWS][K], then the layer norm's parts
     const u8* keep,         // [T][B]
     const float* gain, const float* shift,  // [SIZE]
-    float* moments,         // [T][B][2]: mean and reciprocal deviation
-    float2* parts, const float* scale_f, const float* scale_i, int steps, int first, int batch) {
-    const int slice = blockIdx.x % SLICES, group = blockIdx.x / SLICES;
-    const int mtiles = CEIL(FORWARD_M, 16), k_padded = CEIL(FORWARD_K, CHUNK) * CHUNK;
-    uint4* staged = shared;
-    float* partial = (float*)(staged + FORWARD_M * WEIGHT_PITCH(FORWARD_K));
-    stage_weights<FORWARD_M, FORWARD_K>(staged, [&](int row, int k) {
+    float* moments,         // [T][B][2]: out, mean and reciprocal deviation
+    const float* scale_f, const float* scale_i, int steps, int first, int batch) {
+    constexpr int mtiles = CEIL(FORWARD_M, 16), k_padded = CEIL(FORWARD_K, CHUNK) * CHUNK;
+    Block block(workspace, first, batch, [&](int slice, int row, int k) {
         const int r = row / UNITS, j = slice * UNITS + row % UNITS;
         return j < SIZE && k < SIZE ? operand(widen(weights[size_t(r * SIZE + j) * SIZE + k])) : operand(0.f);
-    });
-    flags += group * SLICES;
-    Stored* const mine = published + size_t(group) * PADDED * k_padded;
-    const size_t half = size_t(GROUPS) * PADDED * k_padded;
-#if NORM
-    Exchange exchange;
-    exchange.pairs = (float2*)(partial + WARPS * mtiles * 16 * PITCH);
-    exchange.results = exchange.pairs + ROWS * UNITS;
-    exchange.parts = parts;
-    exchange.flags = flags + GROUPS * SLICES;
-    exchange.slice = slice;
-    exchange.group = group;
-#endif
+    }, Product<FORWARD_M, FORWARD_K>());
 
     float before[ITEMS], before_h[ITEMS];
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i) {
-        const Place at(i, slice, group, first, batch);
-        before[i] = at.real ? memory[size_t(at.b) * SIZE + at.j] : 0.f;
-        before_h[i] = at.real ? widen(hidden[size_t(at.b) * SIZE + at.j]) : 0.f;
+        const Place at(i, block, first);
+        const size_t from = size_t(at.b) * SIZE + at.j;
+        before[i] = at.real ? first_memory[from] : 0.f;
+        before_h[i] = at.real ? widen(first_hidden[from]) : 0.f;
+        if (at.real) memory[from] = before[i], hidden[from] = first_hidden[from];
+        const uint4 vector = gather_lanes(before_h[i]);
+        if (at.publishes()) publish(block.published + at.n * k_padded + at.j, vector);
     }
     __syncthreads();
 
@@ -313,30 +411,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_forward(
         bool real_step[ITEMS];
 #pragma unroll
         for (int i = 0; i < ITEMS; ++i) {
-            const Place at(i, slice, group, first, batch);
+            const Place at(i, block, first);
             const Stored* x = gates + (size_t(t) * batch + at.b) * (GATES * SIZE) + at.j;
 #pragma unroll
             for (int g = 0; g < GATES; ++g) a[i].value[g] = at.real ? widen(x[g * SIZE]) : 0.f;
-            a[i].sf = FORGET < 0 && at.real ? scale_f[at.j] : 0.f;
-            a[i].si = FORGET < 0 && INPUT < 0 ? scale_i[0] : 0.f;
+            a[i].sf = HAS_SCALE_F && at.real ? scale_f[at.j] : 0.f;
+            a[i].si = HAS_SCALE_I ? scale_i[0] : 0.f;
             real_step[i] = at.real && (!MASK || keep[size_t(t) * batch + at.b]);
         }
         float sums[mtiles][TILES][4];
-        product<FORWARD_M, FORWARD_K, UNITS>(sums, staged, mine + t % 2 * half, flags, t);
+        product<FORWARD_M, FORWARD_K>(sums, shared, block.published + t % RING * block.buffer, block.rows_here);
 
         float now[ITEMS], now_h[ITEMS];
 #pragma unroll
         for (int pass = 0; pass < PASSES; ++pass) {
-            if (pass) __syncthreads();
-            share_sums<mtiles>(partial, sums, pass);
+            __syncthreads();
+            share_sums<mtiles>(block.partial, sums, pass);
             __syncthreads();
 #pragma unroll
             for (int i = pass * PER_PASS; i < (pass + 1) * PER_PASS; ++i) {
-                const Place at(i, slice, group, first, batch);
+                const Place at(i, block, first);
                 if (!at.real) continue;
 #pragma unroll
                 for (int r = 0; r < RECURRENT; ++r)
-                    a[i].value[FIRST_RECURRENT + r] += total<mtiles>(partial, r * UNITS + at.u, at.column());
+                    a[i].value[FIRST_RECURRENT + r] += total<mtiles>(block.partial, r * UNITS + at.u, at.column());
                 if (SQUASH_CANDIDATE) a[i].value[0] = hyperbolic(a[i].value[0]);
 #pragma unroll
                 for (int g = 1; g < GATES; ++g) a[i].value[g] = sigmoid(a[i].value[g]);
@@ -346,11 +444,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_forward(
 #if NORM
 #pragma unroll
         for (int i = 0; i < ITEMS; ++i) {
-            const Place at(i, slice, group, first, batch);
-            if (at.real) exchange.pairs[at.n * UNITS + at.u].x = now[i];
+            const Place at(i, block, first);
+            if (at.real) block.exchange.pairs[at.n * UNITS + at.u].x = now[i];
         }
-        const int units = min(UNITS, SIZE - slice * UNITS);
-        exchange.run(t + 1, [&](const float2* row) {
+        const int units = min(UNITS, SIZE - block.slice * UNITS);
+        block.exchange.run(t + 1, [&](const float2* row) {
             float mean = 0.f, squares = 0.f;
             for (int u = 0; u < units; ++u) mean += row[u].x;
             mean /= units;
@@ -359,9 +457,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_forward(
         }, merge_moments);
 #pragma unroll
         for (int i = 0; i < ITEMS; ++i) {
-            const Place at(i, slice, group, first, batch);
+            const Place at(i, block, first);
             if (!at.real) continue;
-            const float2 both = exchange.results[at.n];
+            const float2 both = block.exchange.results[at.n];
             const float inverse = rsqrtf(both.y / SIZE + EPSILON);
             now[i] = (now[i] - both.x) * inverse * gain[at.j] + shift[at.j];
             if (at.j == 0) {
@@ -372,19 +470,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_forward(
 #endif
 #pragma unroll
         for (int i = 0; i < ITEMS; ++i) {
-            const Place at(i, slice, group, first, batch);
-            if (!at.real) continue;
-            now_h[i] = a[i].output() * (SQUASH_OUTPUT ? hyperbolic(now[i]) : now[i]);
+            const Place at(i, block, first);
+            now_h[i] = at.real ? a[i].output() * (SQUASH_OUTPUT ? hyperbolic(now[i]) : now[i]) : 0.f;
             if (!real_step[i]) now[i] = before[i], now_h[i] = before_h[i];
-            mine[(t + 1) % 2 * half + at.n * k_padded + at.j] = operand(now_h[i]);
+            const uint4 vector = gather_lanes(now_h[i]);
+            if (at.publishes()) {
+                Stored* const to = block.published + at.n * k_padded + at.j;
+                publish(to + (t + 1) % RING * block.buffer, vector);
+                if (t) publish(to + (t + 3) % RING * block.buffer, make_uint4(MISSING, 0, 0, 0));
+            }
             before[i] = now[i];
             before_h[i] = now_h[i];
         }
-        raise_flag(flags + slice, t + 1);
-        // What only the backward pass needs is written while the others wait.
+        __threadfence();
+        // What only the backward pass needs is written while the others' values are on their way.
 #pragma unroll
         for (int i = 0; i < ITEMS; ++i) {
-            const Place at(i, slice, group, first, batch);
+            const Place at(i, block, first);
             if (!at.real) continue;
             const size_t row = size_t(t) * batch + at.b;
 #pragma unroll
@@ -395,46 +497,32 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_forward(
     }
 }
 
+#else
 extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_backward(
     const Stored* gates,        // [T][B][GATES * SIZE], activated
     const Stored* weights,      // [RECURRENT * SIZE][SIZE]
     const float* memory,        // [T + 1][B][SIZE]
-    const Stored* grad_output,  // [T][B][SIZE]
-    float* grad_hidden,         // [B][SIZE]: in of the final state, out of the initial one
-    float* grad_memory,         // [B][SIZE]: likewise
+    const Stored* grad_output,  // [T][B][SIZE]; null for zeros
+    const float* last_grad_hidden, const float* last_grad_memory,  // [B][SIZE], of the final state; null for zeros
+    float* grad_hidden, float* grad_memory,  // [B][SIZE]: out, of the initial state
     Stored* grad_gates,         // [T][B][GATES * SIZE]: out, of the pre-activations
-    Stored* published,          // [2][GROUPS][PADDED][K], zero
-    u32* flags,                 // [2][GROUPS][SLICES], zero
+    u32* workspace,             // as above
     const u8* keep, const float* gain, const float* moments,
     float* grad_gain, float* grad_shift,  // [B][SIZE]: out, a row's share
-    float2* parts, const float* scale_f, const float* scale_i, int steps, int first, int batch) {
-    const int slice = blockIdx.x % SLICES, group = blockIdx.x / SLICES;
-    const int mtiles = CEIL(BACKWARD_M, 16), k_padded = CEIL(BACKWARD_K, CHUNK) * CHUNK, own = RECURRENT * UNITS;
-    uint4* staged = shared;
-    float* partial = (float*)(staged + BACKWARD_M * WEIGHT_PITCH(BACKWARD_K));
-    stage_weights<BACKWARD_M, BACKWARD_K>(staged, [&](int row, int k) {
+    const float* scale_f, const float* scale_i, int steps, int first, int batch) {
+    constexpr int mtiles = CEIL(BACKWARD_M, 16), k_padded = CEIL(BACKWARD_K, CHUNK) * CHUNK, own = RECURRENT * UNITS;
+    Block block(workspace, first, batch, [&](int slice, int row, int k) {
         const int r = k % own / UNITS, to = k / own * UNITS + k % UNITS, j = slice * UNITS + row;
         return j < SIZE && to < SIZE ? operand(widen(weights[size_t(r * SIZE + to) * SIZE + j])) : operand(0.f);
-    });
-    flags += group * SLICES;
-    Stored* const mine = published + size_t(group) * PADDED * k_padded;
-    const size_t half = size_t(GROUPS) * PADDED * k_padded;
-#if NORM
-    Exchange exchange;
-    exchange.pairs = (float2*)(partial + WARPS * mtiles * 16 * PITCH);
-    exchange.results = exchange.pairs + ROWS * UNITS;
-    exchange.parts = parts;
-    exchange.flags = flags + GROUPS * SLICES;
-    exchange.slice = slice;
-    exchange.group = group;
-#endif
+    }, Product<BACKWARD_M, BACKWARD_K>());
 
     float to_memory[ITEMS], to_hidden[ITEMS], to_gain[ITEMS], to_shift[ITEMS];
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i) {
-        const Place at(i, slice, group, first, batch);
-        to_memory[i] = at.real ? grad_memory[size_t(at.b) * SIZE + at.j] : 0.f;
-        to_hidden[i] = at.real ? grad_hidden[size_t(at.b) * SIZE + at.j] : 0.f;
+        const Place at(i, block, first);
+        const size_t from = size_t(at.b) * SIZE + at.j;
+        to_memory[i] = at.real && last_grad_memory ? last_grad_memory[from] : 0.f;
+        to_hidden[i] = at.real && last_grad_hidden ? last_grad_hidden[from] : 0.f;
         to_gain[i] = to_shift[i] = 0.f;
     }
     __syncthreads();
@@ -447,31 +535,32 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_backward(
         if (t >= 0) {
 #pragma unroll
             for (int i = 0; i < ITEMS; ++i) {
-                const Place at(i, slice, group, first, batch);
+                const Place at(i, block, first);
                 const size_t row = size_t(t) * batch + at.b;
 #pragma unroll
                 for (int g = 0; g < GATES; ++g)
                     a[i].value[g] = at.real ? widen(gates[row * (GATES * SIZE) + g * SIZE + at.j]) : 0.f;
-                a[i].sf = FORGET < 0 && at.real ? scale_f[at.j] : 0.f;
-                a[i].si = FORGET < 0 && INPUT < 0 ? scale_i[0] : 0.f;
+                a[i].sf = HAS_SCALE_F && at.real ? scale_f[at.j] : 0.f;
+                a[i].si = HAS_SCALE_I ? scale_i[0] : 0.f;
                 now[i] = at.real ? memory[(row + batch) * SIZE + at.j] : 0.f;
                 before[i] = at.real ? memory[row * SIZE + at.j] : 0.f;
-                from_output[i] = at.real ? widen(grad_output[row * SIZE + at.j]) : 0.f;
+                from_output[i] = at.real && grad_output ? widen(grad_output[row * SIZE + at.j]) : 0.f;
                 real_step[i] = at.real && (!MASK || keep[row]);
             }
         }
         if (done) {
             float sums[mtiles][TILES][4];
-            product<BACKWARD_M, BACKWARD_K, RECURRENT * UNITS>(sums, staged, mine + done % 2 * half, flags, done);
+            product<BACKWARD_M, BACKWARD_K>(
+                sums, shared, block.published + done % RING * block.buffer, block.rows_here);
 #pragma unroll
             for (int pass = 0; pass < PASSES; ++pass) {
-                if (pass) __syncthreads();
-                share_sums<mtiles>(partial, sums, pass);
+                __syncthreads();
+                share_sums<mtiles>(block.partial, sums, pass);
                 __syncthreads();
 #pragma unroll
                 for (int i = pass * PER_PASS; i < (pass + 1) * PER_PASS; ++i) {
-                    const Place at(i, slice, group, first, batch);
-                    if (at.real) to_hidden[i] += total<mtiles>(partial, at.u, at.column());
+                    const Place at(i, block, first);
+                    if (at.real) to_hidden[i] += total<mtiles>(block.partial, at.u, at.column());
                 }
             }
         }
@@ -489,25 +578,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_backward(
         float normal[ITEMS];
 #pragma unroll
         for (int i = 0; i < ITEMS; ++i) {
-            const Place at(i, slice, group, first, batch);
+            const Place at(i, block, first);
             if (!at.real) continue;
             const size_t row = size_t(t) * batch + at.b;
             normal[i] = (a[i].raw(before[i]) - moments[row * 2]) * moments[row * 2 + 1];
             const float weighted = to_raw[i] * gain[at.j];
-            exchange.pairs[at.n * UNITS + at.u] = make_float2(weighted, weighted * normal[i]);
+            block.exchange.pairs[at.n * UNITS + at.u] = make_float2(weighted, weighted * normal[i]);
             if (real_step[i]) to_gain[i] += to_raw[i] * normal[i], to_shift[i] += to_raw[i];
         }
-        const int units = min(UNITS, SIZE - slice * UNITS);
-        exchange.run(done + 1, [&](const float2* row) {
+        const int units = min(UNITS, SIZE - block.slice * UNITS);
+        block.exchange.run(done + 1, [&](const float2* row) {
             float2 sum = make_float2(0.f, 0.f);
             for (int u = 0; u < units; ++u) sum.x += row[u].x, sum.y += row[u].y;
             return sum;
         }, [](float2& sum, int&, float2 other, int) { sum.x += other.x, sum.y += other.y; });
 #pragma unroll
         for (int i = 0; i < ITEMS; ++i) {
-            const Place at(i, slice, group, first, batch);
+            const Place at(i, block, first);
             if (!at.real || !real_step[i]) continue;
-            const float2 both = exchange.results[at.n];
+            const float2 both = block.exchange.results[at.n];
             const float inverse = moments[(size_t(t) * batch + at.b) * 2 + 1];
             to_raw[i] = inverse * (to_raw[i] * gain[at.j] - (both.x + normal[i] * both.y) / SIZE);
         }
@@ -515,8 +604,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_backward(
         float to_gate[ITEMS][GATES];
 #pragma unroll
         for (int i = 0; i < ITEMS; ++i) {
-            const Place at(i, slice, group, first, batch);
-            if (!at.real) continue;
+            const Place at(i, block, first);
             const float candidate = a[i].value[0], forget = a[i].forget(), input = a[i].input();
             to_gate[i][0] = to_raw[i] * input * (SQUASH_CANDIDATE ? 1.f - candidate * candidate : 1.f);
             if (INPUT >= 0) to_gate[i][INPUT >= 0 ? INPUT : 0] = to_raw[i] * candidate * input * (1.f - input);
@@ -529,14 +617,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_backward(
 #pragma unroll
             for (int g = 0; g < GATES; ++g) to_gate[i][g] = real_step[i] ? to_gate[i][g] : 0.f;
             if (real_step[i]) to_memory[i] = to_raw[i] * forget, to_hidden[i] = 0.f;
-            Stored* to = mine + (done + 1) % 2 * half + at.n * k_padded + slice * own + at.u;
+            Stored* const to = block.published + at.n * k_padded + block.slice * own + at.u;
 #pragma unroll
-            for (int r = 0; r < RECURRENT; ++r) to[r * UNITS] = operand(to_gate[i][FIRST_RECURRENT + r]);
+            for (int r = 0; r < RECURRENT; ++r) {
+                const uint4 vector = gather_lanes(to_gate[i][FIRST_RECURRENT + r]);
+                if (!at.publishes()) continue;
+                publish(to + (done + 1) % RING * block.buffer + r * UNITS, vector);
+                if (done > 1) publish(to + (done + 3) % RING * block.buffer + r * UNITS, make_uint4(MISSING, 0, 0, 0));
+            }
         }
-        raise_flag(flags + slice, done + 1);
+        __threadfence();
 #pragma unroll
         for (int i = 0; i < ITEMS; ++i) {
-            const Place at(i, slice, group, first, batch);
+            const Place at(i, block, first);
             if (!at.real) continue;
             Stored* to = grad_gates + (size_t(t) * batch + at.b) * (GATES * SIZE) + at.j;
 #pragma unroll
@@ -545,7 +638,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_backward(
     }
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i) {
-        const Place at(i, slice, group, first, batch);
+        const Place at(i, block, first);
         if (!at.real) continue;
         const size_t to = size_t(at.b) * SIZE + at.j;
         grad_hidden[to] = to_hidden[i];
@@ -553,3 +646,4 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_backward(
         if (NORM) grad_gain[to] = to_gain[i], grad_shift[to] = to_shift[i];
     }
 }
+#endif

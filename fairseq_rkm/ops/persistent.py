@@ -6,7 +6,6 @@ multiprocessors, and the two launches.
 """
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,15 +17,28 @@ from torch.autograd.function import once_differentiable
 from fairseq_rkm.ops import nvrtc
 from fairseq_rkm.ops.batched import gate_slices, recurrent_slice, sigma_gradients
 from fairseq_rkm.ops.cells import CANDIDATE, FORGET, INPUT, OUTPUT, Cell
-from fairseq_rkm.ops.ngram import project, project_backward
+from fairseq_rkm.ops.ngram import align, align_rows, project, project_backward, unalign
 from fairseq_rkm.ops.weights import LAYER_NORM_EPS, Weights
 
 SOURCE = Path(__file__).with_suffix(".cu")
-WARPS = 8
-MAX_ITEMS = 8
-"""(unit, row) pairs that a thread may own before their values no longer fit its registers."""
-MAX_SUMS = 112
-"""Registers of a thread that may hold sums of products."""
+REGISTERS = {16: 128, 8: 255}
+"""What a thread can have, by the number of warps in a block."""
+
+
+class Launch(NamedTuple):
+    """One of the two kernels.
+
+    Attributes:
+        warps: in a block.
+        vectors: of 16 bytes that a lane has on their way to it at a time.
+        pass_tiles: tiles of 8 rows whose sums the warps exchange at a time.
+        shared: bytes of shared memory.
+    """
+
+    warps: int
+    vectors: int
+    pass_tiles: int
+    shared: int
 
 
 @dataclass(frozen=True)
@@ -35,23 +47,25 @@ class Plan:
 
     Attributes:
         units: a block's units.
+        words: of 32 bits that neighbouring units publish at once, 2 or 4.
         slices: blocks that share a layer's units.
         groups: independent parts of the batch in a launch.
         rows: of the batch in a group.
-        pass_tiles: tiles of 8 rows whose sums are exchanged between warps at a time, forward and backward.
-        shared: bytes of shared memory, forward and backward.
+        forward: the forward kernel.
+        backward: the backward kernel.
     """
 
     units: int
+    words: int
     slices: int
     groups: int
     rows: int
-    pass_tiles: tuple[int, int]
-    shared: tuple[int, int]
+    forward: Launch
+    backward: Launch
 
     @property
-    def padded_rows(self) -> int:
-        return -(-self.rows // 8) * 8
+    def blocks(self) -> int:
+        return self.groups * self.slices
 
     def launches(self, batch: int) -> int:
         """The number of launches that a batch takes."""
@@ -74,13 +88,21 @@ def make_plan(
         shared: bytes of shared memory that a block can have.
     """
     best, best_cost = None, float("inf")
-    for units in range(1, size + 1):
-        slices = -(-size // units)
+    step = 8 // element
+    for units in range(step, size + step, step):
+        slices, words = -(-size // units), 2 if units * element % 16 else 4
+        slices += slices % 2 if words == 2 else 0  # all vectors of 16 bytes must be published whole
         for groups in range(1, min(multiprocessors // slices, -(-batch // 8)) + 1):
             for rows in _row_choices(batch, groups):
-                plan, cost = _estimate(recurrent, units, slices, groups, rows, element, norm, shared)
-                if plan is not None and cost * plan.launches(batch) < best_cost:
-                    best, best_cost = plan, cost * plan.launches(batch)
+                shapes = ((recurrent * units, slices * units), (units, slices * recurrent * units))
+                blocks = groups * slices
+                kernels = [_plan_kernel(m, k, units, blocks, rows, element, norm, shared) for m, k in shapes]
+                if None in kernels:
+                    continue
+                (forward, cost), (backward, more) = kernels  # type: ignore[misc]
+                plan = Plan(units, words, slices, groups, rows, forward, backward)
+                if (cost + more) * plan.launches(batch) < best_cost:
+                    best, best_cost = plan, (cost + more) * plan.launches(batch)
         if 2 * units * size * element > shared:
             break
     return best
@@ -92,32 +114,32 @@ def _row_choices(batch: int, groups: int) -> list[int]:
     return [whole, *(rows for rows in (64, 48, 40, 32, 24, 16, 8) if rows < whole)]
 
 
-def _estimate(
-    recurrent: int, units: int, slices: int, groups: int, rows: int, element: int, norm: bool, shared: int
-) -> tuple[Plan | None, float]:
-    """A plan and the clock cycles of a step forward and one backward, in rough terms that rank plans."""
-    tiles = -(-rows // 8)
-    passes, sizes, cycles = [], [], 0.0
-    for m, k in ((recurrent * units, slices * units), (units, slices * recurrent * units)):
-        chunks, m_tiles = -(-k * element // 64), -(-m // 16)
-        staged = m * (chunks | 1) * 64
-        extra = (rows * units + rows) * 8 if norm else 0
-        room = shared - staged - extra
-        fitting = [p for p in range(tiles, 0, -1) if WARPS * m_tiles * 16 * (p * 8 + 1) * 4 <= room]
-        if not fitting or m_tiles * tiles * 4 > MAX_SUMS:
-            return None, 0.0
+def _plan_kernel(
+    m: int, k: int, units: int, blocks: int, rows: int, element: int, norm: bool, shared: int
+) -> tuple[Launch, float] | None:
+    """A kernel whose product is m by k by rows, and the clock cycles of a step in rough terms that rank plans."""
+    tiles, chunks, m_tiles = -(-rows // 8), -(-k * element // 64), -(-m // 16)
+    fixed = m * (chunks | 1) * 64 + ((rows * units + rows) * 8 if norm else 0)
+    published = rows * chunks * 64
+    multiply = chunks * m_tiles * (4 * tiles + 10)
+    fetch = max(published / 40, blocks * published / 2500)
+    for warps, registers in REGISTERS.items():
+        fitting = [p for p in range(tiles, 0, -1) if fixed + warps * m_tiles * 16 * (p * 8 + 1) * 4 <= shared]
+        if not fitting:
+            continue
         pass_tiles = fitting[0]
-        per_pass = -(-units * pass_tiles * 8 // (WARPS * 32))
-        if -(-tiles // pass_tiles) * per_pass > MAX_ITEMS:
-            return None, 0.0
-        passes.append(pass_tiles)
-        sizes.append(staged + WARPS * m_tiles * 16 * (pass_tiles * 8 + 1) * 4 + extra)
-        published = tiles * 8 * chunks * 64
-        multiply = chunks * 2 * m_tiles * tiles * 2 + chunks * m_tiles * 1024 / 100
-        fetch = max(published / 40, groups * slices * published / 2500)
-        exchange = 2 * WARPS * m_tiles * 16 * tiles * 8 * 4 / 64
-        cycles += 3000 + max(multiply, fetch) + exchange + (3000 if norm else 0)
-    return Plan(units, slices, groups, rows, (passes[0], passes[1]), (sizes[0], sizes[1])), cycles
+        items = -(-tiles // pass_tiles) * -(-units * pass_tiles * 8 // (warps * 32))
+        room = registers - 28 - 4 * m_tiles * tiles - 10 * items
+        share = -(-chunks // warps)
+        vectors = min(share * tiles, room // 4, 24)
+        if vectors < tiles:
+            continue
+        launch = Launch(warps, vectors, pass_tiles, fixed + warps * m_tiles * 16 * (pass_tiles * 8 + 1) * 4)
+        exchange = warps * m_tiles * 16 * tiles * 8 * 4 / 50
+        rounds = -(-share * tiles // vectors)
+        cycles = 2500 + 300 * rounds + max(multiply, fetch) + exchange + 150 * items + (2500 if norm else 0)
+        return launch, cycles
+    return None
 
 
 def plan_for(cell: Cell, inputs: Tensor, size: int, norm: bool) -> Plan | None:
@@ -162,28 +184,38 @@ class _Persistent(torch.autograd.Function):
         ctx: Any, cell: Cell, keep: Tensor | None, inputs: Tensor, hidden: Tensor, memory: Tensor, *tensors: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         weights = Weights(*tensors)
-        gates = project(inputs, weights.input, weights.bias)
+        ctx.input_size = inputs.size(2)
+        inputs, matrix = align(inputs, weights.input)
+        gates = project(inputs, matrix, weights.bias)
         hiddens, memories, moments = _Launches(cell, inputs, weights, keep).forward(gates, hidden, memory)
         ctx.cell, ctx.numbers = cell, weights.numbers()
         ctx.save_for_backward(keep, inputs, gates, hiddens, memories, moments, *weights.tensors())
+        ctx.set_materialize_grads(False)
         output = hiddens[1:] if keep is None else hiddens[1:] * keep.unsqueeze(-1)
         return output, hiddens[-1].clone(), memories[-1].clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor, grad_hidden: Tensor, grad_memory: Tensor) -> tuple[Any, ...]:
+    def backward(
+        ctx: Any, grad_output: Tensor | None, grad_hidden: Tensor | None, grad_memory: Tensor | None
+    ) -> tuple[Any, ...]:
         keep, inputs, gates, hidden, memory, moments, *tensors = ctx.saved_tensors
         cell, weights, size = ctx.cell, Weights(*tensors)._replace(**ctx.numbers), hidden.size(2)
         launches = _Launches(cell, inputs, weights, keep)
         grad = launches.backward(gates, memory, moments, grad_output, grad_hidden, grad_memory)
         needs = dict(zip(Weights._fields, ctx.needs_input_grad[5:], strict=True))
         grads: dict[str, Tensor | None] = dict.fromkeys(Weights._fields)
+        _, matrix = align(inputs, weights.input, ctx.input_size)
         grad_inputs, grads["input"] = project_backward(
-            grad.gates, inputs, weights.input, ctx.needs_input_grad[2], needs["input"]
+            grad.gates, inputs, matrix, ctx.needs_input_grad[2], needs["input"]
         )
+        grad_inputs = None if grad_inputs is None else grad_inputs[..., : ctx.input_size]
+        if grads["input"] is not None:
+            grads["input"] = unalign(grads["input"], inputs.size(2), ctx.input_size)
         if needs["recurrent"]:
             fed_back = grad.gates.flatten(0, 1)[:, recurrent_slice(cell, size)]
-            grads["recurrent"] = fed_back.t() @ hidden[:-1].flatten(0, 1)
+            before = align_rows(hidden[:-1])
+            grads["recurrent"] = unalign(fed_back.t() @ before.flatten(0, 1), before.size(2), size)
         if needs["bias"]:
             grads["bias"] = grad.gates.sum((0, 1))
         if grad.gain is not None and grad.shift is not None:
@@ -217,13 +249,16 @@ class _Launches:
         self.keep = None if keep is None else keep.to(torch.uint8).contiguous()
         self.size, self.batch = weights.recurrent.size(1), inputs.size(1)
         self.dtype, self.device = inputs.dtype, inputs.device
-        plan = plan_for(cell, inputs, self.size, weights.norm_weight is not None)
+        self.norm = weights.norm_weight is not None
+        plan = plan_for(cell, inputs, self.size, self.norm)
         if plan is None:
             raise TypeError("a recurrence that was refused")
         self.plan = plan
-        ones = torch.ones(self.size, device=self.device)
-        self.scale_f = (ones * weights.sigma_f).contiguous() if cell.forget_is_constant else None
-        self.scale_i = (ones[:1] * weights.sigma_i).contiguous() if cell.input_is_constant else None
+        self.scale_f = self._scale(weights.sigma_f, self.size) if cell.forget_is_constant else None
+        self.scale_i = self._scale(weights.sigma_i, 1) if cell.input_is_constant else None
+
+    def _scale(self, value: Tensor | float, count: int) -> Tensor:
+        return torch.ones(count, device=self.device) * value
 
     def forward(self, gates: Tensor, hidden: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Turn ``W X + b`` into activated gates, in place; return all h and c, initial ones first, and the moments.
@@ -233,75 +268,50 @@ class _Launches:
         steps = gates.size(0)
         hiddens = hidden.new_empty(steps + 1, self.batch, self.size)
         memories = memory.new_empty(steps + 1, self.batch, self.size)
-        hiddens[0], memories[0] = hidden, memory
-        moments = memory.new_empty(steps, self.batch, 2) if self.weights.norm_weight is not None else None
-        published = self._published(self.plan.slices * self.plan.units)
-        self._publish(published, hidden)
-        self._launch(
-            "recurrence_forward", published, steps,
-            lambda published, flags: (
-                gates, self.recurrent, hiddens, memories, published, flags, self.keep, self.weights.norm_weight,
-                self.weights.norm_bias, moments,
-            ),
-        )  # fmt: skip
+        moments = memory.new_empty(steps, self.batch, 2) if self.norm else None
+        given = (gates, self.recurrent, hidden.contiguous(), memory.contiguous(), hiddens, memories)
+        norm = (self.weights.norm_weight, self.weights.norm_bias, moments)
+        values = self.plan.slices * self.plan.units
+        self._launch("recurrence_forward", self.plan.forward, values, steps, given, norm)
         return hiddens, memories, moments
 
     def backward(
-        self, gates: Tensor, memory: Tensor, moments: Tensor | None, grad_output: Tensor, grad_hidden: Tensor,
-        grad_memory: Tensor,
+        self, gates: Tensor, memory: Tensor, moments: Tensor | None, grad_output: Tensor | None,
+        grad_hidden: Tensor | None, grad_memory: Tensor | None,
     ) -> _Gradients:  # fmt: skip
-        """The gradients of everything but weights and inputs."""
-        grad_output = grad_output.contiguous()
-        grad_hidden, grad_memory = grad_hidden.float().clone(), grad_memory.float().clone()
+        """The gradients of everything but weights and inputs; a gradient that is None is zero."""
+        grad_output = None if grad_output is None else grad_output.contiguous()
+        last = [None if g is None else g.float().contiguous() for g in (grad_hidden, grad_memory)]
+        first = [memory.new_empty(self.batch, self.size) for _ in range(2)]
         grad_gates = torch.empty_like(gates)
-        gain = shift = None
-        if moments is not None:
-            gain, shift = torch.empty_like(grad_memory), torch.empty_like(grad_memory)
-        published = self._published(self.plan.slices * self.plan.units * len(self.cell.recurrent_gates))
-        self._launch(
-            "recurrence_backward", published, gates.size(0),
-            lambda published, flags: (
-                gates, self.recurrent, memory, grad_output, grad_hidden, grad_memory, grad_gates, published, flags,
-                self.keep, self.weights.norm_weight, moments, gain, shift,
-            ),
-        )  # fmt: skip
-        return _Gradients(grad_gates, grad_hidden, grad_memory, gain, shift)
-
-    def _published(self, values: int) -> Tensor:
-        """Zeros, ``(launches, 2, groups, padded rows, padded values)``."""
-        chunk = 64 // self.dtype.itemsize
-        plan = self.plan
-        shape = (plan.launches(self.batch), 2, plan.groups, plan.padded_rows, -(-values // chunk) * chunk)
-        return torch.zeros(shape, dtype=self.dtype, device=self.device)
-
-    def _publish(self, published: Tensor, hidden: Tensor) -> None:
-        """Lay ``h_0`` out as the blocks do their ``h_t``."""
-        plan, count = self.plan, published.size(0)
-        padded = hidden.new_zeros(count * plan.groups * plan.rows, self.size)
-        padded[: self.batch] = hidden
-        published[:, 0, :, : plan.rows, : self.size] = padded.view(count, plan.groups, plan.rows, self.size)
+        gain, shift = (torch.empty_like(first[0]) if self.norm else None for _ in range(2))
+        given = (gates, self.recurrent, memory, grad_output, *last, *first, grad_gates)
+        norm = (self.weights.norm_weight, moments, gain, shift)
+        values = self.plan.slices * self.plan.units * len(self.cell.recurrent_gates)
+        self._launch("recurrence_backward", self.plan.backward, values, gates.size(0), given, norm)
+        return _Gradients(grad_gates, first[0], first[1], gain, shift)
 
     def _launch(
-        self, name: str, published: Tensor, steps: int, arguments: Callable[[Tensor, Tensor], tuple[Any, ...]]
-    ) -> None:
-        plan, backward = self.plan, int(name.endswith("backward"))
-        kernel = nvrtc.compile_kernel(
-            SOURCE, name, self._macros(plan.pass_tiles[backward]), plan.shared[backward], self.device.index or 0
-        )
-        blocks = plan.groups * plan.slices
-        flags = torch.zeros(published.size(0), 2 * blocks, dtype=torch.int32, device=self.device)
-        parts = None
-        if self.weights.norm_weight is not None:
-            parts = torch.empty(2 * blocks * plan.rows, 2, device=self.device)
+        self, name: str, launch: Launch, values: int, steps: int, given: tuple[Tensor | None, ...],
+        norm: tuple[Tensor | None, ...],
+    ) -> None:  # fmt: skip
+        """Run a kernel on as many parts of the batch as it takes; ``values``: published for each row at a step."""
+        plan = self.plan
+        macros = self._macros(launch, backward=name.endswith("backward"))
+        kernel = nvrtc.compile_kernel(SOURCE, name, macros, launch.shared, self.device.index or 0)
+        bytes_published = 4 * plan.groups * plan.rows * -(-values * self.dtype.itemsize // 64) * 64
+        bytes_exchanged = 2 * plan.blocks * plan.rows * 16 if self.norm else 0
+        # All ones: nothing is there yet.
+        shape = (plan.launches(self.batch), (bytes_published + bytes_exchanged) // 4)
+        workspace = torch.full(shape, -1, dtype=torch.int32, device=self.device)
         with torch.cuda.device(self.device):
-            for i in range(published.size(0)):
-                first = i * plan.groups * plan.rows
+            for i, part in enumerate(workspace):
                 kernel.launch(
-                    blocks, WARPS * 32, *arguments(published[i], flags[i]), parts, self.scale_f, self.scale_i, steps,
-                    first, self.batch,
+                    plan.blocks, launch.warps * 32, *given, part, self.keep, *norm, self.scale_f, self.scale_i, steps,
+                    i * plan.groups * plan.rows, self.batch,
                 )  # fmt: skip
 
-    def _macros(self, pass_tiles: int) -> tuple[tuple[str, int | str], ...]:
+    def _macros(self, launch: Launch, backward: bool) -> tuple[tuple[str, int | str], ...]:
         """The cell, the types and the plan, as ``persistent.cu`` reads them."""
         cell, plan = self.cell, self.plan
         place = {gate: cell.gates.index(gate) if gate in cell.gates else -1 for gate in (INPUT, FORGET, OUTPUT)}
@@ -312,16 +322,19 @@ class _Launches:
             *((gate.upper(), index) for gate, index in place.items()),
             ("SQUASH_CANDIDATE", int(cell.squash_candidate)),
             ("SQUASH_OUTPUT", int(cell.squash_output)),
-            ("NORM", int(self.weights.norm_weight is not None)),
+            ("NORM", int(self.norm)),
             ("EPSILON", f"{LAYER_NORM_EPS}f"),
             ("MASK", int(self.keep is not None)),
             ("ELEMENT", self.dtype.itemsize),
             ("BF16", int(self.dtype == torch.bfloat16)),
             ("SIZE", self.size),
             ("UNITS", plan.units),
+            ("WORDS", plan.words),
             ("SLICES", plan.slices),
             ("GROUPS", plan.groups),
             ("ROWS", plan.rows),
-            ("WARPS", WARPS),
-            ("MAX_PASS_TILES", pass_tiles),
+            ("BACKWARD", int(backward)),
+            ("WARPS", launch.warps),
+            ("VECTORS", launch.vectors),
+            ("MAX_PASS_TILES", launch.pass_tiles),
         )

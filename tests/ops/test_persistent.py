@@ -105,7 +105,9 @@ def test_plans_never_ask_for_more_than_the_chip_has(element, norm):
             continue
         planned += 1
         assert plan.groups * plan.slices <= multiprocessors
-        assert max(plan.shared) <= shared
-        assert plan.units * plan.slices >= size > plan.units * (plan.slices - 1)
+        assert max(plan.forward.shared, plan.backward.shared) <= shared
+        assert plan.units * plan.slices >= size > plan.units * (plan.slices - 2)
+        assert plan.units * plan.slices * element % 16 == 0
+        assert plan.units * element % (4 * plan.words) == 0
         assert plan.rows * plan.groups * plan.launches(batch) >= batch
     assert planned > 40
