@@ -21,7 +21,7 @@ setup(
     package_data={"fairseq_rkm.ops": ["*.cu"]},
     install_requires=["torch>=2.6", "numpy", FAIRSEQ, "sacremoses", "sentencepiece"],
     extras_require={
-        "dev": ["hypothesis", "matplotlib", "mypy", "pytest", "ruff"],
+        "dev": ["hypothesis", "matplotlib", "mypy", "pytest", "ruff", "triton; platform_system == 'Linux'"],
         "plots": ["matplotlib"],
     },
 )

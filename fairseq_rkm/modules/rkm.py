@@ -237,7 +237,7 @@ class RKM(nn.Module):
                 hiddens.append(final[0])
                 cells.append(final[1])
             x = torch.cat(outputs, dim=-1) if self.bidirectional else outputs[0]
-        final_state = RKMState(torch.stack(hiddens), torch.stack(cells), contexts or None)
+        final_state = RKMState(_stack(hiddens), _stack(cells), contexts or None)
         return x.transpose(0, 1) if self.batch_first else x, final_state
 
     def _direction(
@@ -372,6 +372,11 @@ _LSTM_GATES = ("input", "forget", "candidate", "output")
 def _restack(value: Tensor, given: tuple[str, ...], wanted: tuple[str, ...]) -> Tensor:
     blocks = dict(zip(given, value.chunk(len(given)), strict=True))
     return torch.cat([blocks[gate] for gate in wanted])
+
+
+def _stack(tensors: list[Tensor]) -> Tensor:
+    """``torch.stack``, without a copy of a single tensor."""
+    return torch.stack(tensors) if len(tensors) > 1 else tensors[0].unsqueeze(0)
 
 
 def _check_sizes(**sizes: int) -> None:

@@ -123,6 +123,9 @@ def project_backward(
         need_weight: whether the second is.
     """
     flat = grad.flatten(0, 1)
+    if inputs.size(2) == weight.size(1):
+        whole = inputs.view(-1, inputs.size(2))
+        return (flat @ weight).view_as(inputs) if need_inputs else None, flat.t() @ whole if need_weight else None
     grad_inputs = torch.zeros_like(inputs) if need_inputs else None
     if grad_inputs is not None:
         for window, taps in _taps(grad_inputs, weight):

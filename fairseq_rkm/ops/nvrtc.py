@@ -6,6 +6,7 @@ wait for each other cannot hang.
 
 import ctypes
 import functools
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -17,27 +18,27 @@ _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 class Kernel:
     """A compiled kernel on one device."""
 
-    def __init__(self, function: ctypes.c_void_p, shared_bytes: int) -> None:
-        self.function, self.shared_bytes = function, shared_bytes
+    def __init__(self, function: ctypes.c_void_p, shared_bytes: int, device: int) -> None:
+        self.function, self.shared_bytes, self.device = function, shared_bytes, device
         _check(_driver().cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, shared_bytes))
 
     def launch(self, blocks: int, threads: int, *arguments: Tensor | int | None) -> None:
-        """Launch on the current stream; a tensor is passed as its address, None as the null pointer.
+        """Launch on the device's current stream; a tensor is passed as its address, None as the null pointer.
+
+        Numbers must not be negative: each argument is laid out in 8 bytes, of which the kernel reads what it declares.
 
         Raises:
             RuntimeError: the driver refuses, for instance because the blocks cannot all be resident.
         """
-        values: list[ctypes.c_void_p | ctypes.c_int] = [
-            ctypes.c_int(a) if isinstance(a, int) else ctypes.c_void_p(None if a is None else a.data_ptr())
-            for a in arguments
-        ]
-        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        _check(
-            _driver().cuLaunchCooperativeKernel(
-                self.function, blocks, 1, 1, threads, 1, 1, self.shared_bytes, stream, pointers
-            )
+        values = (ctypes.c_uint64 * len(arguments))(
+            *(a if isinstance(a, int) else 0 if a is None else a.data_ptr() for a in arguments)
         )
+        first = ctypes.addressof(values)
+        pointers = (ctypes.c_void_p * len(arguments))(*range(first, first + 8 * len(arguments), 8))
+        stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
+        size = (blocks, 1, 1, threads, 1, 1, self.shared_bytes)
+        with nullcontext() if torch.cuda.current_device() == self.device else torch.cuda.device(self.device):
+            _check(_driver().cuLaunchCooperativeKernel(self.function, *size, stream, pointers))
 
 
 @functools.cache
@@ -62,7 +63,7 @@ def compile_kernel(
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
         _check(_driver().cuModuleLoadData(ctypes.byref(module), image))
         _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()))
-        return Kernel(function, shared)
+        return Kernel(function, shared, device)
 
 
 @functools.cache
@@ -92,6 +93,7 @@ def compile_image(source: Path, macros: tuple[tuple[str, int | str], ...], capab
     return image.raw
 
 
+@functools.cache
 def available() -> str | None:
     """Why kernels cannot be compiled here; None if they can."""
     try:

@@ -211,29 +211,48 @@ __device__ __forceinline__ void product(
     }
 }
 
-// Lay this warp's sums of one pass out for all threads: partial[warp][row of weights][row of the pass].
-template <int MTILES>
-__device__ __forceinline__ void share_sums(float* partial, const float (&sums)[MTILES][TILES][4], int pass) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#define SLOTS (FOLD ? WARPS / 2 : WARPS)   // warps whose sums are laid out at a time
+
+// Give (or take and add) this warp's sums of one pass: partial[slot][row of weights][row of the pass].
+template <bool ADD, int MTILES>
+__device__ __forceinline__ void lay_out(float* partial, float (&sums)[MTILES][TILES][4], int pass, int slot) {
+    const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int m = 0; m < MTILES; ++m)
 #pragma unroll
         for (int i = 0; i < PASS_TILES; ++i) {
             const int n = pass * PASS_TILES + i;
             if (n >= TILES) continue;
-            float* at = partial + ((warp * MTILES + m) * 16 + lane / 4) * PITCH + i * 8 + lane % 4 * 2;
-            at[0] = sums[m][n][0];
-            at[1] = sums[m][n][1];
-            at[8 * PITCH] = sums[m][n][2];
-            at[8 * PITCH + 1] = sums[m][n][3];
+            float* at = partial + ((slot * MTILES + m) * 16 + lane / 4) * PITCH + i * 8 + lane % 4 * 2;
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                float& shared_sum = at[e / 2 * 8 * PITCH + e % 2];
+                if (ADD) sums[m][n][e] += shared_sum;
+                else shared_sum = sums[m][n][e];
+            }
         }
+}
+
+// Let all threads see all warps' sums of one pass. With FOLD, in half the room: one half of the warps adds the other's.
+template <int MTILES>
+__device__ __forceinline__ void share_sums(float* partial, float (&sums)[MTILES][TILES][4], int pass) {
+    const int warp = threadIdx.x / 32;
+    __syncthreads();
+    if (FOLD) {
+        if (warp >= SLOTS) lay_out<false>(partial, sums, pass, warp - SLOTS);
+        __syncthreads();
+        // A slot is read and overwritten by one warp alone, each element by one lane.
+        if (warp < SLOTS) lay_out<true>(partial, sums, pass, warp);
+    }
+    if (warp < SLOTS) lay_out<false>(partial, sums, pass, warp);
+    __syncthreads();
 }
 
 template <int MTILES>
 __device__ __forceinline__ float total(const float* partial, int row, int column) {
     float sum = 0.f;
 #pragma unroll
-    for (int w = 0; w < WARPS; ++w) sum += partial[((w * MTILES + row / 16) * 16 + row % 16) * PITCH + column];
+    for (int w = 0; w < SLOTS; ++w) sum += partial[((w * MTILES + row / 16) * 16 + row % 16) * PITCH + column];
     return sum;
 }
 
@@ -348,7 +367,7 @@ struct Block {
         buffer = size_t(GROUPS) * ROWS * k_padded;
         published = (Stored*)workspace + size_t(group) * ROWS * k_padded;
 #if NORM
-        exchange.pairs = (float2*)(partial + WARPS * CEIL(M, 16) * 16 * PITCH);
+        exchange.pairs = (float2*)(partial + SLOTS * CEIL(M, 16) * 16 * PITCH);
         exchange.results = exchange.pairs + ROWS * UNITS;
         exchange.parts = (uint4*)((Stored*)workspace + RING * buffer);
         exchange.slice = slice;
@@ -425,9 +444,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_forward(
         float now[ITEMS], now_h[ITEMS];
 #pragma unroll
         for (int pass = 0; pass < PASSES; ++pass) {
-            __syncthreads();
             share_sums<mtiles>(block.partial, sums, pass);
-            __syncthreads();
 #pragma unroll
             for (int i = pass * PER_PASS; i < (pass + 1) * PER_PASS; ++i) {
                 const Place at(i, block, first);
@@ -554,9 +571,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_backward(
                 sums, shared, block.published + done % RING * block.buffer, block.rows_here);
 #pragma unroll
             for (int pass = 0; pass < PASSES; ++pass) {
-                __syncthreads();
                 share_sums<mtiles>(block.partial, sums, pass);
-                __syncthreads();
 #pragma unroll
                 for (int i = pass * PER_PASS; i < (pass + 1) * PER_PASS; ++i) {
                     const Place at(i, block, first);

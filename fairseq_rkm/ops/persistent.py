@@ -6,6 +6,7 @@ multiprocessors, and the two launches.
 """
 
 import functools
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,8 +22,17 @@ from fairseq_rkm.ops.ngram import align, align_rows, project, project_backward, 
 from fairseq_rkm.ops.weights import LAYER_NORM_EPS, Weights
 
 SOURCE = Path(__file__).with_suffix(".cu")
-REGISTERS = {16: 128, 8: 255}
+REGISTERS = {8: 255, 16: 128}
 """What a thread can have, by the number of warps in a block."""
+COST = {
+    ("forward", 8): (0.55, 0.0, 0.47, 1.37, 0.25, 0.76, 0.0),
+    ("forward", 16): (0.0, 0.0, 0.79, 1.88, 0.91, 0.91, 0.0),
+    ("backward", 8): (0.48, 0.58, 0.07, 0.0, 0.82, 0.48, 0.17),
+    ("backward", 16): (1.86, 0.95, 0.05, 2.83, 0.0, 0.0, 0.05),
+}
+"""Microseconds of a step, by kernel and warps, for each of: one step; ten products of 16 x 8 x a chunk in a warp; 10 kB
+that a block fetches; ten tiles of 16 x 8 sums; a (unit, row) pair of a thread; a pass; 1 MB that all blocks fetch. From
+90 measurements on an H200 (bfloat16; d 300, 512, 1150); within some 10%, which is enough to rank plans."""
 
 
 class Launch(NamedTuple):
@@ -32,12 +42,14 @@ class Launch(NamedTuple):
         warps: in a block.
         vectors: of 16 bytes that a lane has on their way to it at a time.
         pass_tiles: tiles of 8 rows whose sums the warps exchange at a time.
+        fold: whether half of the warps add the others' sums to their own first, which takes half the room.
         shared: bytes of shared memory.
     """
 
     warps: int
     vectors: int
     pass_tiles: int
+    fold: bool
     shared: int
 
 
@@ -94,9 +106,14 @@ def make_plan(
         slices += slices % 2 if words == 2 else 0  # all vectors of 16 bytes must be published whole
         for groups in range(1, min(multiprocessors // slices, -(-batch // 8)) + 1):
             for rows in _row_choices(batch, groups):
-                shapes = ((recurrent * units, slices * units), (units, slices * recurrent * units))
-                blocks = groups * slices
-                kernels = [_plan_kernel(m, k, units, blocks, rows, element, norm, shared) for m, k in shapes]
+                shapes = {
+                    "forward": (recurrent * units, slices * units),
+                    "backward": (units, slices * recurrent * units),
+                }
+                kernels = [
+                    _plan_kernel(name, m, k, units, groups * slices, rows, element, norm, shared)
+                    for name, (m, k) in shapes.items()
+                ]
                 if None in kernels:
                     continue
                 (forward, cost), (backward, more) = kernels  # type: ignore[misc]
@@ -115,41 +132,60 @@ def _row_choices(batch: int, groups: int) -> list[int]:
 
 
 def _plan_kernel(
-    m: int, k: int, units: int, blocks: int, rows: int, element: int, norm: bool, shared: int
+    name: str, m: int, k: int, units: int, blocks: int, rows: int, element: int, norm: bool, shared: int
 ) -> tuple[Launch, float] | None:
-    """A kernel whose product is m by k by rows, and the clock cycles of a step in rough terms that rank plans."""
+    """The fastest way to run a kernel whose product is m by k by rows, and the microseconds its step should take."""
     tiles, chunks, m_tiles = -(-rows // 8), -(-k * element // 64), -(-m // 16)
     fixed = m * (chunks | 1) * 64 + ((rows * units + rows) * 8 if norm else 0)
-    published = rows * chunks * 64
-    multiply = chunks * m_tiles * (4 * tiles + 10)
-    fetch = max(published / 40, blocks * published / 2500)
-    for warps, registers in REGISTERS.items():
-        fitting = [p for p in range(tiles, 0, -1) if fixed + warps * m_tiles * 16 * (p * 8 + 1) * 4 <= shared]
-        if not fitting:
+    best = None
+    for (warps, registers), fold in itertools.product(REGISTERS.items(), (False, True)):
+        slot = (warps // 2 if fold else warps) * m_tiles * 16 * 4
+        pass_tiles = next((p for p in range(tiles, 0, -1) if fixed + slot * (p * 8 + 1) <= shared), 0)
+        if not pass_tiles:
             continue
-        pass_tiles = fitting[0]
-        items = -(-tiles // pass_tiles) * -(-units * pass_tiles * 8 // (warps * 32))
-        room = registers - 28 - 4 * m_tiles * tiles - 10 * items
+        passes = -(-tiles // pass_tiles)
+        items = passes * -(-units * pass_tiles * 8 // (warps * 32))
         share = -(-chunks // warps)
-        vectors = min(share * tiles, room // 4, 24)
+        vectors = min(share * tiles, (registers - 28 - 4 * m_tiles * tiles - 10 * items) // 4, 24)
         if vectors < tiles:
             continue
-        launch = Launch(warps, vectors, pass_tiles, fixed + warps * m_tiles * 16 * (pass_tiles * 8 + 1) * 4)
-        exchange = warps * m_tiles * 16 * tiles * 8 * 4 / 50
-        rounds = -(-share * tiles // vectors)
-        cycles = 2500 + 300 * rounds + max(multiply, fetch) + exchange + 150 * items + (2500 if norm else 0)
-        return launch, cycles
-    return None
+        fetched = rows * chunks * 64
+        amounts = (1, share * m_tiles * tiles / 10, fetched / 1e4, m_tiles * tiles / 10, items, passes)
+        time = sum(c * a for c, a in zip(COST[name, warps], (*amounts, blocks * fetched / 1e6), strict=True))
+        time += 0.2 * fold * passes + 1.5 * norm
+        if best is None or time < best[1]:
+            best = Launch(warps, vectors, pass_tiles, fold, fixed + slot * (pass_tiles * 8 + 1)), time
+    return best
 
 
-def plan_for(cell: Cell, inputs: Tensor, size: int, norm: bool) -> Plan | None:
-    """:func:`make_plan` for the device and shapes at hand."""
-    properties = torch.cuda.get_device_properties(inputs.device)
+class Problem(NamedTuple):
+    """What plan and kernels depend on, apart from the number of steps."""
+
+    cell: Cell
+    size: int
+    batch: int
+    dtype: torch.dtype
+    norm: bool
+    device: int
+
+    @classmethod
+    def of(cls, cell: Cell, inputs: Tensor, weights: Weights) -> "Problem":
+        """A recurrence with feedback on a GPU."""
+        size = weights.recurrent.size(1) if weights.recurrent is not None else 0
+        return cls(cell, size, inputs.size(1), inputs.dtype, weights.norm_weight is not None, inputs.device.index)
+
+
+@functools.cache
+def plan_for(problem: Problem) -> Plan | None:
+    """:func:`make_plan` for a problem's GPU; None if that is too old or cannot hold the weights."""
+    properties = torch.cuda.get_device_properties(problem.device)
+    if properties.major < 8:
+        return None
     shared = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
-    recurrent = len(cell.recurrent_gates)
     return make_plan(
-        recurrent, size, inputs.size(1), inputs.element_size(), norm, properties.multi_processor_count, shared
-    )
+        len(problem.cell.recurrent_gates), problem.size, problem.batch, problem.dtype.itemsize, problem.norm,
+        properties.multi_processor_count, shared,
+    )  # fmt: skip
 
 
 def refuses(cell: Cell, inputs: Tensor, weights: Weights) -> str | None:
@@ -162,12 +198,13 @@ def refuses(cell: Cell, inputs: Tensor, weights: Weights) -> str | None:
         return f"it computes in float32 (TF32), float16 and bfloat16, not in {inputs.dtype}"
     if inputs.dtype == torch.float32 and not torch.backends.cudnn.allow_tf32:
         return "its float32 products are TF32, which torch.backends.cudnn.allow_tf32 = False rules out"
-    if torch.cuda.get_device_capability(inputs.device) < (8, 0):
-        return "it needs a GPU of compute capability 8.0 or higher"
     if not inputs.numel() or not inputs.size(1):
         return "it needs at least one step and one sequence"
-    if plan_for(cell, inputs, weights.recurrent.size(1), weights.norm_weight is not None) is None:
-        return f"the weights of {weights.recurrent.size(1)} units do not fit on this GPU's multiprocessors"
+    if plan_for(Problem.of(cell, inputs, weights)) is None:
+        return (
+            f"this GPU cannot hold the weights of {weights.recurrent.size(1)} units on its multiprocessors, or is of a "
+            "compute capability below 8.0"
+        )
     return nvrtc.available()
 
 
@@ -243,17 +280,14 @@ class _Launches:
     """The two kernels, set up for a problem."""
 
     def __init__(self, cell: Cell, inputs: Tensor, weights: Weights, keep: Tensor | None) -> None:
-        if weights.recurrent is None:
-            raise TypeError("a recurrence without feedback")
-        self.cell, self.weights, self.recurrent = cell, weights, weights.recurrent.contiguous()
+        plan = plan_for(Problem.of(cell, inputs, weights))
+        if plan is None or weights.recurrent is None:
+            raise TypeError("a problem that was refused")
+        self.plan, self.weights, self.recurrent = plan, weights, weights.recurrent.contiguous()
+        self.problem = Problem.of(cell, inputs, weights)
         self.keep = None if keep is None else keep.to(torch.uint8).contiguous()
-        self.size, self.batch = weights.recurrent.size(1), inputs.size(1)
-        self.dtype, self.device = inputs.dtype, inputs.device
-        self.norm = weights.norm_weight is not None
-        plan = plan_for(cell, inputs, self.size, self.norm)
-        if plan is None:
-            raise TypeError("a recurrence that was refused")
-        self.plan = plan
+        self.size, self.batch, self.norm = self.problem.size, self.problem.batch, self.problem.norm
+        self.device = inputs.device
         self.scale_f = self._scale(weights.sigma_f, self.size) if cell.forget_is_constant else None
         self.scale_i = self._scale(weights.sigma_i, 1) if cell.input_is_constant else None
 
@@ -271,8 +305,7 @@ class _Launches:
         moments = memory.new_empty(steps, self.batch, 2) if self.norm else None
         given = (gates, self.recurrent, hidden.contiguous(), memory.contiguous(), hiddens, memories)
         norm = (self.weights.norm_weight, self.weights.norm_bias, moments)
-        values = self.plan.slices * self.plan.units
-        self._launch("recurrence_forward", self.plan.forward, values, steps, given, norm)
+        self._launch("forward", steps, given, norm)
         return hiddens, memories, moments
 
     def backward(
@@ -287,54 +320,68 @@ class _Launches:
         gain, shift = (torch.empty_like(first[0]) if self.norm else None for _ in range(2))
         given = (gates, self.recurrent, memory, grad_output, *last, *first, grad_gates)
         norm = (self.weights.norm_weight, moments, gain, shift)
-        values = self.plan.slices * self.plan.units * len(self.cell.recurrent_gates)
-        self._launch("recurrence_backward", self.plan.backward, values, gates.size(0), given, norm)
+        self._launch("backward", gates.size(0), given, norm)
         return _Gradients(grad_gates, first[0], first[1], gain, shift)
 
     def _launch(
-        self, name: str, launch: Launch, values: int, steps: int, given: tuple[Tensor | None, ...],
-        norm: tuple[Tensor | None, ...],
-    ) -> None:  # fmt: skip
-        """Run a kernel on as many parts of the batch as it takes; ``values``: published for each row at a step."""
+        self, direction: str, steps: int, given: tuple[Tensor | None, ...], norm: tuple[Tensor | None, ...]
+    ) -> None:
+        """Run a kernel on as many parts of the batch as it takes."""
         plan = self.plan
-        macros = self._macros(launch, backward=name.endswith("backward"))
-        kernel = nvrtc.compile_kernel(SOURCE, name, macros, launch.shared, self.device.index or 0)
-        bytes_published = 4 * plan.groups * plan.rows * -(-values * self.dtype.itemsize // 64) * 64
-        bytes_exchanged = 2 * plan.blocks * plan.rows * 16 if self.norm else 0
+        kernel, threads, words = prepare(self.problem, self.keep is not None, direction)
+        launches = plan.launches(self.batch)
         # All ones: nothing is there yet.
-        shape = (plan.launches(self.batch), (bytes_published + bytes_exchanged) // 4)
-        workspace = torch.full(shape, -1, dtype=torch.int32, device=self.device)
-        with torch.cuda.device(self.device):
-            for i, part in enumerate(workspace):
-                kernel.launch(
-                    plan.blocks, launch.warps * 32, *given, part, self.keep, *norm, self.scale_f, self.scale_i, steps,
-                    i * plan.groups * plan.rows, self.batch,
-                )  # fmt: skip
+        workspace = torch.full((launches, words), -1, dtype=torch.int32, device=self.device)
+        for i in range(launches):
+            part = workspace if launches == 1 else workspace[i]
+            kernel.launch(
+                plan.blocks, threads, *given, part, self.keep, *norm, self.scale_f, self.scale_i, steps,
+                i * plan.groups * plan.rows, self.batch,
+            )  # fmt: skip
 
-    def _macros(self, launch: Launch, backward: bool) -> tuple[tuple[str, int | str], ...]:
-        """The cell, the types and the plan, as ``persistent.cu`` reads them."""
-        cell, plan = self.cell, self.plan
-        place = {gate: cell.gates.index(gate) if gate in cell.gates else -1 for gate in (INPUT, FORGET, OUTPUT)}
-        return (
-            ("GATES", len(cell.gates)),
-            ("RECURRENT", len(cell.recurrent_gates)),
-            ("FIRST_RECURRENT", cell.gates.index(cell.recurrent_gates[0])),
-            *((gate.upper(), index) for gate, index in place.items()),
-            ("SQUASH_CANDIDATE", int(cell.squash_candidate)),
-            ("SQUASH_OUTPUT", int(cell.squash_output)),
-            ("NORM", int(self.norm)),
-            ("EPSILON", f"{LAYER_NORM_EPS}f"),
-            ("MASK", int(self.keep is not None)),
-            ("ELEMENT", self.dtype.itemsize),
-            ("BF16", int(self.dtype == torch.bfloat16)),
-            ("SIZE", self.size),
-            ("UNITS", plan.units),
-            ("WORDS", plan.words),
-            ("SLICES", plan.slices),
-            ("GROUPS", plan.groups),
-            ("ROWS", plan.rows),
-            ("BACKWARD", int(backward)),
-            ("WARPS", launch.warps),
-            ("VECTORS", launch.vectors),
-            ("MAX_PASS_TILES", launch.pass_tiles),
-        )
+
+@functools.cache
+def prepare(problem: Problem, mask: bool, direction: str) -> tuple[nvrtc.Kernel, int, int]:
+    """A compiled kernel, the threads of its blocks, and the 32-bit words of workspace that a launch takes."""
+    plan = plan_for(problem)
+    if plan is None:
+        raise TypeError("a problem that was refused")
+    launch = plan.forward if direction == "forward" else plan.backward
+    macros = _macros(problem, plan, launch, mask, direction == "backward")
+    kernel = nvrtc.compile_kernel(SOURCE, f"recurrence_{direction}", macros, launch.shared, problem.device)
+    values = plan.slices * plan.units * (len(problem.cell.recurrent_gates) if direction == "backward" else 1)
+    published = 4 * plan.groups * plan.rows * -(-values * problem.dtype.itemsize // 64) * 64
+    exchanged = 2 * plan.blocks * plan.rows * 16 if problem.norm else 0
+    return kernel, launch.warps * 32, (published + exchanged) // 4
+
+
+def _macros(
+    problem: Problem, plan: Plan, launch: Launch, mask: bool, backward: bool
+) -> tuple[tuple[str, int | str], ...]:
+    """The cell, the types and the plan, as ``persistent.cu`` reads them."""
+    cell = problem.cell
+    place = {gate: cell.gates.index(gate) if gate in cell.gates else -1 for gate in (INPUT, FORGET, OUTPUT)}
+    return (
+        ("GATES", len(cell.gates)),
+        ("RECURRENT", len(cell.recurrent_gates)),
+        ("FIRST_RECURRENT", cell.gates.index(cell.recurrent_gates[0])),
+        *((gate.upper(), index) for gate, index in place.items()),
+        ("SQUASH_CANDIDATE", int(cell.squash_candidate)),
+        ("SQUASH_OUTPUT", int(cell.squash_output)),
+        ("NORM", int(problem.norm)),
+        ("EPSILON", f"{LAYER_NORM_EPS}f"),
+        ("MASK", int(mask)),
+        ("ELEMENT", problem.dtype.itemsize),
+        ("BF16", int(problem.dtype == torch.bfloat16)),
+        ("SIZE", problem.size),
+        ("UNITS", plan.units),
+        ("WORDS", plan.words),
+        ("SLICES", plan.slices),
+        ("GROUPS", plan.groups),
+        ("ROWS", plan.rows),
+        ("BACKWARD", int(backward)),
+        ("WARPS", launch.warps),
+        ("VECTORS", launch.vectors),
+        ("MAX_PASS_TILES", launch.pass_tiles),
+        ("FOLD", int(launch.fold)),
+    )

@@ -1,0 +1,165 @@
+"""Triton kernels of :mod:`fairseq_rkm.ops.scan`: the memory's linear recurrence, in parallel over stretches of time.
+
+A program has one row of the batch and ``BLOCK_D`` units. It goes over the sequence in chunks of ``BLOCK_T`` steps, each
+of which it scans in parallel: the pairs ``(f, u)`` of ``c_t = f_t c_{t-1} + u_t`` compose to
+``(f_1 f_2, f_2 u_1 + u_2)``. No logarithm and no division occurs, so that gates at 0 and at 1 do no harm.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _compose(f_left, u_left, f_right, u_right):
+    return f_left * f_right, f_right * u_left + u_right
+
+
+@triton.jit
+def _tanh(x):
+    return 2 * tl.sigmoid(2 * x) - 1
+
+
+@triton.jit
+def _gate(gates, place, mask, PLACE: tl.constexpr, size, WIDE: tl.constexpr):
+    """Gate number ``PLACE`` of a tile: a sigmoid."""
+    return tl.sigmoid(tl.load(gates + place + PLACE * size, mask=mask, other=0.0).to(WIDE))
+
+
+@triton.jit
+def _activate(
+    gates, place, mask, s_i, s_f, size,
+    INPUT: tl.constexpr, FORGET: tl.constexpr, SQUASH_CANDIDATE: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Candidate, input scale and forget scale of a tile."""
+    candidate = tl.load(gates + place, mask=mask, other=0.0).to(WIDE)
+    if SQUASH_CANDIDATE:
+        candidate = _tanh(candidate)
+    f = tl.zeros_like(candidate) + s_f
+    if FORGET >= 0:
+        f = _gate(gates, place, mask, FORGET, size, WIDE)
+    if INPUT >= 0:
+        i = _gate(gates, place, mask, INPUT, size, WIDE)
+    elif FORGET >= 0:
+        i = 1 - f
+    else:
+        i = tl.zeros_like(candidate) + s_i
+    return candidate, i, f
+
+
+@triton.jit
+def forward(
+    gates, memory, output, keep, scale_i, scale_f, steps, batch, size,
+    GATES: tl.constexpr, INPUT: tl.constexpr, FORGET: tl.constexpr, OUTPUT: tl.constexpr, HAS_MEMORY: tl.constexpr,
+    SQUASH_CANDIDATE: tl.constexpr, SQUASH_OUTPUT: tl.constexpr, MASK: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """All ``c_t``, ``(T + 1, B, d)``, the first given, and ``h_t`` from ``W X + b``, ``(T, B, GATES * d)``."""
+    row = tl.program_id(0)
+    units = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = units < size
+    carry = tl.load(memory + row * size + units, mask=inside, other=0.0)
+    s_i = tl.load(scale_i)
+    s_f = tl.load(scale_f + units, mask=inside, other=0.0)[None, :]
+    for start in range(0, steps, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        mask = (t < steps)[:, None] & inside[None, :]
+        at = (t.to(tl.int64) * batch + row)[:, None]
+        place = at * (GATES * size) + units[None, :]
+        candidate, i, f = _activate(gates, place, mask, s_i, s_f, size, INPUT, FORGET, SQUASH_CANDIDATE, WIDE)
+        u = i * candidate
+        real = mask
+        if MASK:
+            real = mask & (tl.load(keep + at, mask=(t < steps)[:, None], other=0) != 0)
+        if HAS_MEMORY:
+            f = tl.where(real, f, 1.0)
+            u = tl.where(real, u, 0.0)
+            product, c = tl.associative_scan((f, u), 0, _compose)
+            c += product * carry[None, :]
+            # Steps past the end carry the memory on, so that the last one holds it.
+            carry = tl.sum(tl.where((tl.arange(0, BLOCK_T) == BLOCK_T - 1)[:, None], c, 0.0), axis=0)
+        else:
+            c = u
+        tl.store(memory + (at + batch) * size + units[None, :], c, mask=mask)
+        h = c
+        if SQUASH_OUTPUT:
+            h = _tanh(c)
+        if OUTPUT >= 0:
+            h = h * _gate(gates, place, mask, OUTPUT, size, WIDE)
+        tl.store(output + at * size + units[None, :], tl.where(real, h, 0.0), mask=mask)
+
+
+@triton.jit
+def backward(
+    gates, memory, grad_output, last_grad_hidden, last_grad_memory, last, grad_gates, first_grad_memory, keep,
+    scale_i, scale_f, steps, batch, size,
+    GATES: tl.constexpr, INPUT: tl.constexpr, FORGET: tl.constexpr, OUTPUT: tl.constexpr, HAS_MEMORY: tl.constexpr,
+    SQUASH_CANDIDATE: tl.constexpr, SQUASH_OUTPUT: tl.constexpr, MASK: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The gradients of the pre-activations and of ``c_0`` from those of all ``h_t`` and of the final state.
+
+    The gradient e_t of ``c_t`` obeys ``e_t = s_t + f_{t+1} e_{t+1}``, s_t being what comes through ``h_t``: the same
+    scan, backward in time. ``last``: the number of each row's last real step, from 0, where the final state stands.
+    """
+    row = tl.program_id(0)
+    units = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = units < size
+    s_i = tl.load(scale_i)
+    s_f = tl.load(scale_f + units, mask=inside, other=0.0)[None, :]
+    final = tl.load(last + row)
+    to_last_h = tl.load(last_grad_hidden + row * size + units, mask=inside, other=0.0).to(WIDE)[None, :]
+    to_last_c = tl.load(last_grad_memory + row * size + units, mask=inside, other=0.0)[None, :]
+    carry = tl.zeros((BLOCK_D,), dtype=WIDE)
+    first_f = carry
+    chunks = tl.cdiv(steps, BLOCK_T)
+    for done in range(0, chunks):
+        t = (chunks - 1 - done) * BLOCK_T + tl.arange(0, BLOCK_T)
+        mask = (t < steps)[:, None] & inside[None, :]
+        at = (t.to(tl.int64) * batch + row)[:, None]
+        place = at * (GATES * size) + units[None, :]
+        candidate, i, f = _activate(gates, place, mask, s_i, s_f, size, INPUT, FORGET, SQUASH_CANDIDATE, WIDE)
+        real = mask
+        if MASK:
+            real = mask & (tl.load(keep + at, mask=(t < steps)[:, None], other=0) != 0)
+        c = tl.load(memory + (at + batch) * size + units[None, :], mask=mask, other=0.0)
+        is_last = (t == final)[:, None]
+        to_h = tl.load(grad_output + at * size + units[None, :], mask=real, other=0.0).to(WIDE)
+        to_h += tl.where(is_last, to_last_h, 0.0)
+        q = c
+        slope = tl.zeros_like(c) + 1
+        if SQUASH_OUTPUT:
+            q = _tanh(c)
+            slope = 1 - q * q
+        to_c = to_h * slope
+        if OUTPUT >= 0:
+            o = _gate(gates, place, mask, OUTPUT, size, WIDE)
+            to_c = to_c * o
+            tl.store(grad_gates + place + OUTPUT * size, tl.where(real, to_h * q * o * (1 - o), 0.0), mask=mask)
+        to_c = tl.where(real, to_c + tl.where(is_last, to_last_c, 0.0), 0.0)
+        if HAS_MEMORY:
+            following = (t + 1 < steps)[:, None] & inside[None, :]
+            if FORGET >= 0:
+                next_f = _gate(gates, place + (batch * GATES) * size, following, FORGET, size, WIDE)
+            else:
+                next_f = tl.zeros_like(c) + s_f
+            if MASK:
+                following &= tl.load(keep + at + batch, mask=(t + 1 < steps)[:, None], other=0) != 0
+            product, to_c = tl.associative_scan((tl.where(following, next_f, 1.0), to_c), 0, _compose, reverse=True)
+            to_c += product * carry[None, :]
+            is_first = (tl.arange(0, BLOCK_T) == 0)[:, None]
+            carry = tl.sum(tl.where(is_first, to_c, 0.0), axis=0)
+            first_f = tl.sum(tl.where(is_first, tl.where(real, f, 1.0), 0.0), axis=0)
+            if FORGET >= 0:
+                before = tl.load(memory + at * size + units[None, :], mask=mask, other=0.0)
+                if INPUT < 0:
+                    before -= candidate
+                tl.store(
+                    grad_gates + place + FORGET * size, tl.where(real, to_c * before * f * (1 - f), 0.0), mask=mask
+                )
+        if INPUT >= 0:
+            tl.store(grad_gates + place + INPUT * size, tl.where(real, to_c * candidate * i * (1 - i), 0.0), mask=mask)
+        to_candidate = to_c * i
+        if SQUASH_CANDIDATE:
+            to_candidate = to_candidate * (1 - candidate * candidate)
+        tl.store(grad_gates + place, tl.where(real, to_candidate, 0.0), mask=mask)
+    tl.store(first_grad_memory + row * size + units, carry * first_f, mask=inside)
