@@ -79,7 +79,7 @@ def test_all_of_the_above_under_the_interpreter():
         pytest.skip("they run in this process")
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
-    command = [sys.executable, "-m", "pytest", "-q", __file__]
+    command = [sys.executable, "-m", "pytest", "-v", __file__]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     result = subprocess.run(
         command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, check=False
