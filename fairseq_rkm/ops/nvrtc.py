@@ -58,7 +58,7 @@ def compile_kernel(
         RuntimeError: the compiler's log, if it fails.
     """
     with torch.cuda.device(device):
-        torch.cuda.current_stream()  # makes the context in which the module is loaded
+        _make_current(device)
         image = compile_image(source, macros, torch.cuda.get_device_capability(device))
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
         _check(_driver().cuModuleLoadData(ctypes.byref(module), image))
@@ -102,6 +102,14 @@ def available() -> str | None:
     except OSError as error:
         return f"no NVRTC or no driver here ({error})"
     return None
+
+
+def _make_current(device: int) -> None:
+    """Let this thread (autograd has its own) work in the context that PyTorch uses on a device."""
+    handle, context = ctypes.c_int(), ctypes.c_void_p()
+    _check(_driver().cuDeviceGet(ctypes.byref(handle), device))
+    _check(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), handle))
+    _check(_driver().cuCtxSetCurrent(context))
 
 
 @functools.cache

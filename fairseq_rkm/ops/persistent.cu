@@ -525,7 +525,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_backward(
     Stored* grad_gates,         // [T][B][GATES * SIZE]: out, of the pre-activations
     u32* workspace,             // as above
     const u8* keep, const float* gain, const float* moments,
-    float* grad_gain, float* grad_shift,  // [B][SIZE]: out, a row's share
+    float* grad_gain, float* grad_shift, float* grad_scale_i, float* grad_scale_f,  // [B][SIZE]: out, a row's share
     const float* scale_f, const float* scale_i, int steps, int first, int batch) {
     constexpr int mtiles = CEIL(BACKWARD_M, 16), k_padded = CEIL(BACKWARD_K, CHUNK) * CHUNK, own = RECURRENT * UNITS;
     Block block(workspace, first, batch, [&](int slice, int row, int k) {
@@ -534,13 +534,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_backward(
     }, Product<BACKWARD_M, BACKWARD_K>());
 
     float to_memory[ITEMS], to_hidden[ITEMS], to_gain[ITEMS], to_shift[ITEMS];
+    float to_scale_i[ITEMS], to_scale_f[ITEMS];
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i) {
         const Place at(i, block, first);
         const size_t from = size_t(at.b) * SIZE + at.j;
         to_memory[i] = at.real && last_grad_memory ? last_grad_memory[from] : 0.f;
         to_hidden[i] = at.real && last_grad_hidden ? last_grad_hidden[from] : 0.f;
-        to_gain[i] = to_shift[i] = 0.f;
+        to_gain[i] = to_shift[i] = to_scale_i[i] = to_scale_f[i] = 0.f;
     }
     __syncthreads();
 
@@ -631,7 +632,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_backward(
                     to_hidden[i] * through[i] * a[i].output() * (1.f - a[i].output());
 #pragma unroll
             for (int g = 0; g < GATES; ++g) to_gate[i][g] = real_step[i] ? to_gate[i][g] : 0.f;
-            if (real_step[i]) to_memory[i] = to_raw[i] * forget, to_hidden[i] = 0.f;
+            if (real_step[i]) {
+                to_scale_i[i] += to_raw[i] * candidate;
+                to_scale_f[i] += to_raw[i] * before[i];
+                to_memory[i] = to_raw[i] * forget;
+                to_hidden[i] = 0.f;
+            }
             Stored* const to = block.published + at.n * k_padded + block.slice * own + at.u;
 #pragma unroll
             for (int r = 0; r < RECURRENT; ++r) {
@@ -659,6 +665,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_backward(
         grad_hidden[to] = to_hidden[i];
         grad_memory[to] = to_memory[i];
         if (NORM) grad_gain[to] = to_gain[i], grad_shift[to] = to_shift[i];
+        if (HAS_SCALE_I) grad_scale_i[to] = to_scale_i[i];
+        if (HAS_SCALE_F) grad_scale_f[to] = to_scale_f[i];
     }
 }
 #endif

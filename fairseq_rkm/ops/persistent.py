@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fairseq_rkm.ops import nvrtc
-from fairseq_rkm.ops.batched import gate_slices, recurrent_slice, sigma_gradients
-from fairseq_rkm.ops.cells import CANDIDATE, FORGET, INPUT, OUTPUT, Cell
+from fairseq_rkm.ops.batched import recurrent_slice
+from fairseq_rkm.ops.cells import FORGET, INPUT, OUTPUT, Cell
 from fairseq_rkm.ops.ngram import align, align_rows, project, project_backward, unalign
 from fairseq_rkm.ops.weights import LAYER_NORM_EPS, Weights
 
@@ -255,25 +255,24 @@ class _Persistent(torch.autograd.Function):
             grads["recurrent"] = unalign(fed_back.t() @ before.flatten(0, 1), before.size(2), size)
         if needs["bias"]:
             grads["bias"] = grad.gates.sum((0, 1))
-        if grad.gain is not None and grad.shift is not None:
-            grads["norm_weight"], grads["norm_bias"] = grad.gain.sum(0), grad.shift.sum(0)
-        if needs["sigma_i"] or needs["sigma_f"]:
-            block = gate_slices(cell, size)[CANDIDATE]
-            grads["sigma_i"], grads["sigma_f"] = sigma_gradients(
-                grad.gates[..., block].float(), gates[..., block].float(), memory[:-1], weights.sigma_i
-            )
+        # The kernel leaves each row's share.
+        for name, share in (("norm_weight", grad.gain), ("norm_bias", grad.shift), ("sigma_f", grad.scale_f)):
+            grads[name] = None if share is None else share.sum(0)
+        grads["sigma_i"] = None if grad.scale_i is None else grad.scale_i.sum()
         ordered = [grads[name] if needs[name] else None for name in Weights._fields]
         return None, None, grad_inputs, grad.hidden.to(hidden.dtype), grad.memory, *ordered
 
 
 class _Gradients(NamedTuple):
-    """What the backward launch leaves: of the gates, the initial state and, row by row, the layer norm's parameters."""
+    """What the backward launch leaves: of the gates, of the initial state, and each row's share of the parameters'."""
 
     gates: Tensor
     hidden: Tensor
     memory: Tensor
     gain: Tensor | None
     shift: Tensor | None
+    scale_i: Tensor | None
+    scale_f: Tensor | None
 
 
 class _Launches:
@@ -317,11 +316,12 @@ class _Launches:
         last = [None if g is None else g.float().contiguous() for g in (grad_hidden, grad_memory)]
         first = [memory.new_empty(self.batch, self.size) for _ in range(2)]
         grad_gates = torch.empty_like(gates)
-        gain, shift = (torch.empty_like(first[0]) if self.norm else None for _ in range(2))
+        wanted = (self.norm, self.norm, self.scale_i is not None, self.scale_f is not None)
+        shares = [torch.empty_like(first[0]) if want else None for want in wanted]
         given = (gates, self.recurrent, memory, grad_output, *last, *first, grad_gates)
-        norm = (self.weights.norm_weight, moments, gain, shift)
+        norm = (self.weights.norm_weight, moments, *shares)
         self._launch("backward", gates.size(0), given, norm)
-        return _Gradients(grad_gates, first[0], first[1], gain, shift)
+        return _Gradients(grad_gates, first[0], first[1], *shares)
 
     def _launch(
         self, direction: str, steps: int, given: tuple[Tensor | None, ...], norm: tuple[Tensor | None, ...]
