@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Train and evaluate three language models of the same width and compare them, through fairseq's own commands.
 #   bash scripts/quickstart.sh        on the Python language reference: about 5 minutes on 2 CPU cores
-#   bash scripts/quickstart.sh DIR    on DIR/train.txt, DIR/valid.txt and DIR/test.txt, tokenised, a sentence a line
+#   bash scripts/quickstart.sh DIR    on DIR/train.txt, DIR/valid.txt and DIR/test.txt (or .txt.xz), tokenised, a
+#                                     sentence a line
 # An interrupted run goes on where it stopped. UPDATES sets the length of training (default 1000 updates a model).
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -12,7 +13,8 @@ text=${1:-}
 if [ -n "$text" ]; then
   text=$(realpath -m "$text")
   for split in train valid test; do
-    [ -s "$text/$split.txt" ] || fail "$text/$split.txt is missing or empty: give a folder with train, valid and test.txt"
+    [ -s "$text/$split.txt" ] || [ -s "$text/$split.txt.xz" ] ||
+      fail "$text/$split.txt is missing or empty: give a folder with train, valid and test.txt (or .txt.xz)"
   done
 fi
 bash scripts/setup.sh
@@ -26,6 +28,15 @@ if [ -z "$text" ]; then
   say "Building a corpus from Python's own language reference"
   python scripts/python_reference_corpus.py "$text"
 fi
+
+for split in train valid test; do
+  if [ ! -s "$text/$split.txt" ]; then
+    mkdir -p "$out/text"
+    python -c 'import lzma, sys; sys.stdout.buffer.write(lzma.open(sys.argv[1]).read())' "$text/$split.txt.xz" \
+      > "$out/text/$split.txt"
+  fi
+done
+[ -s "$text/train.txt" ] || text=$out/text
 
 if [ ! -f "$out/data/test.bin" ]; then
   say "fairseq-preprocess: words to numbers"

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from fairseq_rkm.errors import RKMError
 from fairseq_rkm.modules.dropout import LockedDropout, check_probability
-from fairseq_rkm.ops import Weights, memory_dtype, recurrence, resolve_cell
+from fairseq_rkm.ops import Weights, recurrence, resolve_cell
 from fairseq_rkm.ops.dispatch import check_backend
 from fairseq_rkm.ops.ngram import extend, next_context
 
@@ -232,7 +232,8 @@ class RKM(nn.Module):
             outputs = []
             for direction, suffix in enumerate(self._suffixes):
                 i = layer * len(self._suffixes) + direction
-                output, *final = self._direction(f"l{layer}{suffix}", x, hidden[i], cell[i], before, keep)
+                h, c = (None, None) if hidden is None or cell is None else (hidden[i], cell[i])
+                output, *final = self._direction(f"l{layer}{suffix}", x, h, c, before, keep)
                 outputs.append(output)
                 hiddens.append(final[0])
                 cells.append(final[1])
@@ -241,8 +242,9 @@ class RKM(nn.Module):
         return x.transpose(0, 1) if self.batch_first else x, final_state
 
     def _direction(
-        self, name: str, x: Tensor, hidden: Tensor, cell: Tensor, context: Tensor | None, keep: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, name: str, x: Tensor, hidden: Tensor | None, cell: Tensor | None, context: Tensor | None,
+        keep: Tensor | None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         reverse = name.endswith("_reverse")
         if reverse:
             x, context = x.flip(0), None
@@ -250,8 +252,8 @@ class RKM(nn.Module):
         inputs = extend(x, self.ngram, self.ngram_padding, context)
         weights = self._weights(name, _autocast_dtype(x.device))
         with torch.autocast(x.device.type, enabled=False) if _autocast_dtype(x.device) else nullcontext():
-            output, hidden, cell = recurrence(self._cell, inputs, weights, hidden, cell, keep, self.backend)
-        return output.flip(0) if reverse else output, hidden, cell
+            output, *final = recurrence(self._cell, inputs, weights, self.hidden_size, hidden, cell, keep, self.backend)
+        return output.flip(0) if reverse else output, *final
 
     def _weights(self, name: str, dtype: torch.dtype | None) -> Weights:
         """The tensors of one layer and direction; matrices and biases in ``dtype``, autocast's, if there is one."""
@@ -285,10 +287,13 @@ class RKM(nn.Module):
             )
         return ~padding_mask.t()
 
-    def _initial_state(self, x: Tensor, state: RKMState | None) -> tuple[Tensor, Tensor, list[Tensor] | None]:
+    def _initial_state(
+        self, x: Tensor, state: RKMState | None
+    ) -> tuple[Tensor | None, Tensor | None, list[Tensor] | None]:
+        """Hidden state, memory and context, None standing for zeros."""
         shape = (self.num_layers * len(self._suffixes), x.size(1), self.hidden_size)
         if state is None:
-            return x.new_zeros(shape), x.new_zeros(shape, dtype=memory_dtype(x.dtype)), None
+            return None, None, None
         hidden, cell, context = RKMState(*state)
         for what, tensor in (("hidden", hidden), ("cell", cell)):
             if tensor.shape != shape:

@@ -15,7 +15,7 @@ from fairseq_rkm.ops import batched, persistent, reference, scan
 from fairseq_rkm.ops.cells import Cell
 from fairseq_rkm.ops.weights import Weights, memory_dtype
 
-Run = Callable[[Cell, Tensor, Weights, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
+Run = Callable[..., tuple[Tensor, Tensor, Tensor]]
 Refusal = Callable[[Cell, Tensor, Weights], str | None]
 
 
@@ -31,15 +31,17 @@ class Backend:
         run: as :func:`fairseq_rkm.ops.reference.recurrence`.
         refuses: why a problem is beyond it, or None.
         automatic: whether ``"auto"`` may pick it.
+        takes_none: whether it takes None for an initial state of zeros.
     """
 
     run: Run
     refuses: Refusal = _takes_all
     automatic: bool = True
+    takes_none: bool = False
 
 
 BACKENDS: dict[str, Backend] = {
-    "persistent": Backend(persistent.recurrence, persistent.refuses),
+    "persistent": Backend(persistent.recurrence, persistent.refuses, takes_none=True),
     "scan": Backend(scan.recurrence, scan.refuses),
     "batched": Backend(batched.recurrence),
     "reference": Backend(reference.recurrence, automatic=False),
@@ -71,16 +73,18 @@ def pick(name: str, cell: Cell, inputs: Tensor, weights: Weights) -> Backend:
 
 
 def recurrence(
-    cell: Cell, inputs: Tensor, weights: Weights, hidden: Tensor, memory: Tensor, keep: Tensor | None = None,
-    backend: str = "auto",
+    cell: Cell, inputs: Tensor, weights: Weights, size: int, hidden: Tensor | None, memory: Tensor | None,
+    keep: Tensor | None = None, backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """As :func:`fairseq_rkm.ops.reference.recurrence`, by the backend named.
+    """As :func:`fairseq_rkm.ops.reference.recurrence`, by the backend named; ``size``: d.
+
+    An initial ``hidden`` or ``memory`` that is None is zero.
 
     Raises:
         RKMError: inputs, weights and state of different devices or dtypes, or a backend that refuses.
     """
     for what, tensor in (("the weights", weights.input), ("the hidden state", hidden), ("the memory", memory)):
-        if tensor.device != inputs.device:
+        if tensor is not None and tensor.device != inputs.device:
             raise RKMError(f"the inputs are on {inputs.device} but {what} on {tensor.device}; move them to one device")
     if weights.input.dtype != inputs.dtype:
         raise RKMError(
@@ -92,5 +96,10 @@ def recurrence(
         for name, value in weights._asdict().items()
         if name.startswith(("norm", "sigma")) and torch.is_tensor(value)
     })  # fmt: skip
-    run = pick(backend, cell, inputs, weights).run
-    return run(cell, inputs.contiguous(), weights, hidden.to(inputs.dtype), memory.to(wide), keep)
+    chosen = pick(backend, cell, inputs, weights)
+    if not chosen.takes_none:
+        zeros = inputs.new_zeros(inputs.size(1), size) if hidden is None or memory is None else None
+        hidden, memory = zeros if hidden is None else hidden, zeros if memory is None else memory
+    hidden = None if hidden is None else hidden.to(inputs.dtype)
+    memory = None if memory is None else memory.to(wide)
+    return chosen.run(cell, inputs.contiguous(), weights, hidden, memory, keep)

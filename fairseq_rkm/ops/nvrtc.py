@@ -6,6 +6,7 @@ wait for each other cannot hang.
 
 import ctypes
 import functools
+import threading
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -30,15 +31,33 @@ class Kernel:
         Raises:
             RuntimeError: the driver refuses, for instance because the blocks cannot all be resident.
         """
-        values = (ctypes.c_uint64 * len(arguments))(
-            *(a if isinstance(a, int) else 0 if a is None else a.data_ptr() for a in arguments)
-        )
-        first = ctypes.addressof(values)
-        pointers = (ctypes.c_void_p * len(arguments))(*range(first, first + 8 * len(arguments), 8))
+        values = [a if isinstance(a, int) else 0 if a is None else a.data_ptr() for a in arguments]
+        block = _arguments(len(values))
+        block.values[:] = values  # type: ignore[assignment]
         stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
         size = (blocks, 1, 1, threads, 1, 1, self.shared_bytes)
         with nullcontext() if torch.cuda.current_device() == self.device else torch.cuda.device(self.device):
-            _check(_driver().cuLaunchCooperativeKernel(self.function, *size, stream, pointers))
+            _check(_driver().cuLaunchCooperativeKernel(self.function, *size, stream, block.pointers))
+
+
+class _Arguments:
+    """Room for a kernel's arguments, and pointers to them, as the driver takes them (it copies them at the launch)."""
+
+    def __init__(self, count: int) -> None:
+        self.values = (ctypes.c_uint64 * count)()
+        first = ctypes.addressof(self.values)
+        self.pointers = (ctypes.c_void_p * count)(*range(first, first + 8 * count, 8))
+
+
+_rooms = threading.local()
+
+
+def _arguments(count: int) -> _Arguments:
+    """This thread's room for ``count`` arguments."""
+    rooms: dict = _rooms.__dict__
+    if count not in rooms:
+        rooms[count] = _Arguments(count)
+    return rooms[count]  # type: ignore[no-any-return]
 
 
 @functools.cache

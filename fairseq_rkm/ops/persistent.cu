@@ -398,7 +398,8 @@ struct Place {
 extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_forward(
     Stored* gates,          // [T][B][GATES * SIZE]: in W X + b, out the activated gates
     const Stored* weights,  // [RECURRENT * SIZE][SIZE]
-    const Stored* first_hidden, const float* first_memory,  // [B][SIZE]
+    const Stored* first_hidden, const float* first_memory,  // [B][SIZE]; null for zeros
+    Stored* last_hidden, float* last_memory,                // [B][SIZE]: out
     Stored* hidden,         // [T + 1][B][SIZE]: out, the first included
     float* memory,          // [T + 1][B][SIZE]: likewise
     u32* workspace,         // all MISSING: what is published, [RING][GROUPS][ROWS][K], then the layer norm's parts
@@ -417,9 +418,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_forward(
     for (int i = 0; i < ITEMS; ++i) {
         const Place at(i, block, first);
         const size_t from = size_t(at.b) * SIZE + at.j;
-        before[i] = at.real ? first_memory[from] : 0.f;
-        before_h[i] = at.real ? widen(first_hidden[from]) : 0.f;
-        if (at.real) memory[from] = before[i], hidden[from] = first_hidden[from];
+        before[i] = at.real && first_memory ? first_memory[from] : 0.f;
+        before_h[i] = at.real && first_hidden ? widen(first_hidden[from]) : 0.f;
+        if (at.real) memory[from] = before[i], hidden[from] = narrow(before_h[i]);
         const uint4 vector = gather_lanes(before_h[i]);
         if (at.publishes()) publish(block.published + at.n * k_padded + at.j, vector);
     }
@@ -512,6 +513,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_forward(
             hidden[(row + batch) * SIZE + at.j] = narrow(now_h[i]);
         }
     }
+#pragma unroll
+    for (int i = 0; i < ITEMS; ++i) {
+        const Place at(i, block, first);
+        if (!at.real) continue;
+        last_hidden[size_t(at.b) * SIZE + at.j] = narrow(before_h[i]);
+        last_memory[size_t(at.b) * SIZE + at.j] = before[i];
+    }
 }
 
 #else
@@ -524,7 +532,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_backward(
     float* grad_hidden, float* grad_memory,  // [B][SIZE]: out, of the initial state
     Stored* grad_gates,         // [T][B][GATES * SIZE]: out, of the pre-activations
     u32* workspace,             // as above
-    const u8* keep, const float* gain, const float* moments,
+    const u8* keep, const float* gain, const float* shift, const float* moments,
     float* grad_gain, float* grad_shift, float* grad_scale_i, float* grad_scale_f,  // [B][SIZE]: out, a row's share
     const float* scale_f, const float* scale_i, int steps, int first, int batch) {
     constexpr int mtiles = CEIL(BACKWARD_M, 16), k_padded = CEIL(BACKWARD_K, CHUNK) * CHUNK, own = RECURRENT * UNITS;
@@ -597,7 +605,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_backward(
             const Place at(i, block, first);
             if (!at.real) continue;
             const size_t row = size_t(t) * batch + at.b;
-            normal[i] = (a[i].raw(before[i]) - moments[row * 2]) * moments[row * 2 + 1];
+            // From the memory, which is stored in full; where the gain has wiped it out, from the gates.
+            normal[i] = fabsf(gain[at.j]) > 1e-3f ? (now[i] - shift[at.j]) / gain[at.j]
+                                                  : (a[i].raw(before[i]) - moments[row * 2]) * moments[row * 2 + 1];
+            now[i] = moments[row * 2] + normal[i] / moments[row * 2 + 1];
             const float weighted = to_raw[i] * gain[at.j];
             block.exchange.pairs[at.n * UNITS + at.u] = make_float2(weighted, weighted * normal[i]);
             if (real_step[i]) to_gain[i] += to_raw[i] * normal[i], to_shift[i] += to_raw[i];
@@ -621,7 +632,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_backward(
 #pragma unroll
         for (int i = 0; i < ITEMS; ++i) {
             const Place at(i, block, first);
-            const float candidate = a[i].value[0], forget = a[i].forget(), input = a[i].input();
+            const float forget = a[i].forget(), input = a[i].input();
+            // `now` is the memory before the layer norm by now: more of the candidate than the stored gate keeps.
+            const float candidate = HAS_SCALE_I ? (now[i] - forget * before[i]) / input : a[i].value[0];
             to_gate[i][0] = to_raw[i] * input * (SQUASH_CANDIDATE ? 1.f - candidate * candidate : 1.f);
             if (INPUT >= 0) to_gate[i][INPUT >= 0 ? INPUT : 0] = to_raw[i] * candidate * input * (1.f - input);
             if (FORGET >= 0)

@@ -209,27 +209,30 @@ def refuses(cell: Cell, inputs: Tensor, weights: Weights) -> str | None:
 
 
 def recurrence(
-    cell: Cell, inputs: Tensor, weights: Weights, hidden: Tensor, memory: Tensor, keep: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`fairseq_rkm.ops.reference.recurrence`; differentiable once."""
+    cell: Cell, inputs: Tensor, weights: Weights, hidden: Tensor | None, memory: Tensor | None,
+    keep: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """As :func:`fairseq_rkm.ops.reference.recurrence`, and None for an initial state of zeros; differentiable once."""
     return _Persistent.apply(cell, keep, inputs, hidden, memory, *weights)
 
 
 class _Persistent(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, cell: Cell, keep: Tensor | None, inputs: Tensor, hidden: Tensor, memory: Tensor, *tensors: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Any, cell: Cell, keep: Tensor | None, inputs: Tensor, hidden: Tensor | None, memory: Tensor | None,
+        *tensors: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         weights = Weights(*tensors)
-        ctx.input_size = inputs.size(2)
+        ctx.problem, ctx.input_size = Problem.of(cell, inputs, weights), inputs.size(2)
         inputs, matrix = align(inputs, weights.input)
         gates = project(inputs, matrix, weights.bias)
-        hiddens, memories, moments = _Launches(cell, inputs, weights, keep).forward(gates, hidden, memory)
-        ctx.cell, ctx.numbers = cell, weights.numbers()
-        ctx.save_for_backward(keep, inputs, gates, hiddens, memories, moments, *weights.tensors())
+        run = _Launches(ctx.problem, weights, keep).forward(gates, hidden, memory)
+        ctx.numbers = weights.numbers()
+        saved = weights._replace(input=matrix).tensors()
+        ctx.save_for_backward(keep, inputs, gates, run.hiddens, run.memories, run.moments, *saved)
         ctx.set_materialize_grads(False)
-        output = hiddens[1:] if keep is None else hiddens[1:] * keep.unsqueeze(-1)
-        return output, hiddens[-1].clone(), memories[-1].clone()
+        output = run.hiddens[1:] if keep is None else run.hiddens[1:] * keep.unsqueeze(-1)
+        return output, run.last_hidden, run.last_memory
 
     @staticmethod
     @once_differentiable
@@ -237,22 +240,21 @@ class _Persistent(torch.autograd.Function):
         ctx: Any, grad_output: Tensor | None, grad_hidden: Tensor | None, grad_memory: Tensor | None
     ) -> tuple[Any, ...]:
         keep, inputs, gates, hidden, memory, moments, *tensors = ctx.saved_tensors
-        cell, weights, size = ctx.cell, Weights(*tensors)._replace(**ctx.numbers), hidden.size(2)
-        launches = _Launches(cell, inputs, weights, keep)
+        problem, weights = ctx.problem, Weights(*tensors)._replace(**ctx.numbers)
+        launches = _Launches(problem, weights, keep)
         grad = launches.backward(gates, memory, moments, grad_output, grad_hidden, grad_memory)
-        needs = dict(zip(Weights._fields, ctx.needs_input_grad[5:], strict=True))
+        _, _, need_inputs, need_hidden, _, *need_weights = ctx.needs_input_grad
+        needs = dict(zip(Weights._fields, need_weights, strict=True))
         grads: dict[str, Tensor | None] = dict.fromkeys(Weights._fields)
-        _, matrix = align(inputs, weights.input, ctx.input_size)
-        grad_inputs, grads["input"] = project_backward(
-            grad.gates, inputs, matrix, ctx.needs_input_grad[2], needs["input"]
-        )
-        grad_inputs = None if grad_inputs is None else grad_inputs[..., : ctx.input_size]
-        if grads["input"] is not None:
-            grads["input"] = unalign(grads["input"], inputs.size(2), ctx.input_size)
+        grad_inputs, grad_matrix = project_backward(grad.gates, inputs, weights.input, need_inputs, needs["input"])
+        if grad_inputs is not None:
+            grad_inputs = grad_inputs[..., : ctx.input_size]
+        if grad_matrix is not None:
+            grads["input"] = unalign(grad_matrix, inputs.size(2), ctx.input_size)
         if needs["recurrent"]:
-            fed_back = grad.gates.flatten(0, 1)[:, recurrent_slice(cell, size)]
+            fed_back = grad.gates.flatten(0, 1)[:, recurrent_slice(problem.cell, problem.size)]
             before = align_rows(hidden[:-1])
-            grads["recurrent"] = unalign(fed_back.t() @ before.flatten(0, 1), before.size(2), size)
+            grads["recurrent"] = unalign(fed_back.t() @ before.flatten(0, 1), before.size(2), problem.size)
         if needs["bias"]:
             grads["bias"] = grad.gates.sum((0, 1))
         # The kernel leaves each row's share.
@@ -260,7 +262,22 @@ class _Persistent(torch.autograd.Function):
             grads[name] = None if share is None else share.sum(0)
         grads["sigma_i"] = None if grad.scale_i is None else grad.scale_i.sum()
         ordered = [grads[name] if needs[name] else None for name in Weights._fields]
-        return None, None, grad_inputs, grad.hidden.to(hidden.dtype), grad.memory, *ordered
+        first_hidden = grad.hidden.to(hidden.dtype) if need_hidden else None
+        return None, None, grad_inputs, first_hidden, grad.memory, *ordered
+
+
+class _States(NamedTuple):
+    """What the forward launch leaves.
+
+    All h and c, ``(T + 1, B, d)``, initial ones first; the last ones, ``(B, d)``; the layer norm's means and reciprocal
+    deviations, ``(T, B, 2)``, or None without.
+    """
+
+    hiddens: Tensor
+    memories: Tensor
+    last_hidden: Tensor
+    last_memory: Tensor
+    moments: Tensor | None
 
 
 class _Gradients(NamedTuple):
@@ -278,34 +295,31 @@ class _Gradients(NamedTuple):
 class _Launches:
     """The two kernels, set up for a problem."""
 
-    def __init__(self, cell: Cell, inputs: Tensor, weights: Weights, keep: Tensor | None) -> None:
-        plan = plan_for(Problem.of(cell, inputs, weights))
+    def __init__(self, problem: Problem, weights: Weights, keep: Tensor | None) -> None:
+        plan = plan_for(problem)
         if plan is None or weights.recurrent is None:
             raise TypeError("a problem that was refused")
-        self.plan, self.weights, self.recurrent = plan, weights, weights.recurrent.contiguous()
-        self.problem = Problem.of(cell, inputs, weights)
-        self.keep = None if keep is None else keep.to(torch.uint8).contiguous()
-        self.size, self.batch, self.norm = self.problem.size, self.problem.batch, self.problem.norm
-        self.device = inputs.device
-        self.scale_f = self._scale(weights.sigma_f, self.size) if cell.forget_is_constant else None
-        self.scale_i = self._scale(weights.sigma_i, 1) if cell.input_is_constant else None
+        self.problem, self.plan, self.weights = problem, plan, weights
+        self.recurrent, self.device = weights.recurrent.contiguous(), weights.recurrent.device
+        self.keep = None if keep is None else keep.contiguous().view(torch.uint8)
+        self.scale_f = self._scale(weights.sigma_f, problem.size) if problem.cell.forget_is_constant else None
+        self.scale_i = self._scale(weights.sigma_i, 1) if problem.cell.input_is_constant else None
 
     def _scale(self, value: Tensor | float, count: int) -> Tensor:
         return torch.ones(count, device=self.device) * value
 
-    def forward(self, gates: Tensor, hidden: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Turn ``W X + b`` into activated gates, in place; return all h and c, initial ones first, and the moments.
-
-        ``(T + 1, B, d)`` twice; the layer norm's mean and reciprocal deviation, ``(T, B, 2)``, or None without.
-        """
-        steps = gates.size(0)
-        hiddens = hidden.new_empty(steps + 1, self.batch, self.size)
-        memories = memory.new_empty(steps + 1, self.batch, self.size)
-        moments = memory.new_empty(steps, self.batch, 2) if self.norm else None
-        given = (gates, self.recurrent, hidden.contiguous(), memory.contiguous(), hiddens, memories)
+    def forward(self, gates: Tensor, hidden: Tensor | None, memory: Tensor | None) -> _States:
+        """Turn ``W X + b`` into activated gates, in place; an initial state that is None is zero."""
+        steps, batch, size = gates.size(0), self.problem.batch, self.problem.size
+        hiddens = gates.new_empty(steps + 1, batch, size)
+        memories = gates.new_empty(steps + 1, batch, size, dtype=torch.float32)
+        last_hidden, last_memory = gates.new_empty(batch, size), memories.new_empty(batch, size)
+        moments = memories.new_empty(steps, batch, 2) if self.problem.norm else None
+        first = (None if h is None else h.contiguous() for h in (hidden, memory))
+        given = (gates, self.recurrent, *first, last_hidden, last_memory, hiddens, memories)
         norm = (self.weights.norm_weight, self.weights.norm_bias, moments)
         self._launch("forward", steps, given, norm)
-        return hiddens, memories, moments
+        return _States(hiddens, memories, last_hidden, last_memory, moments)
 
     def backward(
         self, gates: Tensor, memory: Tensor, moments: Tensor | None, grad_output: Tensor | None,
@@ -314,12 +328,12 @@ class _Launches:
         """The gradients of everything but weights and inputs; a gradient that is None is zero."""
         grad_output = None if grad_output is None else grad_output.contiguous()
         last = [None if g is None else g.float().contiguous() for g in (grad_hidden, grad_memory)]
-        first = [memory.new_empty(self.batch, self.size) for _ in range(2)]
+        first = [torch.empty_like(memory[0]) for _ in range(2)]
         grad_gates = torch.empty_like(gates)
-        wanted = (self.norm, self.norm, self.scale_i is not None, self.scale_f is not None)
+        wanted = (self.problem.norm, self.problem.norm, self.scale_i is not None, self.scale_f is not None)
         shares = [torch.empty_like(first[0]) if want else None for want in wanted]
         given = (gates, self.recurrent, memory, grad_output, *last, *first, grad_gates)
-        norm = (self.weights.norm_weight, moments, *shares)
+        norm = (self.weights.norm_weight, self.weights.norm_bias, moments, *shares)
         self._launch("backward", gates.size(0), given, norm)
         return _Gradients(grad_gates, first[0], first[1], *shares)
 
@@ -329,14 +343,15 @@ class _Launches:
         """Run a kernel on as many parts of the batch as it takes."""
         plan = self.plan
         kernel, threads, words = prepare(self.problem, self.keep is not None, direction)
-        launches = plan.launches(self.batch)
+        batch = self.problem.batch
+        launches = plan.launches(batch)
         # All ones: nothing is there yet.
         workspace = torch.full((launches, words), -1, dtype=torch.int32, device=self.device)
         for i in range(launches):
             part = workspace if launches == 1 else workspace[i]
             kernel.launch(
                 plan.blocks, threads, *given, part, self.keep, *norm, self.scale_f, self.scale_i, steps,
-                i * plan.groups * plan.rows, self.batch,
+                i * plan.groups * plan.rows, batch,
             )  # fmt: skip
 
 

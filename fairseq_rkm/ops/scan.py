@@ -115,13 +115,15 @@ def _run(
     from fairseq_rkm.ops import scan_kernels
 
     wide = scan_kernels.tl.float64 if memories.dtype == torch.float64 else scan_kernels.tl.float32
-    ones = memories.new_ones(memories.size(2))
+    none = memories  # never read: the kernel is compiled without what would
+    scale_i = none if not cell.input_is_constant else memories.new_ones(1) * weights.sigma_i
+    scale_f = none if not cell.forget_is_constant else memories.new_ones(memories.size(2)) * weights.sigma_f
     place = {gate.upper(): cell.gates.index(gate) if gate in cell.gates else -1 for gate in (INPUT, FORGET, OUTPUT)}
-    flags = keep.contiguous().view(torch.uint8) if keep is not None else ones
+    flags = keep.contiguous().view(torch.uint8) if keep is not None else none
     grid = (memories.size(1), -(-memories.size(2) // BLOCK_D))
     with torch.cuda.device(gates.device) if gates.is_cuda else nullcontext():
         getattr(scan_kernels, name)[grid](
-            *given, flags, ones[:1] * weights.sigma_i, ones * weights.sigma_f, gates.size(0), *memories.shape[1:],
+            *given, flags, scale_i, scale_f, gates.size(0), *memories.shape[1:],
             GATES=len(cell.gates), **place, HAS_MEMORY=cell.has_memory, SQUASH_CANDIDATE=cell.squash_candidate,
             SQUASH_OUTPUT=cell.squash_output, MASK=keep is not None, WIDE=wide, BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D,
             num_warps=WARPS,

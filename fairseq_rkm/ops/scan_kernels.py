@@ -58,8 +58,8 @@ def forward(
     units = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = units < size
     carry = tl.load(memory + row * size + units, mask=inside, other=0.0)
-    s_i = tl.load(scale_i)
-    s_f = tl.load(scale_f + units, mask=inside, other=0.0)[None, :]
+    s_i = tl.load(scale_i) if INPUT < 0 and FORGET < 0 else 0.0
+    s_f = tl.load(scale_f + units, mask=inside, other=0.0)[None, :] if HAS_MEMORY and FORGET < 0 else 0.0
     for start in range(0, steps, BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
         mask = (t < steps)[:, None] & inside[None, :]
@@ -104,8 +104,8 @@ def backward(
     row = tl.program_id(0)
     units = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = units < size
-    s_i = tl.load(scale_i)
-    s_f = tl.load(scale_f + units, mask=inside, other=0.0)[None, :]
+    s_i = tl.load(scale_i) if INPUT < 0 and FORGET < 0 else 0.0
+    s_f = tl.load(scale_f + units, mask=inside, other=0.0)[None, :] if HAS_MEMORY and FORGET < 0 else 0.0
     final = tl.load(last + row)
     to_last_h = tl.load(last_grad_hidden + row * size + units, mask=inside, other=0.0).to(WIDE)[None, :]
     to_last_c = tl.load(last_grad_memory + row * size + units, mask=inside, other=0.0)[None, :]
