@@ -42,7 +42,7 @@ class Backend:
 
 BACKENDS: dict[str, Backend] = {
     "persistent": Backend(persistent.recurrence, persistent.refuses, takes_none=True),
-    "scan": Backend(scan.recurrence, scan.refuses),
+    "scan": Backend(scan.recurrence, scan.refuses, takes_none=True),
     "batched": Backend(batched.recurrence),
     "reference": Backend(reference.recurrence, automatic=False),
 }

@@ -57,7 +57,7 @@ def _arguments(count: int) -> _Arguments:
     rooms: dict = _rooms.__dict__
     if count not in rooms:
         rooms[count] = _Arguments(count)
-    return rooms[count]  # type: ignore[no-any-return]
+    return rooms[count]
 
 
 @functools.cache

@@ -202,8 +202,8 @@ def refuses(cell: Cell, inputs: Tensor, weights: Weights) -> str | None:
         return "it needs at least one step and one sequence"
     if plan_for(Problem.of(cell, inputs, weights)) is None:
         return (
-            f"this GPU cannot hold the weights of {weights.recurrent.size(1)} units on its multiprocessors, or is of a "
-            "compute capability below 8.0"
+            f"the weights of {weights.recurrent.size(1)} units do not fit on this GPU's multiprocessors, or its compute "
+            "capability is below 8.0"
         )
     return nvrtc.available()
 
@@ -243,7 +243,7 @@ class _Persistent(torch.autograd.Function):
         problem, weights = ctx.problem, Weights(*tensors)._replace(**ctx.numbers)
         launches = _Launches(problem, weights, keep)
         grad = launches.backward(gates, memory, moments, grad_output, grad_hidden, grad_memory)
-        _, _, need_inputs, need_hidden, _, *need_weights = ctx.needs_input_grad
+        _, _, need_inputs, need_hidden, need_memory, *need_weights = ctx.needs_input_grad
         needs = dict(zip(Weights._fields, need_weights, strict=True))
         grads: dict[str, Tensor | None] = dict.fromkeys(Weights._fields)
         grad_inputs, grad_matrix = project_backward(grad.gates, inputs, weights.input, need_inputs, needs["input"])
@@ -263,7 +263,7 @@ class _Persistent(torch.autograd.Function):
         grads["sigma_i"] = None if grad.scale_i is None else grad.scale_i.sum()
         ordered = [grads[name] if needs[name] else None for name in Weights._fields]
         first_hidden = grad.hidden.to(hidden.dtype) if need_hidden else None
-        return None, None, grad_inputs, first_hidden, grad.memory, *ordered
+        return None, None, grad_inputs, first_hidden, grad.memory if need_memory else None, *ordered
 
 
 class _States(NamedTuple):

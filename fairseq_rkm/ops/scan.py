@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from fairseq_rkm.ops.batched import gate_slices, sigma_gradients
 from fairseq_rkm.ops.cells import CANDIDATE, FORGET, INPUT, OUTPUT, Cell
 from fairseq_rkm.ops.ngram import align, last_real_step, project, project_backward, unalign
-from fairseq_rkm.ops.weights import Weights
+from fairseq_rkm.ops.weights import Weights, memory_dtype
 
 BLOCK_T, BLOCK_D, WARPS = 32, 32, 4
 
@@ -43,88 +43,104 @@ def refuses(cell: Cell, inputs: Tensor, weights: Weights) -> str | None:
 
 
 def recurrence(
-    cell: Cell, inputs: Tensor, weights: Weights, hidden: Tensor, memory: Tensor, keep: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`fairseq_rkm.ops.reference.recurrence`; differentiable once."""
+    cell: Cell, inputs: Tensor, weights: Weights, hidden: Tensor | None, memory: Tensor | None,
+    keep: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """As :func:`fairseq_rkm.ops.reference.recurrence`, and None for an initial state of zeros; differentiable once."""
     return _Scan.apply(cell, keep, inputs, hidden, memory, *weights)
 
 
 class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, cell: Cell, keep: Tensor | None, inputs: Tensor, hidden: Tensor, memory: Tensor, *tensors: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Any, cell: Cell, keep: Tensor | None, inputs: Tensor, hidden: Tensor | None, memory: Tensor | None,
+        *tensors: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         weights = Weights(*tensors)
         ctx.input_size = inputs.size(2)
         inputs, matrix = align(inputs, weights.input)
         gates = project(inputs, matrix, weights.bias)
-        memories = memory.new_empty(gates.size(0) + 1, *memory.shape)
-        memories[0] = memory
-        output = hidden.new_empty(gates.size(0), *hidden.shape)
-        _run("forward", cell, weights, keep, gates, (gates, memories, output), memories)
+        steps, batch, size = gates.size(0), gates.size(1), gates.size(2) // len(cell.gates)
+        memories = gates.new_empty(steps + 1, batch, size, dtype=memory_dtype(gates.dtype))
+        output = gates.new_empty(steps, batch, size)
+        flags = {"HAS_FIRST": memory is not None}
+        _run("forward", cell, weights, keep, gates, (_or(memory, memories), memories, output), memories, flags)
         ctx.cell, ctx.numbers = cell, weights.numbers()
-        ctx.save_for_backward(keep, inputs, gates, memories, *weights.tensors())
+        ctx.save_for_backward(keep, inputs, gates, memories, *weights._replace(input=matrix).tensors())
+        ctx.set_materialize_grads(False)
         if keep is None:
             return output, output[-1].clone(), memories[-1].clone()
-        last = last_real_step(keep).view(1, -1, 1).expand(1, *hidden.shape)
-        final = torch.cat([hidden.unsqueeze(0), output]).gather(0, last)[0]
-        return output, final, memories.gather(0, last)[0]
+        last = last_real_step(keep).view(1, -1, 1).expand(1, batch, size)
+        first = output.new_zeros(1, batch, size) if hidden is None else hidden.unsqueeze(0)
+        return output, torch.cat([first, output]).gather(0, last)[0], memories.gather(0, last)[0]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor, grad_hidden: Tensor, grad_memory: Tensor) -> tuple[Any, ...]:
+    def backward(
+        ctx: Any, grad_output: Tensor | None, grad_hidden: Tensor | None, grad_memory: Tensor | None
+    ) -> tuple[Any, ...]:
         keep, inputs, gates, memories, *tensors = ctx.saved_tensors
         cell, weights = ctx.cell, Weights(*tensors)._replace(**ctx.numbers)
         steps, batch, size = memories.size(0) - 1, memories.size(1), memories.size(2)
-        last = torch.full((batch,), steps, device=gates.device) if keep is None else last_real_step(keep)
+        grad_output = gates.new_zeros(steps, batch, size) if grad_output is None else grad_output.contiguous()
+        grad_hidden, grad_memory = (None if g is None else g.contiguous() for g in (grad_hidden, grad_memory))
         grad_gates, first_memory = torch.empty_like(gates), torch.empty_like(memories[0])
+        last = None if keep is None else last_real_step(keep) - 1
         given = (
-            gates, memories, grad_output.contiguous(), grad_hidden.contiguous(), grad_memory.contiguous(), last - 1,
-            grad_gates, first_memory,
+            memories, grad_output, _or(grad_hidden, gates), _or(grad_memory, memories), _or(last, gates), grad_gates,
+            first_memory,
         )  # fmt: skip
-        _run("backward", cell, weights, keep, gates, given, memories)
-        never = (last == 0).unsqueeze(1)
-        first_memory = torch.where(never, grad_memory, first_memory) if keep is not None else first_memory
-        first_hidden = grad_hidden * never if keep is not None else torch.zeros_like(grad_hidden)
-        needs = dict(zip(Weights._fields, ctx.needs_input_grad[5:], strict=True))
+        flags = {"HAS_LAST_HIDDEN": grad_hidden is not None, "HAS_LAST_MEMORY": grad_memory is not None}
+        _run("backward", cell, weights, keep, gates, given, memories, flags)
+        _, _, need_inputs, need_hidden, need_memory, *need_weights = ctx.needs_input_grad
+        first_hidden = gates.new_zeros(batch, size) if need_hidden else None
+        if last is not None:
+            # A row without a real step passes its initial state on.
+            never = (last < 0).unsqueeze(1)
+            if grad_memory is not None:
+                first_memory = torch.where(never, grad_memory, first_memory)
+            if grad_hidden is not None:
+                first_hidden = grad_hidden * never if need_hidden else None
+        needs = dict(zip(Weights._fields, need_weights, strict=True))
         grads: dict[str, Tensor | None] = dict.fromkeys(Weights._fields)
-        _, matrix = align(inputs, weights.input, ctx.input_size)
-        grad_inputs, grads["input"] = project_backward(
-            grad_gates, inputs, matrix, ctx.needs_input_grad[2], needs["input"]
-        )
-        grad_inputs = None if grad_inputs is None else grad_inputs[..., : ctx.input_size]
-        if grads["input"] is not None:
-            grads["input"] = unalign(grads["input"], inputs.size(2), ctx.input_size)
+        grad_inputs, grad_matrix = project_backward(grad_gates, inputs, weights.input, need_inputs, needs["input"])
+        if grad_inputs is not None:
+            grad_inputs = grad_inputs[..., : ctx.input_size]
+        if grad_matrix is not None:
+            grads["input"] = unalign(grad_matrix, inputs.size(2), ctx.input_size)
         if needs["bias"]:
             grads["bias"] = grad_gates.sum((0, 1))
         if needs["sigma_i"] or needs["sigma_f"]:
-            wide = memories.dtype
-            block = gate_slices(cell, size)[CANDIDATE]
+            wide, block = memories.dtype, gate_slices(cell, size)[CANDIDATE]
             grads["sigma_i"], grads["sigma_f"] = sigma_gradients(
                 grad_gates[..., block].to(wide), gates[..., block].to(wide), memories[:-1], weights.sigma_i
             )
         ordered = [grads[name] if needs[name] else None for name in Weights._fields]
-        return None, None, grad_inputs, first_hidden, first_memory, *ordered
+        return None, None, grad_inputs, first_hidden, first_memory if need_memory else None, *ordered
+
+
+def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """A kernel's argument: where there is none, any tensor will do, since the kernel is compiled without reading it."""
+    return other if tensor is None else tensor
 
 
 def _run(
     name: str, cell: Cell, weights: Weights, keep: Tensor | None, gates: Tensor, given: tuple[Tensor, ...],
-    memories: Tensor,
+    memories: Tensor, flags: dict[str, bool],
 ) -> None:  # fmt: skip
     """Launch a kernel over the rows of the batch and blocks of units."""
     from fairseq_rkm.ops import scan_kernels
 
     wide = scan_kernels.tl.float64 if memories.dtype == torch.float64 else scan_kernels.tl.float32
-    none = memories  # never read: the kernel is compiled without what would
-    scale_i = none if not cell.input_is_constant else memories.new_ones(1) * weights.sigma_i
-    scale_f = none if not cell.forget_is_constant else memories.new_ones(memories.size(2)) * weights.sigma_f
+    batch, size = memories.shape[1:]
+    scale_i = memories.new_ones(1) * weights.sigma_i if cell.input_is_constant else None
+    scale_f = memories.new_ones(size) * weights.sigma_f if cell.forget_is_constant else None
     place = {gate.upper(): cell.gates.index(gate) if gate in cell.gates else -1 for gate in (INPUT, FORGET, OUTPUT)}
-    flags = keep.contiguous().view(torch.uint8) if keep is not None else none
-    grid = (memories.size(1), -(-memories.size(2) // BLOCK_D))
+    real = None if keep is None else keep.contiguous().view(torch.uint8)
     with torch.cuda.device(gates.device) if gates.is_cuda else nullcontext():
-        getattr(scan_kernels, name)[grid](
-            *given, flags, scale_i, scale_f, gates.size(0), *memories.shape[1:],
+        getattr(scan_kernels, name)[batch, -(-size // BLOCK_D)](
+            gates, *given, _or(real, gates), _or(scale_i, memories), _or(scale_f, memories), gates.size(0), batch, size,
             GATES=len(cell.gates), **place, HAS_MEMORY=cell.has_memory, SQUASH_CANDIDATE=cell.squash_candidate,
             SQUASH_OUTPUT=cell.squash_output, MASK=keep is not None, WIDE=wide, BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D,
-            num_warps=WARPS,
+            **flags, num_warps=WARPS,
         )  # fmt: skip

@@ -48,16 +48,19 @@ def _activate(
 
 @triton.jit
 def forward(
-    gates, memory, output, keep, scale_i, scale_f, steps, batch, size,
+    gates, first_memory, memory, output, keep, scale_i, scale_f, steps, batch, size,
     GATES: tl.constexpr, INPUT: tl.constexpr, FORGET: tl.constexpr, OUTPUT: tl.constexpr, HAS_MEMORY: tl.constexpr,
     SQUASH_CANDIDATE: tl.constexpr, SQUASH_OUTPUT: tl.constexpr, MASK: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, HAS_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """All ``c_t``, ``(T + 1, B, d)``, the first given, and ``h_t`` from ``W X + b``, ``(T, B, GATES * d)``."""
+    """All ``c_t``, ``(T + 1, B, d)``, and ``h_t``, ``(T, B, d)``, from ``W X + b``, ``(T, B, GATES * d)``, and ``c_0``."""
     row = tl.program_id(0)
     units = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = units < size
-    carry = tl.load(memory + row * size + units, mask=inside, other=0.0)
+    carry = tl.zeros((BLOCK_D,), dtype=WIDE)
+    if HAS_FIRST:
+        carry = tl.load(first_memory + row * size + units, mask=inside, other=0.0)
+    tl.store(memory + row * size + units, carry, mask=inside)
     s_i = tl.load(scale_i) if INPUT < 0 and FORGET < 0 else 0.0
     s_f = tl.load(scale_f + units, mask=inside, other=0.0)[None, :] if HAS_MEMORY and FORGET < 0 else 0.0
     for start in range(0, steps, BLOCK_T):
@@ -94,22 +97,27 @@ def backward(
     scale_i, scale_f, steps, batch, size,
     GATES: tl.constexpr, INPUT: tl.constexpr, FORGET: tl.constexpr, OUTPUT: tl.constexpr, HAS_MEMORY: tl.constexpr,
     SQUASH_CANDIDATE: tl.constexpr, SQUASH_OUTPUT: tl.constexpr, MASK: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, HAS_LAST_HIDDEN: tl.constexpr, HAS_LAST_MEMORY: tl.constexpr,
 ):  # fmt: skip
     """The gradients of the pre-activations and of ``c_0`` from those of all ``h_t`` and of the final state.
 
     The gradient e_t of ``c_t`` obeys ``e_t = s_t + f_{t+1} e_{t+1}``, s_t being what comes through ``h_t``: the same
-    scan, backward in time. ``last``: the number of each row's last real step, from 0, where the final state stands.
+    scan, backward in time. ``last``: with a mask, the number of each row's last real step, from 0, where its final state
+    stands.
     """
     row = tl.program_id(0)
     units = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = units < size
     s_i = tl.load(scale_i) if INPUT < 0 and FORGET < 0 else 0.0
     s_f = tl.load(scale_f + units, mask=inside, other=0.0)[None, :] if HAS_MEMORY and FORGET < 0 else 0.0
-    final = tl.load(last + row)
-    to_last_h = tl.load(last_grad_hidden + row * size + units, mask=inside, other=0.0).to(WIDE)[None, :]
-    to_last_c = tl.load(last_grad_memory + row * size + units, mask=inside, other=0.0)[None, :]
+    final = tl.load(last + row) if MASK else steps - 1
     carry = tl.zeros((BLOCK_D,), dtype=WIDE)
+    to_last_h = carry[None, :]
+    to_last_c = to_last_h
+    if HAS_LAST_HIDDEN:
+        to_last_h = tl.load(last_grad_hidden + row * size + units, mask=inside, other=0.0).to(WIDE)[None, :]
+    if HAS_LAST_MEMORY:
+        to_last_c = tl.load(last_grad_memory + row * size + units, mask=inside, other=0.0)[None, :]
     first_f = carry
     chunks = tl.cdiv(steps, BLOCK_T)
     for done in range(0, chunks):

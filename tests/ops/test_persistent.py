@@ -35,6 +35,8 @@ def test_all_variants(cell, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layer_norm", [False, True])
 def test_odd_sizes(steps, batch, size, dtype, layer_norm):
+    if layer_norm and size == 1:
+        pytest.skip("a single unit is normalised to nothing: all gradients are zero, and only rounding is left of them")
     compare(
         "persistent", device="cuda", dtype=dtype, steps=steps, batch=batch, sizes=(5, size), layer_norm=layer_norm,
         tf32=True,
