@@ -202,8 +202,8 @@ def refuses(cell: Cell, inputs: Tensor, weights: Weights) -> str | None:
         return "it needs at least one step and one sequence"
     if plan_for(Problem.of(cell, inputs, weights)) is None:
         return (
-            f"the weights of {weights.recurrent.size(1)} units do not fit on this GPU's multiprocessors, or its compute "
-            "capability is below 8.0"
+            f"the weights of {weights.recurrent.size(1)} units do not fit on this GPU's multiprocessors, or its "
+            "compute capability is below 8.0"
         )
     return nvrtc.available()
 

@@ -53,7 +53,7 @@ def forward(
     SQUASH_CANDIDATE: tl.constexpr, SQUASH_OUTPUT: tl.constexpr, MASK: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, HAS_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """All ``c_t``, ``(T + 1, B, d)``, and ``h_t``, ``(T, B, d)``, from ``W X + b``, ``(T, B, GATES * d)``, and ``c_0``."""
+    """All ``c_t``, ``(T + 1, B, d)``, and ``h_t`` from ``W X + b``, ``(T, B, GATES * d)``, and ``c_0``."""
     row = tl.program_id(0)
     units = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = units < size
@@ -102,8 +102,8 @@ def backward(
     """The gradients of the pre-activations and of ``c_0`` from those of all ``h_t`` and of the final state.
 
     The gradient e_t of ``c_t`` obeys ``e_t = s_t + f_{t+1} e_{t+1}``, s_t being what comes through ``h_t``: the same
-    scan, backward in time. ``last``: with a mask, the number of each row's last real step, from 0, where its final state
-    stands.
+    scan, backward in time. ``last``: with a mask, the number of each row's last real step, from 0, which holds its final
+    state.
     """
     row = tl.program_id(0)
     units = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
