@@ -102,7 +102,7 @@ def backward(
     """The gradients of the pre-activations and of ``c_0`` from those of all ``h_t`` and of the final state.
 
     The gradient e_t of ``c_t`` obeys ``e_t = s_t + f_{t+1} e_{t+1}``, s_t being what comes through ``h_t``: the same
-    scan, backward in time. ``last``: with a mask, the number of each row's last real step, from 0, which holds its final
+    scan, backward in time. ``last``: with a mask, the number of each row's last real step, from 0, which has its final
     state.
     """
     row = tl.program_id(0)
