@@ -1,23 +1,29 @@
 """Time recurrences against ``torch.nn.LSTM`` in the same run, after checking that they are right.
 
     python scripts/benchmark.py recurrence --device cuda --dtype bfloat16 --cell rkm_lstm --shape 70,20,1150,1150
+    python scripts/benchmark.py train DATA --user-dir fairseq_rkm --task stateful_language_modeling --arch rkm_lm ...
 
-prints, for each shape T,B,m,d, medians and quartiles in milliseconds of the forward pass, of forward and backward, and
-for T = 1 of decoding; the memory that a forward pass leaves for the backward one; and the ratio to ``nn.LSTM`` (cuDNN,
-oneDNN) of the same sizes and dtype: above 1 is faster than it. On a GPU, forward and backward are timed as PyTorch runs
-them, and as a CUDA graph, which leaves out the host's time to launch. A result that is wrong is an error, not a row.
+The first prints, for each shape T,B,m,d: medians and quartiles in milliseconds of the forward pass and of forward and
+backward; the memory that a forward pass leaves for the backward one; and the speed relative to ``nn.LSTM`` (cuDNN,
+oneDNN) of the same sizes and dtype: above 1 is faster. On a GPU, forward and backward are timed as PyTorch runs them, and
+as a CUDA graph, which leaves out the host's time to launch. A result that is wrong is an error, not a row.
+
+The second prints the tokens per second of whole updates.
 """
 
 import argparse
 import json
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from report import circumstances
+from report import circumstances, parse_line
 from torch import Tensor, nn
 
 from fairseq_rkm import CELLS, RKM, RKMError
@@ -160,6 +166,57 @@ def benchmark_shape(shape: tuple[int, int, int, int], args: argparse.Namespace) 
     return rows
 
 
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """How many times as fast as ``nn.LSTM`` each row is."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    shown = [row for row in rows if "error" in row]
+    names = [
+        f"{row['cell']}{'' if row['feedback'] else ', no feedback'}, {row['dtype']}\n"
+        + ", ".join(map(str, row["shape"]))
+        for row in shown
+    ]
+    figure, axes = plt.subplots(figsize=(8, 1 + 0.55 * len(shown)), layout="constrained")
+    kinds = {"forward_backward_ratio": "as PyTorch runs it", "graphed_ratio": "as a CUDA graph"}
+    for i, (kind, label) in enumerate(kinds.items()):
+        if any(kind in row for row in shown):
+            places = [at + 0.38 * i for at in range(len(shown))]
+            bars = axes.barh(places, [row.get(kind, 0) for row in shown], 0.36, label=label)
+            axes.bar_label(bars, fmt="%.1f", padding=3)
+    axes.set_yticks([at + 0.19 for at in range(len(shown))], names)
+    axes.invert_yaxis()
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xlabel("times nn.LSTM's speed, forward and backward (T, B, m, d)")
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def train(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The subcommand of that name: whole updates of fairseq-train.
+
+    Raises:
+        SystemExit: fairseq fails; the end of its output is shown.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            sys.executable, "-m", "fairseq_cli.train", *args.flags, "--log-format", "json", "--log-interval", "10",
+            "--max-update", str(args.updates), "--no-save", "--disable-validation", "--save-dir", folder,
+        ]  # fmt: skip
+        result = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - fairseq's own
+    output = result.stdout + result.stderr
+    entries = [entry for kind, entry in map(parse_line, output.splitlines()) if kind == "train_inner"]
+    speeds = sorted(float(entry["wps"]) for entry in entries[2:])
+    if result.returncode or not speeds:
+        raise SystemExit(f"benchmark: fairseq-train failed or was too short:\n{output[-2000:]}")
+    quartiles = statistics.quantiles(speeds, n=4)
+    print(f"{statistics.median(speeds):,.0f} tokens/s (quartiles {quartiles[0]:,.0f}, {quartiles[2]:,.0f})")
+    return [{"flags": args.flags, "tokens_per_second": statistics.median(speeds), "quartiles": quartiles}]
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
     lines = [
@@ -226,9 +283,19 @@ def main() -> None:
     one.add_argument("--seconds", type=float, default=1.0, help="how long to repeat each measurement")
     one.add_argument("--seed", type=int, default=1)
     one.add_argument("--json", type=Path, help="where to append the rows, with hardware, versions and commit")
+    one.add_argument("--plot", type=Path, help="where to draw the ratios")
     one.set_defaults(run=recurrence)
-    args = parser.parse_args()
+    two = commands.add_parser("train", help="whole updates of fairseq-train: its flags follow")
+    two.add_argument("--updates", type=int, default=200)
+    two.add_argument("--json", type=Path, help="where to append the result, with hardware, versions and commit")
+    two.set_defaults(run=train, plot=None)
+    args, rest = parser.parse_known_args()
+    if rest and args.run is not train:
+        parser.error(f"unknown arguments: {' '.join(rest)}")
+    args.flags = rest
     rows = args.run(args)
+    if args.plot:
+        plot(rows, args.plot)
     if args.json:
         earlier = json.loads(args.json.read_text()) if args.json.exists() else []
         args.json.parent.mkdir(parents=True, exist_ok=True)
