@@ -5,8 +5,8 @@
 
 The first prints, for each shape T,B,m,d: medians and quartiles in milliseconds of the forward pass and of forward and
 backward; the memory that a forward pass leaves for the backward one; and the speed relative to ``nn.LSTM`` (cuDNN,
-oneDNN) of the same sizes and dtype: above 1 is faster. On a GPU, forward and backward are timed as PyTorch runs them, and
-as a CUDA graph, which leaves out the host's time to launch. A result that is wrong is an error, not a row.
+oneDNN) of the same sizes and dtype: above 1 is faster. On a GPU, forward and backward are timed as PyTorch runs them,
+and as a CUDA graph, which leaves out the host's time to launch. A result that is wrong is an error, not a row.
 
 The second prints the tokens per second of whole updates.
 """
