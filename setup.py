@@ -18,7 +18,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["fairseq_rkm", "fairseq_rkm.*"]),
-    package_data={"fairseq_rkm.ops": ["*.cu"]},
+    package_data={"fairseq_rkm.ops": ["*.c", "*.cu"]},
     install_requires=["torch>=2.6", "numpy", FAIRSEQ, "sacremoses", "sentencepiece"],
     extras_require={
         "dev": ["hypothesis", "matplotlib", "mypy", "pytest", "ruff", "triton; platform_system == 'Linux'"],

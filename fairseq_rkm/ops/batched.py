@@ -62,8 +62,10 @@ class _Recurrence(torch.autograd.Function):
         norm = None if raw is None else _Norm(raw, mean, rstd)
         run = _Backward(ctx.cell, weights, gates, hidden, memory, keep, norm)
         grad_hidden, grad_memory = run.loop(grad_output, grad_hidden, grad_memory)
-        needs = dict(zip(Weights._fields, ctx.needs_input_grad[5:], strict=True))
-        grad_inputs, grads = run.parameters(inputs, ctx.needs_input_grad[2], needs)
+        needs = (ctx.needs_input_grad[2], *ctx.needs_input_grad[5:])
+        grad_inputs, *grads = parameter_gradients(
+            ctx.cell, weights, inputs, hidden, memory, gates, run.factors, run.norm_gradients(), needs
+        )
         return None, None, grad_inputs, grad_hidden, grad_memory, *grads
 
 
@@ -286,30 +288,50 @@ class _Backward:
             return before * forget
         return torch.lerp(grad, before * forget, self.keep[t])
 
-    def parameters(
-        self, inputs: Tensor, need_inputs: bool, needs: dict[str, bool]
-    ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """The gradients of the inputs and, in the order of :class:`Weights`, of its fields."""
-        weights, hidden, size = self.weights, self.hidden, self.hidden.size(2)
-        gates = self.factors.to(inputs.dtype)
-        grads: dict[str, Tensor | None] = dict.fromkeys(Weights._fields)
-        grad_inputs, grads["input"] = project_backward(gates, inputs, weights.input, need_inputs, needs["input"])
-        if weights.recurrent is not None and needs["recurrent"]:
-            fed_back = gates[..., recurrent_slice(self.cell, size)].flatten(0, 1)
-            grads["recurrent"] = fed_back.t() @ hidden[:-1].flatten(0, 1)
-        if needs["bias"]:
-            grads["bias"] = self.factors.sum((0, 1)).to(inputs.dtype)
-        if self.norm is not None and (needs["norm_weight"] or needs["norm_bias"]):
-            grads["norm_weight"], grads["norm_bias"] = torch.ops.aten.native_layer_norm_backward(
-                self.normed_grad, self.norm.raw, (size,), self.norm.mean, self.norm.rstd,
-                weights.norm_weight, weights.norm_bias, [False, True, True],
-            )[1:]  # fmt: skip
-        if needs["sigma_i"] or needs["sigma_f"]:
-            block = self.at[CANDIDATE]
-            grads["sigma_i"], grads["sigma_f"] = sigma_gradients(
-                self.factors[..., block], self.gates[..., block], self.memory[:-1], weights.sigma_i
-            )
-        return grad_inputs, [grads[name] if needs[name] else None for name in Weights._fields]
+    def norm_gradients(self) -> tuple[Tensor, Tensor] | None:
+        """The gradients of the layer norm's gain and bias, where there is one."""
+        if self.norm is None:
+            return None
+        return torch.ops.aten.native_layer_norm_backward(
+            self.normed_grad, self.norm.raw, (self.hidden.size(2),), self.norm.mean, self.norm.rstd,
+            self.weights.norm_weight, self.weights.norm_bias, [False, True, True],
+        )[1:]  # fmt: skip
+
+
+def parameter_gradients(
+    cell: Cell, weights: Weights, inputs: Tensor, hidden: Tensor, memory: Tensor, gates: Tensor,
+    grad_gates: Tensor, norm: tuple[Tensor, Tensor] | None, needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """The gradients of the inputs and, in the order of :class:`Weights`, of its fields: one product each.
+
+    Args:
+        cell: the cell.
+        weights: the weights.
+        inputs: extended inputs.
+        hidden: all ``h_t``, ``(T + 1, B, d)``, the initial one first.
+        memory: all ``c_t``, likewise.
+        gates: the activated gates, ``(T, B, G * d)``.
+        grad_gates: the gradients of the pre-activations, likewise.
+        norm: those of the layer norm's gain and bias.
+        needs: which of the results are wanted; the others are None.
+    """
+    size, narrow = hidden.size(2), grad_gates.to(inputs.dtype)
+    wanted = dict(zip(("inputs", *Weights._fields), needs, strict=True))
+    grads: dict[str, Tensor | None] = dict.fromkeys(wanted)
+    grads["inputs"], grads["input"] = project_backward(narrow, inputs, weights.input, wanted["inputs"], wanted["input"])
+    if weights.recurrent is not None and wanted["recurrent"]:
+        fed_back = narrow[..., recurrent_slice(cell, size)].flatten(0, 1)
+        grads["recurrent"] = fed_back.t() @ hidden[:-1].flatten(0, 1)
+    if wanted["bias"]:
+        grads["bias"] = grad_gates.sum((0, 1)).to(inputs.dtype)
+    if norm is not None:
+        grads["norm_weight"], grads["norm_bias"] = norm
+    if wanted["sigma_i"] or wanted["sigma_f"]:
+        block = gate_slices(cell, size)[CANDIDATE]
+        grads["sigma_i"], grads["sigma_f"] = sigma_gradients(
+            grad_gates[..., block], gates[..., block], memory[:-1], weights.sigma_i
+        )
+    return tuple(grads[name] if wanted[name] else None for name in wanted)
 
 
 def sigma_gradients(

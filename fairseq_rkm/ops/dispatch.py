@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fairseq_rkm.errors import RKMError
-from fairseq_rkm.ops import batched, persistent, reference, scan
+from fairseq_rkm.ops import batched, native, persistent, reference, scan
 from fairseq_rkm.ops.cells import Cell
 from fairseq_rkm.ops.weights import Weights, memory_dtype
 
@@ -43,6 +43,7 @@ class Backend:
 BACKENDS: dict[str, Backend] = {
     "persistent": Backend(persistent.recurrence, persistent.refuses, takes_none=True),
     "scan": Backend(scan.recurrence, scan.refuses, takes_none=True),
+    "native": Backend(native.recurrence, native.refuses),
     "batched": Backend(batched.recurrence),
     "reference": Backend(reference.recurrence, automatic=False),
 }

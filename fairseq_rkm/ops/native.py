@@ -1,0 +1,195 @@
+"""On CPUs, in float32: ``native.c``, compiled once for the machine by the C compiler that is there.
+
+The products over all steps (projections, gradients of the weights) remain PyTorch's; the loop over time is C. Without a
+compiler the backend refuses, saying so once, and ``"auto"`` falls back to :mod:`fairseq_rkm.ops.batched`.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fairseq_rkm.ops.batched import parameter_gradients, recurrent_slice
+from fairseq_rkm.ops.cells import FORGET, INPUT, OUTPUT, Cell
+from fairseq_rkm.ops.ngram import project
+from fairseq_rkm.ops.weights import Weights
+
+logger = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_suffix(".c")
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
+
+_POINTERS = (
+    "weights", "gain", "shift", "scale_f", "scale_i", "keep", "gates", "hidden", "memory", "moments", "grad_output",
+    "grad_hidden", "grad_memory", "grad_gates", "to_memory", "grad_gain", "grad_shift", "sums", "packed",
+)  # fmt: skip
+
+
+class _Problem(ctypes.Structure):
+    """``Problem`` of ``native.c``."""
+
+    _fields_ = (
+        *((name, ctypes.c_int) for name in ("steps", "batch", "size", "norm")),
+        *((name, ctypes.c_float if name == "scale_i" else ctypes.c_void_p) for name in _POINTERS),
+        ("threads", ctypes.c_int),
+    )
+
+
+@functools.cache
+def library(cell: Cell) -> ctypes.CDLL:
+    """The compiled recurrence of a cell, from the user's cache or compiled now.
+
+    Raises:
+        OSError: no compiler, or one that fails; with what it said.
+    """
+    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise OSError("no C compiler is installed")
+    macros = [f"-D{name}={value}" for name, value in _macros(cell).items()]
+    command = [compiler, *FLAGS, *macros]
+    key = hashlib.sha256("\n".join([*command, SOURCE.read_text(), _processor()]).encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fairseq_rkm"
+    target = cache / f"native-{cell.name}-{key}.so"
+    if not target.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            built = Path(folder) / target.name
+            result = subprocess.run(  # noqa: S603 - the user's compiler
+                [*command, "-o", str(built), str(SOURCE), "-lm"], capture_output=True, text=True, check=False
+            )
+            if result.returncode:
+                raise OSError(f"{compiler} cannot compile {SOURCE.name}: {result.stderr.strip().splitlines()[-1:]}")
+            built.replace(target)  # at once, whoever else compiles the same
+    return ctypes.CDLL(str(target))
+
+
+def _processor() -> str:
+    """What ``-march=native`` depends on."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return f"{platform.machine()} {platform.processor()} {flags}"
+
+
+def _macros(cell: Cell) -> dict[str, int]:
+    place = {gate.upper(): cell.gates.index(gate) if gate in cell.gates else -1 for gate in (INPUT, FORGET, OUTPUT)}
+    return {
+        "GATES": len(cell.gates),
+        "RECURRENT": len(cell.recurrent_gates),
+        "FIRST_RECURRENT": cell.gates.index(cell.recurrent_gates[0]) if cell.has_feedback else 0,
+        **place,
+        "HAS_MEMORY": int(cell.has_memory),
+        "SQUASH_CANDIDATE": int(cell.squash_candidate),
+        "SQUASH_OUTPUT": int(cell.squash_output),
+    }
+
+
+@functools.cache
+def _missing() -> str | None:
+    """Why nothing can be compiled here, said once; None if it can."""
+    from fairseq_rkm.ops.cells import CELLS
+
+    try:
+        library(CELLS["rkm_lstm"])
+    except OSError as error:
+        logger.warning(f"CPU recurrences run in plain PyTorch, at about half the speed: {error}")
+        return str(error)
+    return None
+
+
+def refuses(_cell: Cell, inputs: Tensor, _weights: Weights) -> str | None:
+    """Why this backend cannot take a problem; None if it can."""
+    if inputs.device.type != "cpu":
+        return f"it runs on CPUs, and the inputs are on {inputs.device}"
+    if inputs.dtype != torch.float32:
+        return f"it computes in float32, not in {inputs.dtype}"
+    if not inputs.numel() or not inputs.size(1):
+        return "it needs at least one step and one sequence"
+    return _missing()
+
+
+def recurrence(
+    cell: Cell, inputs: Tensor, weights: Weights, hidden: Tensor, memory: Tensor, keep: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`fairseq_rkm.ops.reference.recurrence`; differentiable once."""
+    return _Native.apply(cell, keep, inputs, hidden, memory, *weights)
+
+
+class _Native(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, cell: Cell, keep: Tensor | None, inputs: Tensor, hidden: Tensor, memory: Tensor, *tensors: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        weights = Weights(*tensors)
+        gates = project(inputs, weights.input, weights.bias)
+        steps, (batch, size) = gates.size(0), hidden.shape
+        hiddens, memories = (gates.new_empty(steps + 1, batch, size) for _ in range(2))
+        hiddens[0], memories[0] = hidden, memory
+        moments = gates.new_empty(steps, batch, 2) if weights.norm_weight is not None else None
+        call = {"gates": gates, "hidden": hiddens, "memory": memories, "moments": moments}
+        _run("forward", cell, weights, keep, call)
+        ctx.cell, ctx.numbers = cell, weights.numbers()
+        ctx.save_for_backward(keep, inputs, gates, hiddens, memories, moments, *weights.tensors())
+        output = hiddens[1:]
+        output = output if keep is None else output * keep.unsqueeze(-1)
+        return output, hiddens[-1].clone(), memories[-1].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor, grad_hidden: Tensor, grad_memory: Tensor) -> tuple[Any, ...]:
+        keep, inputs, gates, hiddens, memories, moments, *tensors = ctx.saved_tensors
+        cell, weights = ctx.cell, Weights(*tensors)._replace(**ctx.numbers)
+        grad_gates, to_memory = torch.empty_like(gates), torch.empty_like(memories[1:])
+        norm = None if moments is None else (torch.zeros_like(memories[0, 0]), torch.zeros_like(memories[0, 0]))
+        grad_hidden, grad_memory = grad_hidden.contiguous().clone(), grad_memory.contiguous().clone()
+        call = {
+            "gates": gates, "hidden": hiddens, "memory": memories, "moments": moments,
+            "grad_output": grad_output.contiguous(), "grad_hidden": grad_hidden, "grad_memory": grad_memory,
+            "grad_gates": grad_gates, "to_memory": to_memory,
+            "grad_gain": None if norm is None else norm[0], "grad_shift": None if norm is None else norm[1],
+        }  # fmt: skip
+        _run("backward", cell, weights, keep, call)
+        needs = (ctx.needs_input_grad[2], *ctx.needs_input_grad[5:])
+        grad_inputs, *grads = parameter_gradients(
+            cell, weights, inputs, hiddens, memories, gates, grad_gates, norm, needs
+        )
+        return None, None, grad_inputs, grad_hidden, grad_memory, *grads
+
+
+def _run(direction: str, cell: Cell, weights: Weights, keep: Tensor | None, call: dict[str, Any]) -> None:
+    """Call into C; a single step's product is PyTorch's, since packing the weights would cost more than it."""
+    gates, hidden, recurrent = call["gates"], call["hidden"], weights.recurrent
+    steps, batch, size = gates.size(0), gates.size(1), hidden.size(2)
+    if steps == 1 and recurrent is not None:
+        block = recurrent_slice(cell, size)
+        if direction == "forward":
+            gates[0, :, block].addmm_(hidden[0], recurrent.t())
+        _run(direction, cell.without_feedback(), weights._replace(recurrent=None), keep, call)
+        if direction == "backward":
+            call["grad_hidden"].addmm_(call["grad_gates"][0, :, block], recurrent)
+        return
+    recurrent = None if recurrent is None else recurrent.contiguous()
+    packed = gates.new_empty(-(-size // 16) * 16 * recurrent.size(0)) if recurrent is not None else None
+    scale_f = gates.new_ones(size) * weights.sigma_f if cell.forget_is_constant else None
+    tensors = {
+        "weights": recurrent, "gain": weights.norm_weight, "shift": weights.norm_bias, "scale_f": scale_f,
+        "keep": None if keep is None else keep.contiguous().view(torch.uint8), "packed": packed,
+        "sums": gates.new_empty(batch, 2), **call,
+    }  # fmt: skip
+    problem = _Problem(
+        steps=steps, batch=batch, size=size, norm=int(weights.norm_weight is not None),
+        scale_i=float(weights.sigma_i) if cell.input_is_constant else 0.0, threads=torch.get_num_threads(),
+        **{name: tensor.data_ptr() for name, tensor in tensors.items() if tensor is not None},
+    )  # fmt: skip
+    getattr(library(cell), f"recurrence_{direction}")(ctypes.byref(problem))

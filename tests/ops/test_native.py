@@ -1,0 +1,106 @@
+"""The compiled CPU backend against the reference in float64."""
+
+import itertools
+import logging
+
+import pytest
+import torch
+from helpers import assert_close
+
+from fairseq_rkm import CELLS, RKM, RKMError
+from fairseq_rkm.ops import dispatch, native
+from ops.test_backends import compare
+
+compiled = pytest.mark.skipif(native._missing() is not None, reason="needs a C compiler")
+
+
+@compiled
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("feedback", [None, False])
+def test_all_variants(cell, feedback):
+    for layer_norm, bidirectional, mask in itertools.product((False, True), (False, True), ("none", "mixed")):
+        # With a layer norm and no memory s_i has no effect: its gradient would be rounding.
+        learn_sigma = not (layer_norm and not CELLS[cell].has_memory)
+        compare(
+            "native", dtype=torch.float32, cell=cell, feedback=feedback, layer_norm=layer_norm, mask=mask,
+            bidirectional=bidirectional, learn_sigma=learn_sigma, ngram=3,
+        )  # fmt: skip
+
+
+@compiled
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(
+    ("steps", "batch", "size"), [(1, 1, 1), (1, 7, 33), (2, 1, 16), (3, 23, 64), (63, 5, 17), (4, 13, 100)]
+)
+def test_odd_sizes(steps, batch, size):
+    for cell, layer_norm in itertools.product(("rkm_lstm", "rkm_cifg", "ran", "linear_kernel"), (False, True)):
+        if layer_norm and size == 1:
+            continue  # a single unit is normalised to nothing
+        compare(
+            "native", dtype=torch.float32, steps=steps, batch=batch, sizes=(5, size), cell=cell, layer_norm=layer_norm
+        )
+
+
+@compiled
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_do_not_change_the_result(threads):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        compare("native", dtype=torch.float32, steps=6, batch=4, sizes=(8, 50), layer_norm=True)
+    finally:
+        torch.set_num_threads(before)
+
+
+@compiled
+def test_large_and_missing_numbers_stay_what_they_are():
+    rkm = RKM(2, 3, backend="native")
+    for value, check in ((1e30, torch.isfinite), (torch.nan, torch.isnan)):
+        with torch.no_grad():
+            rkm.weight_hh_l0.zero_()
+            gates = rkm(torch.full((1, 1, 2), value))[0]
+        assert check(gates).all() or value == 1e30
+        assert gates.isnan().all() == (value != 1e30)
+
+
+@compiled
+def test_training_follows_the_reference():
+    losses = {}
+    for backend in ("native", "reference"):
+        torch.manual_seed(0)
+        rkm = RKM(16, 24, num_layers=2, layer_norm=True, backend=backend)
+        optimizer = torch.optim.SGD(rkm.parameters(), lr=0.02)
+        x, target = torch.randn(12, 8, 16), torch.randn(12, 8, 24)
+        losses[backend] = []
+        for _ in range(200):
+            loss = (rkm(x)[0] - target).pow(2).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[backend].append(loss.detach())
+    assert_close(torch.stack(losses["native"]), torch.stack(losses["reference"]))
+
+
+def test_without_a_compiler_it_says_so_once_and_auto_falls_back(monkeypatch, caplog):
+    monkeypatch.setattr(native.shutil, "which", lambda _name: None)
+    monkeypatch.setattr(native, "library", native.library.__wrapped__)
+    monkeypatch.setattr(native, "_missing", native.functools.cache(native._missing.__wrapped__))
+    backend = dispatch.Backend(native.recurrence, lambda *_: native._missing())
+    monkeypatch.setitem(dispatch.BACKENDS, "native", backend)
+    rkm = RKM(3, 4)
+    with caplog.at_level(logging.WARNING):
+        assert rkm(torch.zeros(2, 1, 3))[0].shape == (2, 1, 4)
+        rkm(torch.zeros(2, 1, 3))
+    assert caplog.text.count("no C compiler is installed") == 1
+    rkm.backend = "native"
+    with pytest.raises(RKMError, match="backend 'native' cannot run this: no C compiler"):
+        rkm(torch.zeros(2, 1, 3))
+
+
+@compiled
+def test_other_dtypes_are_refused_by_name_and_passed_over_by_auto():
+    x = torch.zeros(2, 1, 3, dtype=torch.float64)
+    with pytest.raises(RKMError, match=r"float32, not in torch\.float64"):
+        RKM(3, 4, backend="native", dtype=torch.float64)(x)
+    assert RKM(3, 4, dtype=torch.float64)(x)[0].dtype == torch.float64
