@@ -19,7 +19,9 @@
 #define WIDE_ROWS 5
 #endif
 #define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
 #define EPSILON 1e-5f
+// Sums are `kept` in registers while they grow, which needs that nothing indexes them by a variable: hence the copies.
 
 typedef float vec __attribute__((vector_size(LANES * 4)));
 typedef int ivec __attribute__((vector_size(LANES * 4)));
@@ -89,7 +91,7 @@ typedef struct {
     float *to_memory;             // [steps][batch][size]: of c_t, after the layer norm
     float *grad_gain, *grad_shift;  // [size], zero, or null
     float *sums;                  // room for the layer norm's sums, [batch][2]
-    float *packed;                // room for the weights, [ceil(size / LANES)][size][RECURRENT * LANES]
+    float *packed;                // room for the weights, RECURRENT * size times size rounded up to 2 LANES
     int threads;
 } Problem;
 
@@ -147,19 +149,21 @@ INLINE vec emit(vec c, vec output_gate) {
 INLINE void forward_tile(const Problem* p, int t, int j, int n, int b, const int rows) {
     const int d = p->size;
 #if RECURRENT
-    vec sums[MAX_ROWS][RECURRENT];
-    for (int i = 0; i < rows; ++i)
-        for (int r = 0; r < RECURRENT; ++r) sums[i][r] = splat(0.f);
+    vec sums[MAX_ROWS][RECURRENT], kept[MAX_ROWS][RECURRENT];
+    UNROLL for (int i = 0; i < rows; ++i)
+        UNROLL for (int r = 0; r < RECURRENT; ++r) kept[i][r] = splat(0.f);
     const float* w = p->packed + (size_t)(j / LANES) * d * RECURRENT * LANES;
     const float* h = p->hidden + ((size_t)t * p->batch + b) * d;
     for (int k = 0; k < d; ++k, w += RECURRENT * LANES) {
         vec weights[RECURRENT];
-        for (int r = 0; r < RECURRENT; ++r) memcpy(&weights[r], w + r * LANES, sizeof(vec));
-        for (int i = 0; i < rows; ++i) {
+        UNROLL for (int r = 0; r < RECURRENT; ++r) memcpy(&weights[r], w + r * LANES, sizeof(vec));
+        UNROLL for (int i = 0; i < rows; ++i) {
             const float x = h[(size_t)i * d + k];
-            for (int r = 0; r < RECURRENT; ++r) sums[i][r] += x * weights[r];
+            UNROLL for (int r = 0; r < RECURRENT; ++r) kept[i][r] += x * weights[r];
         }
     }
+    UNROLL for (int i = 0; i < rows; ++i)
+        UNROLL for (int r = 0; r < RECURRENT; ++r) sums[i][r] = kept[i][r];
 #endif
     for (int i = 0; i < rows; ++i) {
         const size_t row = (size_t)t * p->batch + b + i;
@@ -268,60 +272,69 @@ void recurrence_forward(const Problem* p) {
 // ---- backward
 
 #if RECURRENT
-// grad_hidden[b ...][j ...] += the gates' gradients at step t times the weights, two vectors of units wide.
-INLINE void feed_back_tile(const Problem* p, int t, int j, int n, int b, const int rows) {
-    const int d = p->size, second = n > LANES ? n - LANES : 0;
-    vec sums[WIDE_ROWS][2];
-    for (int i = 0; i < rows; ++i) sums[i][0] = sums[i][1] = splat(0.f);
-    const float* grads = p->grad_gates + ((size_t)t * p->batch + b) * GATES * d + (size_t)FIRST_RECURRENT * d;
-    const float* w = p->weights + j;
-    if (second >= LANES) {
-        for (int k = 0; k < RECURRENT * d; ++k, w += d) {
-            vec w0, w1;
-            memcpy(&w0, w, sizeof w0);
-            memcpy(&w1, w + LANES, sizeof w1);
-            for (int i = 0; i < rows; ++i) {
-                const float x = grads[(size_t)i * GATES * d + k];
-                sums[i][0] += x * w0;
-                sums[i][1] += x * w1;
-            }
-        }
-    } else {
-        for (int k = 0; k < RECURRENT * d; ++k, w += d) {
-            const vec w0 = load(w, n), w1 = second ? load(w + LANES, second) : splat(0.f);
-            for (int i = 0; i < rows; ++i) {
-                const float x = grads[(size_t)i * GATES * d + k];
-                sums[i][0] += x * w0;
-                sums[i][1] += x * w1;
-            }
+// Two vectors of units wide: packed[j / (2 LANES)][k][2 LANES], k over the recurrent gates' rows.
+#define PAIR (2 * LANES)
+
+static void pack_pairs(const Problem* p, int first, int last) {
+    const int d = p->size, depth = RECURRENT * d;
+    for (int j = first; j < last; j += PAIR) {
+        float* to = p->packed + (size_t)(j / PAIR) * depth * PAIR;
+        const int n = d - j < PAIR ? d - j : PAIR;
+        for (int k = 0; k < depth; ++k, to += PAIR) {
+            memcpy(to, p->weights + (size_t)k * d + j, n * sizeof(float));
+            memset(to + n, 0, (PAIR - n) * sizeof(float));
         }
     }
+}
+
+// grad_hidden[b ...][j ...] += the gates' gradients at step t times the weights.
+INLINE void feed_back_tile(const Problem* p, int t, int j, int n, int b, const int rows) {
+    const int d = p->size, depth = RECURRENT * d;
+    vec sums[WIDE_ROWS][2], kept[WIDE_ROWS][2];
+    UNROLL for (int i = 0; i < rows; ++i) kept[i][0] = kept[i][1] = splat(0.f);
+    const float* grads = p->grad_gates + ((size_t)t * p->batch + b) * GATES * d + (size_t)FIRST_RECURRENT * d;
+    const float* w = p->packed + (size_t)(j / PAIR) * depth * PAIR;
+    for (int k = 0; k < depth; ++k, w += PAIR) {
+        vec w0, w1;
+        memcpy(&w0, w, sizeof w0);
+        memcpy(&w1, w + LANES, sizeof w1);
+        UNROLL for (int i = 0; i < rows; ++i) {
+            const float x = grads[(size_t)i * GATES * d + k];
+            kept[i][0] += x * w0;
+            kept[i][1] += x * w1;
+        }
+    }
+    UNROLL for (int i = 0; i < rows; ++i) sums[i][0] = kept[i][0], sums[i][1] = kept[i][1];
     for (int i = 0; i < rows; ++i) {
         float* to = p->grad_hidden + (size_t)(b + i) * d + j;
         store(to, load(to, n) + sums[i][0], n);
-        if (second) store(to + LANES, load(to + LANES, second) + sums[i][1], second);
+        if (n > LANES) store(to + LANES, load(to + LANES, n - LANES) + sums[i][1], n - LANES);
+    }
+}
+
+INLINE void feed_back_rows(const Problem* p, int t, int j, int n, int b, int rows) {
+    switch (rows) {
+        case 1: feed_back_tile(p, t, j, n, b, 1); break;
+        case 2: feed_back_tile(p, t, j, n, b, 2); break;
+        case 3: feed_back_tile(p, t, j, n, b, 3); break;
+        case 4: feed_back_tile(p, t, j, n, b, 4); break;
+        case 5: feed_back_tile(p, t, j, n, b, 5); break;
+#if WIDE_ROWS > 5
+        case 6: feed_back_tile(p, t, j, n, b, 6); break;
+        case 7: feed_back_tile(p, t, j, n, b, 7); break;
+        case 8: feed_back_tile(p, t, j, n, b, 8); break;
+        case 9: feed_back_tile(p, t, j, n, b, 9); break;
+        case 10: feed_back_tile(p, t, j, n, b, 10); break;
+#endif
     }
 }
 
 static void feed_back(const Problem* p, int t, int first, int last) {
     const int blocks = (p->batch + WIDE_ROWS - 1) / WIDE_ROWS;
-    for (int j = first; j < last; j += 2 * LANES)
+    for (int j = first; j < last; j += PAIR)
         for (int block = 0; block < blocks; ++block) {
-            const int b = p->batch * block / blocks, rows = p->batch * (block + 1) / blocks - b, n = last - j;
-            switch (rows) {
-                case 1: feed_back_tile(p, t, j, n, b, 1); break;
-                case 2: feed_back_tile(p, t, j, n, b, 2); break;
-                case 3: feed_back_tile(p, t, j, n, b, 3); break;
-                case 4: feed_back_tile(p, t, j, n, b, 4); break;
-                case 5: feed_back_tile(p, t, j, n, b, 5); break;
-#if WIDE_ROWS > 5
-                case 6: feed_back_tile(p, t, j, n, b, 6); break;
-                case 7: feed_back_tile(p, t, j, n, b, 7); break;
-                case 8: feed_back_tile(p, t, j, n, b, 8); break;
-                case 9: feed_back_tile(p, t, j, n, b, 9); break;
-                case 10: feed_back_tile(p, t, j, n, b, 10); break;
-#endif
-            }
+            const int b = p->batch * block / blocks, rows = p->batch * (block + 1) / blocks - b;
+            feed_back_rows(p, t, j, last - j, b, rows);
         }
 }
 #endif
@@ -411,8 +424,11 @@ void recurrence_backward(const Problem* p) {
     {
         const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
         int first, last, row, end;
-        share(d, LANES, thread, threads, &first, &last);
+        share(d, 2 * LANES, thread, threads, &first, &last);
         share(p->batch, 1, thread, threads, &row, &end);
+#if RECURRENT
+        pack_pairs(p, first, last);
+#endif
         for (int t = p->steps - 1; t >= 0; --t) {
 #if RECURRENT
             if (t < p->steps - 1) feed_back(p, t + 1, first, last);

@@ -180,7 +180,7 @@ def _run(direction: str, cell: Cell, weights: Weights, keep: Tensor | None, call
             call["grad_hidden"].addmm_(call["grad_gates"][0, :, block], recurrent)
         return
     recurrent = None if recurrent is None else recurrent.contiguous()
-    packed = gates.new_empty(-(-size // 16) * 16 * recurrent.size(0)) if recurrent is not None else None
+    packed = gates.new_empty(-(-size // 32) * 32 * recurrent.size(0)) if recurrent is not None else None
     scale_f = gates.new_ones(size) * weights.sigma_f if cell.forget_is_constant else None
     tensors = {
         "weights": recurrent, "gain": weights.norm_weight, "shift": weights.norm_bias, "scale_f": scale_f,
