@@ -82,3 +82,22 @@ def forward_and_gradients(rkm: RKM, x: Tensor, hidden: Tensor, cell: Tensor, con
     wanted = {**leaves, **dict(rkm.named_parameters())}
     gradients = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True, materialize_grads=True)
     return results | {f"gradient of {name}": g for name, g in zip(wanted, gradients, strict=True)}
+
+
+def training_losses(
+    updates: int, backend: str, dtype: torch.dtype = torch.float32, device: str = "cpu", **arguments
+) -> Tensor:
+    """The losses of a small regression trained with a backend, from the same start whatever the backend."""
+    torch.manual_seed(0)
+    rkm = RKM(16, 24, layer_norm=True, backend=backend, dtype=dtype, **arguments).to(device)
+    optimizer = torch.optim.SGD(rkm.parameters(), lr=0.02)
+    x, target = torch.randn(12, 8, 16, dtype=dtype).to(device), torch.randn(12, 8, 24, dtype=dtype).to(device)
+    losses = []
+    for _ in range(updates):
+        loss = (rkm(x)[0] - target).pow(2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach().cpu())
+    assert losses[-1] < 0.99 * losses[0]
+    return torch.stack(losses)

@@ -5,11 +5,11 @@ import logging
 
 import pytest
 import torch
-from helpers import assert_close
+from helpers import assert_close, training_losses
 
 from fairseq_rkm import CELLS, RKM, RKMError
 from fairseq_rkm.ops import dispatch, native
-from ops.test_backends import compare
+from ops.test_backends import NGRAMS, compare
 
 compiled = pytest.mark.skipif(native._missing() is not None, reason="needs a C compiler")
 
@@ -18,13 +18,14 @@ compiled = pytest.mark.skipif(native._missing() is not None, reason="needs a C c
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("feedback", [None, False])
-def test_all_variants(cell, feedback):
+@pytest.mark.parametrize(("ngram", "padding"), NGRAMS)
+def test_all_variants(cell, feedback, ngram, padding):
     for layer_norm, bidirectional, mask in itertools.product((False, True), (False, True), ("none", "mixed")):
         # With a layer norm and no memory s_i has no effect: its gradient would be rounding.
         learn_sigma = not (layer_norm and not CELLS[cell].has_memory)
         compare(
             "native", dtype=torch.float32, cell=cell, feedback=feedback, layer_norm=layer_norm, mask=mask,
-            bidirectional=bidirectional, learn_sigma=learn_sigma, ngram=3,
+            bidirectional=bidirectional, learn_sigma=learn_sigma, ngram=ngram, ngram_padding=padding,
         )  # fmt: skip
 
 
@@ -66,20 +67,8 @@ def test_large_and_missing_numbers_stay_what_they_are():
 
 @compiled
 def test_training_follows_the_reference():
-    losses = {}
-    for backend in ("native", "reference"):
-        torch.manual_seed(0)
-        rkm = RKM(16, 24, num_layers=2, layer_norm=True, backend=backend)
-        optimizer = torch.optim.SGD(rkm.parameters(), lr=0.02)
-        x, target = torch.randn(12, 8, 16), torch.randn(12, 8, 24)
-        losses[backend] = []
-        for _ in range(200):
-            loss = (rkm(x)[0] - target).pow(2).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses[backend].append(loss.detach())
-    assert_close(torch.stack(losses["native"]), torch.stack(losses["reference"]))
+    given, wanted = (training_losses(200, backend, num_layers=2) for backend in ("native", "reference"))
+    assert_close(given, wanted)
 
 
 def test_without_a_compiler_it_says_so_once_and_auto_falls_back(monkeypatch, caplog):
