@@ -145,7 +145,7 @@ INLINE vec emit(vec c, vec output_gate) {
     return OUTPUT >= 0 ? output_gate * c : c;
 }
 
-// Units [j, j + n) of ROWS rows from b on, at step t: the product, the gates, the memory; without layer norm the output.
+// Units [j, j + n) of `rows` rows from b on, at step t: product, gates and memory; without layer norm the output too.
 INLINE void forward_tile(const Problem* p, int t, int j, int n, int b, const int rows) {
     const int d = p->size;
 #if RECURRENT

@@ -5,10 +5,11 @@
 // group published at the step before (h_{t-1} forward, the gates' gradients backward), a sum over warps, and the
 // cell's pointwise equations, after which the block publishes its own part.
 //
-// No barrier and no flag: a published vector of WORDS 32-bit words (2 or 4) is written and read whole, and one whose first
-// word is MISSING is not there yet. Published values rotate through RING buffers. Once a block has everything of step t, all others
-// have read step t - 1, so that it can mark its own part of that buffer as missing. It will be read next at step
-// t + 3, by blocks that have seen step t + 2 of this one, which is published after a fence behind the marking.
+// No barrier and no flag: a published vector of WORDS 32-bit words (2 or 4) is written and read whole, and one whose
+// first word is MISSING is not there yet. Published values rotate through RING buffers. Once a block has everything of
+// step t, all others have read step t - 1, so that it can mark its own part of that buffer as missing. It will be read
+// next at step t + 3, by blocks that have seen step t + 2 of this one, which is published after a fence behind the
+// marking.
 //
 // ops/persistent.py compiles this with the sizes and the cell (a row of ops/cells.py) as macros. Indices:
 //   u unit in the block, j = slice * UNITS + u unit of the layer, n row in the group, b row of the batch (a batch too
@@ -20,7 +21,6 @@ typedef unsigned char u8;
 
 #define THREADS (WARPS * 32)
 #define TILES ((ROWS + 7) / 8)             // of 8 rows of the batch: the product's N
-#define PADDED (TILES * 8)
 #define LANE_ELEMENTS (16 / ELEMENT)       // a lane moves 16 bytes
 #define CHUNK (64 / ELEMENT)               // of the product's K: 64 bytes of each row, two tensor-core steps
 #define VECTOR (WORDS * 4 / ELEMENT)       // values that are published at once, by neighbouring units
@@ -134,7 +134,7 @@ __device__ __forceinline__ void multiply(float* c, u32 a0, u32 a1, u32 a2, u32 a
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// The weights' rows in shared memory, in steps of 16 bytes: an odd number of chunks apart, so that the lanes of a tensor
+// The weights' rows in shared memory, in steps of 16 bytes, an odd number of chunks apart: so the lanes of a tensor
 // core's tile (8 rows, 4 times 16 bytes of each) meet in no bank.
 #define WEIGHT_PITCH(K) ((CEIL(K, CHUNK) | 1) * 4)
 
@@ -149,7 +149,7 @@ __device__ __forceinline__ void stage_weights(uint4* staged, At at) {
     }
 }
 
-// This warp's share of weights (M x K) times published^T (K x PADDED), in `sums`. A lane's 16 bytes are consecutive in
+// This warp's share of weights (M x K) times published^T (K x TILES * 8), in `sums`. A lane's 16 bytes are consecutive in
 // K, in the weights as in what is published: the order of K within a chunk does not matter to the product. Rows of a
 // tile beyond M repeat the last one; nobody reads their sums.
 template <int M, int K>

@@ -57,12 +57,9 @@ def test_threads_do_not_change_the_result(threads):
 @compiled
 def test_large_and_missing_numbers_stay_what_they_are():
     rkm = RKM(2, 3, backend="native")
-    for value, check in ((1e30, torch.isfinite), (torch.nan, torch.isnan)):
-        with torch.no_grad():
-            rkm.weight_hh_l0.zero_()
-            gates = rkm(torch.full((1, 1, 2), value))[0]
-        assert check(gates).all() or value == 1e30
-        assert gates.isnan().all() == (value != 1e30)
+    with torch.no_grad():
+        assert rkm(torch.full((1, 1, 2), 1e30))[0].isfinite().all()
+        assert rkm(torch.full((1, 1, 2), torch.nan))[0].isnan().all()
 
 
 @compiled
