@@ -5,7 +5,9 @@
 2. A checkpoint that is truncated or refused, and every :class:`~fairseq_rkm.errors.RKMError`, ends fairseq's commands
    with one sentence in place of a stack trace.
 3. numpy 2 has no ``np.compat``, from which fairseq's blocks of tokens take Python's integer.
-4. A warning that every CPU run would print at each epoch is silenced.
+4. Under ``--amp`` fairseq divides each gradient by the loss scale twice, the second time after clipping, since it
+   shows PyTorch's scaler two objects for one optimizer: SGD would take steps 128 and more times too small.
+5. A warning that every CPU run would print at each epoch is silenced.
 """
 
 import argparse
@@ -25,6 +27,7 @@ import omegaconf
 import torch
 from fairseq import checkpoint_utils
 from fairseq.distributed.utils import _TensorPlaceholder
+from fairseq.optim import AMPOptimizer
 
 from fairseq_rkm.errors import RKMError
 
@@ -55,8 +58,15 @@ def adapt() -> None:
         np.compat = types.SimpleNamespace(long=int)  # type: ignore[attr-defined]  # noqa: NPY201
     if not hasattr(checkpoint_utils.load_checkpoint_to_cpu, "__wrapped__"):
         checkpoint_utils.load_checkpoint_to_cpu = _explain(checkpoint_utils.load_checkpoint_to_cpu)
+    AMPOptimizer.step = _step_once_unscaled
     if _in_fairseq_command() and sys.excepthook is sys.__excepthook__:
         sys.excepthook = _print_error
+
+
+def _step_once_unscaled(optimizer: AMPOptimizer) -> None:
+    """``AMPOptimizer.step``, by the optimizer whose gradients ``clip_grad_norm`` has unscaled."""
+    optimizer.scaler.step(optimizer.optimizer)
+    optimizer.scaler.update()
 
 
 def _explain(load: Any) -> Any:
