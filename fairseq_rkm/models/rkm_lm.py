@@ -18,6 +18,7 @@ from fairseq_rkm.errors import RKMError
 from fairseq_rkm.models.carried_state import CarriedState
 from fairseq_rkm.models.options import RKMOptions, build_rkm
 from fairseq_rkm.modules import LockedDropout, RKMState, dropped_embedding
+from fairseq_rkm.modules.continuous_cache import CacheMemory, ContinuousCache
 from fairseq_rkm.modules.dropout import check_probability
 
 logger = logging.getLogger(__name__)
@@ -148,6 +149,8 @@ class RKMDecoder(FairseqIncrementalDecoder):
             if tied:
                 self.output_projection.weight = self.embed_tokens.weight
         self.carried = {True: CarriedState[States](), False: CarriedState[States]()}
+        self.cache: Optional[ContinuousCache] = None
+        self.cache_memory = CarriedState[CacheMemory]()
 
     def forward(
         self,
@@ -170,9 +173,9 @@ class RKMDecoder(FairseqIncrementalDecoder):
             features_only: stop before the softmax.
 
         Returns:
-            ``(B, T, V)`` logits, or ``(B, T, d)`` features with an adaptive softmax or ``features_only``, and fairseq's
-            dictionary of extras: that there is no attention, and the last layer's output, ``(T, B, d)``, as
-            ``features`` after its dropout and ``raw_features`` before.
+            ``(B, T, V)`` logits (log probabilities, with a cache), or ``(B, T, d)`` features with an adaptive softmax
+            or ``features_only``, and fairseq's dictionary of extras: that there is no attention, and the last layer's
+            output, ``(T, B, d)``, as ``features`` after its dropout and ``raw_features`` before.
         """
         states, tokens, mask = None, prev_output_tokens, None
         if incremental_state is not None:
@@ -192,7 +195,30 @@ class RKMDecoder(FairseqIncrementalDecoder):
             self.carried[self.training].after(segment, states, [state.detach() for state in new_states])
         features = dropped.transpose(0, 1).contiguous()
         extra = {"attn": None, "features": dropped, "raw_features": raw_features}
-        return (features if features_only else self.output_layer(features)), extra
+        if features_only:
+            return features, extra
+        logits = self.output_layer(features)
+        if self.cache is not None and segment is not None and not self.training:
+            logits = self._with_cache(self.cache, logits, features, tokens, segment)
+        return logits, extra
+
+    def use_cache(self, cache: ContinuousCache) -> None:
+        """Evaluate with a continuous cache from here on: what it gives are the mixture's log probabilities.
+
+        Raises:
+            RKMError: a model with an adaptive softmax, whose probabilities come with the loss.
+        """
+        if self.adaptive_softmax is not None:
+            raise RKMError("--cache-size is for models with a plain softmax, and this one has an adaptive one")
+        self.cache = cache
+
+    def _with_cache(
+        self, cache: ContinuousCache, logits: Tensor, outputs: Tensor, tokens: Tensor, segment: int
+    ) -> Tensor:
+        memory = self.cache_memory.before(segment)
+        mixed, left = cache.log_probabilities(logits, outputs, tokens, memory)
+        self.cache_memory.after(segment, memory, left)
+        return mixed
 
     def _run(self, tokens: Tensor, states: Optional[States], mask: Optional[Tensor]) -> tuple[Tensor, States]:
         """The last layer's output ``(T, B, d)`` for tokens ``(B, T)``, and the state that they leave."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from fairseq_rkm.data.token_stream import StreamSegments, TokenStream
 from fairseq_rkm.errors import RKMError
 from fairseq_rkm.modules import RKMState
+from fairseq_rkm.modules.continuous_cache import ContinuousCache
 from fairseq_rkm.tasks.averaged_validation import AveragedValidation
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,11 @@ class StatefulLanguageModelingConfig(FairseqDataclass):
     no_lr_rescaling: bool = field(
         default=False, metadata={"help": "with --variable-bptt: leave the learning rate as scheduled"}
     )
+    cache_size: int = field(
+        default=0, metadata={"help": "in evaluation, mix in a continuous cache of this many outputs; 0: none"}
+    )
+    cache_theta: float = field(default=1.0, metadata={"help": "how sharply the cache prefers outputs that are alike"})
+    cache_lambda: float = field(default=0.1, metadata={"help": "the cache's share of the probability"})
     batch_size: Optional[int] = II("dataset.batch_size")
     batch_size_valid: Optional[int] = II("dataset.batch_size_valid")
     train_subset: str = II("dataset.train_subset")
@@ -62,6 +68,8 @@ class StatefulLanguageModelingTask(AveragedValidation, LanguageModelingTask):
     the learning rate of a segment's update is multiplied by ``L / tokens_per_sample`` (Merity et al. 2018). The lengths
     depend on ``--seed`` and the epoch alone; a run that must end after a known number of updates is given
     ``--max-update``, since their number in an epoch varies.
+
+    With ``--cache-size`` evaluation mixes in a continuous cache (Grave et al. 2017), which any trained model can have.
     """
 
     def __init__(self, cfg: StatefulLanguageModelingConfig, dictionary: Dictionary, **kwargs: Any) -> None:
@@ -97,7 +105,7 @@ class StatefulLanguageModelingTask(AveragedValidation, LanguageModelingTask):
         """Build a model and keep hold of its carried state.
 
         Raises:
-            RKMError: a model that carries none.
+            RKMError: a model that carries none, or a cache that it cannot have.
         """
         model = super().build_model(cfg, from_checkpoint)
         carried = getattr(model.decoder, "carried", None)
@@ -106,6 +114,10 @@ class StatefulLanguageModelingTask(AveragedValidation, LanguageModelingTask):
                 f"{type(model).__name__} carries no state between segments: use --arch rkm_lm, or another task"
             )
         self.training_state = carried[True]
+        if self.args.cache_size:
+            model.decoder.use_cache(
+                ContinuousCache(self.args.cache_size, self.args.cache_theta, self.args.cache_lambda)
+            )
         return model
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> None:

@@ -1,5 +1,8 @@
 import math
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -146,3 +149,28 @@ distributed_training: {{distributed_world_size: 1}}
     )
     log = result.output + "".join(p.read_text() for p in (tmp_path / "out").glob("*.log"))
     assert '"num_updates": "3"' in log
+
+
+def test_a_continuous_cache_evaluates_the_same_however_the_text_is_cut(trained, data):
+    run, _ = trained
+    flags = [*TASK, "--path", run / "checkpoint_best.pt", "--batch-size", 1, "--cpu", "--cache-size", 20]
+    flags += ["--cache-theta", 0.5, "--cache-lambda", 0.3]
+    short, long = (perplexity(succeed("eval_lm", data, *flags, "--tokens-per-sample", n)) for n in (5, 50))
+    assert short == pytest.approx(long, abs=0.011)
+    assert abs(short - one_pass_perplexity(run / "checkpoint_best.pt", data, "test")[0]) > 0.05
+
+
+def test_tune_cache_finds_what_eval_lm_then_reports(trained, data):
+    run, _ = trained
+    command = [sys.executable, ROOT / "examples/language_model/tune_cache.py", data, run / "checkpoint_best.pt"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    output = subprocess.run(
+        [*command, "--size", "30"], capture_output=True, text=True, check=True, env=environment
+    ).stdout
+    flags = re.search(r"--cache-size 30 --cache-theta \S+ --cache-lambda \S+", output)[0].split()
+    result = succeed(
+        "eval_lm", data, *TASK, "--path", run / "checkpoint_best.pt", "--batch-size", 1, "--cpu", *flags,
+        "--gen-subset", "valid",
+    )  # fmt: skip
+    best = float(re.search(r"perplexity\n\s*\S+\s+\S+\s+(\S+)", output)[1])
+    assert perplexity(result) == pytest.approx(best, abs=0.011)
