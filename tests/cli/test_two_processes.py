@@ -30,8 +30,15 @@ def checkpoint(run) -> dict:
     return torch.load(run / "checkpoint_last.pt", weights_only=True)
 
 
-def test_two_processes_train_as_one_with_the_same_global_batch(data, tmp_path):
-    flags = ["--max-update", 8, "--save-interval-updates", 4, "--ngram", 2, "--optimizer", "adam", "--adam-eps", "1e-4"]
+PLAIN = ["--optimizer", "adam"]
+AVERAGED = [
+    "--variable-bptt", "--criterion", "cross_entropy_ar_tar", "--optimizer", "adamw_average", "--average-last", 0.5,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", [PLAIN, AVERAGED], ids=["plain", "averaged"])
+def test_two_processes_train_as_one_with_the_same_global_batch(data, tmp_path, recipe):
+    flags = ["--max-update", 8, "--save-interval-updates", 4, "--ngram", 2, *recipe, "--adam-eps", "1e-4"]
     one = succeed("train", data, *SMALL, *flags, "--batch-size", 8, "--save-dir", tmp_path / "one")
     two = two_processes(data, tmp_path / "two", *flags, "--batch-size", 4)
     for key in ("loss", "gnorm"):

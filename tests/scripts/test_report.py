@@ -1,0 +1,99 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+
+import report
+
+
+def line(time, kind, **entry):
+    return f"2026-01-01 {time} | INFO | {kind} | {json.dumps({key: str(value) for key, value in entry.items()})}\n"
+
+
+def train(time, updates, epoch):
+    return line(time, "train_inner", epoch=int(epoch) + 1, update=epoch, num_updates=updates, wps=1000 + updates, ppl=9)
+
+
+SESSIONS = (
+    "2026-01-01 10:00:00 | INFO | fairseq_cli.train | training on 1 devices (GPUs/TPUs)\n"
+    + train("10:00:05", 50, 0.5)
+    + line("10:00:10", "valid", epoch=1, valid_ppl=200.0, valid_num_updates=100)
+    # Interrupted; the time until it was resumed does not count.
+    + "2026-01-01 11:00:00 | INFO | fairseq_cli.train | training on 1 devices (GPUs/TPUs)\n"
+    + train("11:00:05", 150, 1.5)
+    + line("11:00:20", "valid", epoch=2, valid_ppl=150.0, valid_num_updates=200)
+)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """What a run on Penn Treebank leaves, as far as the report looks."""
+
+    def make(name, seed=1, test=58.0, cell="rkm_lstm", **model):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "train.log").write_text(SESSIONS)
+        for split, perplexity in (("valid", test + 2), ("test", test)):
+            (folder / f"{split}.log").write_text(
+                f"x | Evaluated 82,430 tokens in 1.0s\nx | Loss (base 2): 5.9, Perplexity: {perplexity:.2f}\n"
+            )
+        weights = {"decoder.layers.0.weight_ih_l0": torch.zeros(8, 3), "decoder.layers.0.bias_l0": torch.zeros(8)}
+        state = {"cfg": {"model": {"cell": cell, **model}, "common": {"seed": seed}}, "model": weights}
+        torch.save(state, folder / "checkpoint_best.pt")
+        report.write_json(folder / "circumstances.json", {**report.circumstances("ptb_fast"), "hardware": "H"})
+        return folder
+
+    return make
+
+
+def test_time_is_added_up_over_sessions_and_validations_have_theirs():
+    training, curve, seconds = report.read_log(SESSIONS)
+    assert [int(entry["num_updates"]) for entry in training] == [50, 150]
+    assert [(p.updates, p.seconds, p.perplexity) for p in curve] == [(100, 10, 200.0), (200, 30, 150.0)]
+    assert seconds == 30
+
+
+def test_the_table_has_the_paper_s_figures_and_means_over_seeds(run, tmp_path):
+    runs = [run("a", 1, 58.0, layer_norm=True), run("b", 2, 57.0, layer_norm=True), run("c", 1, 58.9, "lstm")]
+    text = report.report(runs, tmp_path / "out")
+    header, _, *rows = text.splitlines()
+    titles = [title.strip() for title in header.strip("|").split("|")]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows if row.startswith("|")]
+    table = [dict(zip(titles, row, strict=True)) for row in cells]
+    assert [row["cell"] for row in table] == [
+        "lstm", "rkm_lstm, layer norm", "rkm_lstm, layer norm", "rkm_lstm, layer norm, mean (spread)",
+    ]  # fmt: skip
+    assert [row["test perplexity"] for row in table] == ["58.90", "58.00", "57.00", "57.50 (0.71)"]
+    assert [row["paper, valid / test"] for row in table[:2]] == ["61.2 / 58.9", "60.3 / 58.2"]
+    assert table[0]["time (min:s)"] == "0:30"
+    assert table[0]["epochs"] == "1.5"
+    assert table[0]["recipe"] == "ptb_fast"
+    assert "with cache" not in titles
+    assert (tmp_path / "out/curves.png").stat().st_size > 10_000
+
+
+def test_a_run_s_json_is_all_that_need_be_kept(run, tmp_path):
+    folder = run("a")
+    (folder / "test-cache.log").write_text("Perplexity: 52.50\n")
+    first = report.report([folder], tmp_path / "one")
+    assert "| 52.50 |" in first
+    assert report.report([folder / "run.json"], tmp_path / "two") == first
+    for name in ("results.json", "results.md"):
+        assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"name": "a"}', "[]"])
+def test_another_file_is_refused(tmp_path, content):
+    path = tmp_path / "other.json"
+    path.write_text(content)
+    with pytest.raises(SystemExit, match=r"other.json is not a run.json"):
+        report.report([path], tmp_path / "out")
+
+
+def test_an_unfinished_run_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match=r"train\.log is missing"):
+        report.report([tmp_path], tmp_path / "out")
