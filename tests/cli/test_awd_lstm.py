@@ -44,9 +44,9 @@ def test_the_published_recipe_learns_and_its_best_checkpoint_is_what_the_log_say
     assert last["average_is_in"]
     assert 0 < last["averaged_updates"] < last["updates"]
     assert last["validation_losses"] == pytest.approx(losses, abs=6e-4)
-    trained = result.entries("train_inner")[-1]
-    assert float(trained["ar"]) > 0
-    assert float(trained["loss"]) > float(trained["nll_loss"])
+    first = result.entries("train_inner")[0]
+    assert float(first["ar"]) > 0
+    assert float(first["loss"]) > float(first["nll_loss"])
     scored = succeed("eval_lm", data, *TASK, "--path", tmp_path / "checkpoint_best.pt", "--batch-size", 3, "--cpu",
                      "--gen-subset", "valid")  # fmt: skip
     assert loss(scored) == pytest.approx(min(losses), abs=6e-4)
@@ -87,7 +87,8 @@ def test_the_fast_configuration_in_bfloat16_saves_the_average_it_validated(data,
     group = state["last_optimizer_state"]["param_groups"][0]
     assert (group["updates"], group["averaged_updates"], group["average_is_in"]) == (10, 2, True)
     assert group["betas"] == (0.8, 0.99)
-    assert all(torch.equal(value, value.bfloat16().to(value.dtype)) for value in state["model"].values())
+    weights = [value for name, value in state["model"].items() if "fingerprint" not in name]
+    assert all(torch.equal(value, value.bfloat16().to(value.dtype)) for value in weights)
     scored = succeed("eval_lm", data, *TASK, "--path", tmp_path / "checkpoint_best.pt", "--batch-size", 2, "--cpu",
                      "--gen-subset", "valid")  # fmt: skip
     assert loss(scored) == pytest.approx(float(result.entries("valid")[-1]["valid_loss"]), rel=5e-3)
