@@ -6,6 +6,8 @@
    with one sentence in place of a stack trace.
 3. numpy 2 has no ``np.compat``, from which fairseq's blocks of tokens take Python's integer.
 4. A warning that every CPU run would print at each epoch is silenced.
+5. fairseq seeds torch before each update, and ``torch.manual_seed`` then files a stack trace for every kind of device
+   that is not there, half a millisecond an update. Only the CPU and CUDA are seeded.
 """
 
 import argparse
@@ -23,7 +25,7 @@ from typing import Any
 import numpy as np
 import omegaconf
 import torch
-from fairseq import checkpoint_utils
+from fairseq import checkpoint_utils, utils
 from fairseq.distributed.utils import _TensorPlaceholder
 
 from fairseq_rkm.errors import RKMError
@@ -55,8 +57,20 @@ def adapt() -> None:
         np.compat = types.SimpleNamespace(long=int)  # type: ignore[attr-defined]  # noqa: NPY201
     if not hasattr(checkpoint_utils.load_checkpoint_to_cpu, "__wrapped__"):
         checkpoint_utils.load_checkpoint_to_cpu = _explain(checkpoint_utils.load_checkpoint_to_cpu)
+    if utils.xm is None:
+        utils.set_torch_seed = _SetTorchSeed
     if _in_fairseq_command() and sys.excepthook is sys.__excepthook__:
         sys.excepthook = _print_error
+
+
+class _SetTorchSeed(utils.set_torch_seed):
+    """``fairseq.utils.set_torch_seed`` that seeds only the devices that fairseq runs on (TPUs apart)."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng_state = utils.get_rng_state()
+        torch.default_generator.manual_seed(seed)
+        if torch.cuda.is_available():
+            torch.cuda.manual_seed_all(seed)
 
 
 def _explain(load: Any) -> Any:

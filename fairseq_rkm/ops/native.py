@@ -161,8 +161,9 @@ class _Native(torch.autograd.Function):
         }  # fmt: skip
         _run("backward", cell, weights, keep, call)
         needs = (ctx.needs_input_grad[2], *ctx.needs_input_grad[5:])
+        known = {} if norm is None else {"norm_weight": norm[0], "norm_bias": norm[1]}
         grad_inputs, *grads = parameter_gradients(
-            cell, weights, inputs, hiddens, memories, gates, grad_gates, norm, needs
+            cell, weights, inputs, hiddens, memories, gates, grad_gates, known, needs
         )
         return None, None, grad_inputs, grad_hidden, grad_memory, *grads
 

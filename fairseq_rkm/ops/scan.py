@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fairseq_rkm.ops.batched import gate_slices, sigma_gradients
-from fairseq_rkm.ops.cells import CANDIDATE, FORGET, INPUT, OUTPUT, Cell
-from fairseq_rkm.ops.ngram import align, last_real_step, project, project_backward, unalign
+from fairseq_rkm.ops.batched import parameter_gradients
+from fairseq_rkm.ops.cells import FORGET, INPUT, OUTPUT, Cell
+from fairseq_rkm.ops.ngram import last_real_step, project
 from fairseq_rkm.ops.weights import Weights, memory_dtype
 
 BLOCK_T, BLOCK_D, WARPS = 32, 32, 4
@@ -57,16 +57,14 @@ class _Scan(torch.autograd.Function):
         *tensors: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         weights = Weights(*tensors)
-        ctx.input_size = inputs.size(2)
-        inputs, matrix = align(inputs, weights.input)
-        gates = project(inputs, matrix, weights.bias)
+        gates = project(inputs, weights.input, weights.bias)
         steps, batch, size = gates.size(0), gates.size(1), gates.size(2) // len(cell.gates)
         memories = gates.new_empty(steps + 1, batch, size, dtype=memory_dtype(gates.dtype))
         output = gates.new_empty(steps, batch, size)
         flags = {"HAS_FIRST": memory is not None}
         _run("forward", cell, weights, keep, gates, (_or(memory, memories), memories, output), memories, flags)
         ctx.cell, ctx.numbers = cell, weights.numbers()
-        ctx.save_for_backward(keep, inputs, gates, memories, *weights._replace(input=matrix).tensors())
+        ctx.save_for_backward(keep, inputs, gates, memories, *weights.tensors())
         ctx.set_materialize_grads(False)
         if keep is None:
             return output, output[-1].clone(), memories[-1].clone()
@@ -101,22 +99,12 @@ class _Scan(torch.autograd.Function):
                 first_memory = torch.where(never, grad_memory, first_memory)
             if grad_hidden is not None:
                 first_hidden = grad_hidden * never if need_hidden else None
-        needs = dict(zip(Weights._fields, need_weights, strict=True))
-        grads: dict[str, Tensor | None] = dict.fromkeys(Weights._fields)
-        grad_inputs, grad_matrix = project_backward(grad_gates, inputs, weights.input, need_inputs, needs["input"])
-        if grad_inputs is not None:
-            grad_inputs = grad_inputs[..., : ctx.input_size]
-        if grad_matrix is not None:
-            grads["input"] = unalign(grad_matrix, inputs.size(2), ctx.input_size)
-        if needs["bias"]:
-            grads["bias"] = grad_gates.sum((0, 1))
-        if needs["sigma_i"] or needs["sigma_f"]:
-            wide, block = memories.dtype, gate_slices(cell, size)[CANDIDATE]
-            grads["sigma_i"], grads["sigma_f"] = sigma_gradients(
-                grad_gates[..., block].to(wide), gates[..., block].to(wide), memories[:-1], weights.sigma_i
-            )
-        ordered = [grads[name] if needs[name] else None for name in Weights._fields]
-        return None, None, grad_inputs, first_hidden, first_memory if need_memory else None, *ordered
+        needs = (need_inputs, *need_weights)
+        # Nothing is fed back, so that no gradient needs the hidden states.
+        grad_inputs, *grads = parameter_gradients(
+            cell, weights, inputs, memories, memories, gates, grad_gates, {}, needs
+        )
+        return None, None, grad_inputs, first_hidden, first_memory if need_memory else None, *grads
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
