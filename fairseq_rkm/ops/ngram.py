@@ -77,7 +77,8 @@ def project(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Returns:
         ``(T, B, G)``, contiguous.
     """
-    inputs, weight = align(inputs, weight)
+    if inputs.is_cuda:  # a CPU's products want only their results aligned
+        inputs, weight = align(inputs, weight)
     (newest, taps), *older = _taps(inputs, weight)
     result = newest @ taps.t() if bias is None else torch.addmm(bias, newest, taps.t())
     for window, taps in older:

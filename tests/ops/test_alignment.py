@@ -8,12 +8,19 @@ HAS_GPU = torch.cuda.is_available()
 gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA GPU")
 
 
-def test_nothing_is_copied_on_a_cpu():
-    inputs, weight, other = torch.randn(3, 2, 5), torch.randn(4, 10), torch.randn(6, 7)
-    aligned = align(inputs, weight, other)
-    for given, wanted in zip(aligned, (inputs, weight, other), strict=True):
+def test_what_is_aligned_is_not_copied():
+    inputs, weight, other = torch.randn(3, 2, 8), torch.randn(4, 3 * 8), torch.randn(6, 16)
+    for given, wanted in zip(align(inputs, weight, other), (inputs, weight, other), strict=True):
         assert given.data_ptr() == wanted.data_ptr()
         assert given.shape == wanted.shape
+
+
+def test_each_input_s_part_of_a_weight_is_aligned():
+    inputs, weight, other = torch.randn(3, 2, 5), torch.randn(4, 3 * 5), torch.randn(6, 7)
+    aligned_inputs, aligned_weight, aligned_other = align(inputs, weight, other)
+    assert torch.equal(aligned_inputs, F.pad(inputs, (0, 3)))
+    assert torch.equal(aligned_weight.unflatten(1, (3, 8)), F.pad(weight.unflatten(1, (3, 5)), (0, 3)))
+    assert torch.equal(aligned_other, F.pad(other, (0, 1)))
 
 
 def test_unalign_undoes_what_align_does_to_a_weight():
