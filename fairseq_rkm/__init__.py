@@ -1,7 +1,7 @@
 """fairseq-rkm: recurrent kernel machines as one PyTorch module and as a plugin for fairseq.
 
 ``from fairseq_rkm import RKM`` needs PyTorch alone. Inside fairseq's commands (``--user-dir``) importing the package
-registers its models and tasks; elsewhere :func:`register` does.
+registers its models, tasks, criterions and optimizers; elsewhere :func:`register` does.
 """
 
 import sys
@@ -15,9 +15,11 @@ __all__ = ["CELLS", "RKM", "RKMError", "RKMState", "register"]
 
 
 def register() -> None:
-    """Make the plugin's models and tasks known to fairseq, and fairseq ready for the torch at hand."""
+    """Make the plugin's components known to fairseq, and fairseq ready for the torch at hand."""
     import fairseq_rkm.compat
+    import fairseq_rkm.criterions
     import fairseq_rkm.models
+    import fairseq_rkm.optim
     import fairseq_rkm.tasks
 
     fairseq_rkm.compat.adapt()

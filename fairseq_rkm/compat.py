@@ -8,6 +8,9 @@
 4. A warning that every CPU run would print at each epoch is silenced.
 5. fairseq seeds torch before each update, and ``torch.manual_seed`` then files a stack trace for every kind of device
    that is not there, half a millisecond an update. Only the CPU and CUDA are seeded.
+4. Under ``--amp`` fairseq divides each gradient by the loss scale twice, the second time after clipping, since it
+   shows PyTorch's scaler two objects for one optimizer: SGD would take steps 128 and more times too small.
+5. A warning that every CPU run would print at each epoch is silenced.
 """
 
 import argparse
@@ -27,6 +30,7 @@ import omegaconf
 import torch
 from fairseq import checkpoint_utils, utils
 from fairseq.distributed.utils import _TensorPlaceholder
+from fairseq.optim import AMPOptimizer
 
 from fairseq_rkm.errors import RKMError
 
@@ -59,6 +63,7 @@ def adapt() -> None:
         checkpoint_utils.load_checkpoint_to_cpu = _explain(checkpoint_utils.load_checkpoint_to_cpu)
     if utils.xm is None:
         utils.set_torch_seed = _SetTorchSeed
+    AMPOptimizer.step = _step_once_unscaled
     if _in_fairseq_command() and sys.excepthook is sys.__excepthook__:
         sys.excepthook = _print_error
 
@@ -71,6 +76,12 @@ class _SetTorchSeed(utils.set_torch_seed):
         torch.default_generator.manual_seed(seed)
         if torch.cuda.is_available():
             torch.cuda.manual_seed_all(seed)
+
+
+def _step_once_unscaled(optimizer: AMPOptimizer) -> None:
+    """``AMPOptimizer.step``, by the optimizer whose gradients ``clip_grad_norm`` has unscaled."""
+    optimizer.scaler.step(optimizer.optimizer)
+    optimizer.scaler.update()
 
 
 def _explain(load: Any) -> Any:

@@ -3,6 +3,8 @@ import traceback
 import pytest
 import torch
 from fairseq import utils
+from fairseq.optim import AMPOptimizer
+from omegaconf import OmegaConf
 
 import fairseq_rkm
 
@@ -16,3 +18,24 @@ def test_seeding_is_torch_s_without_its_stack_traces(monkeypatch):
     with utils.set_torch_seed(5):
         assert torch.equal(torch.rand(3), wanted)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_mixed_precision_unscales_gradients_once():
+    """With SGD the update is lr times the clipped gradient, whatever the loss scale."""
+    fairseq_rkm.register()
+    weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    cfg = {
+        "optimizer": {"_name": "nt_asgd", "lr": [0.5], "task_name": None},
+        "common": {"fp16_init_scale": 128, "min_loss_scale": 1e-4},
+    }  # fmt: skip
+    optimizer = AMPOptimizer.build_optimizer(OmegaConf.create(cfg), [weight])
+    optimizer._grad_scaler = torch.amp.GradScaler("cpu", init_scale=128)
+    for scaled in (1.0, torch.inf):
+        before = weight.detach().clone()
+        optimizer.zero_grad()
+        optimizer.backward(scaled * (weight * torch.tensor([6.0, 8.0])).sum())
+        optimizer.clip_grad_norm(1.0)
+        optimizer.step()
+        expected = before if scaled > 1 else before - 0.5 * torch.tensor([0.6, 0.8])
+        torch.testing.assert_close(weight.detach(), expected)
+    assert optimizer.optimizer.param_groups[0]["updates"] == 1, "an overflow is no update"

@@ -1,7 +1,6 @@
 """A corpus as one stream of tokens, cut into parallel streams and these into segments that follow each other."""
 
-import math
-
+import numpy as np
 import torch
 from fairseq.data import FairseqDataset
 from torch import Tensor
@@ -36,6 +35,32 @@ class TokenStream(FairseqDataset):
             )
 
 
+MIN_LENGTH = 5
+"""Tokens in the shortest segment of random length."""
+
+
+def random_lengths(total: int, length: int, seed: tuple[int, int]) -> list[int]:
+    """Lengths of segments that fill ``total`` tokens, drawn as in Merity et al. (2018), section 5.
+
+    Each is ``max(5, int(Normal(base, 5)))``, where the base is ``length`` with probability 0.95 and half of it
+    otherwise. The last is what is left; what would be left of fewer than 5 tokens joins the segment before.
+
+    Args:
+        total: tokens in a stream, at least 1.
+        length: tokens in a typical segment.
+        seed: a run's seed and the epoch, both from 0.
+    """
+    generator = np.random.default_rng(seed)
+    lengths: list[int] = []
+    left = total
+    while left:
+        base = length if generator.random() < 0.95 else length / 2
+        drawn = max(MIN_LENGTH, int(generator.normal(base, 5)))
+        lengths.append(left if left < drawn + MIN_LENGTH else drawn)
+        left -= lengths[-1]
+    return lengths
+
+
 class StreamSegments(FairseqDataset):
     """The segments of some of a corpus's parallel streams; item k is the k-th segment of all of them.
 
@@ -49,16 +74,23 @@ class StreamSegments(FairseqDataset):
         rows: which of them are here, as ``(first, last + 1)``: a data-parallel rank's.
         length: tokens in a segment; the last may be shorter.
         pad: fills the last segment's last column in rows whose stretch is the shorter.
+        length_seed: with it, lengths vary around ``length`` (see :func:`random_lengths`), the same for all rows.
     """
 
-    def __init__(self, stream: TokenStream, streams: int, rows: tuple[int, int], length: int, pad: int) -> None:
+    def __init__(
+        self, stream: TokenStream, streams: int, rows: tuple[int, int], length: int, pad: int,
+        length_seed: tuple[int, int] | None = None,
+    ) -> None:  # fmt: skip
         stream.check_streams(streams)
-        self.length = length
         quotient, longer = divmod(len(stream), streams)
         lengths = torch.full((streams,), quotient)
         lengths[:longer] += 1
         starts = lengths.cumsum(0) - lengths
         columns = torch.arange(int(lengths.max()))
+        if length_seed is None:
+            self.segments = columns.split(length)
+        else:
+            self.segments = columns.split(random_lengths(len(columns), length, length_seed))
         here = slice(*rows)
         index = starts[here].unsqueeze(1) + columns
         real = columns < lengths[here].unsqueeze(1)
@@ -70,10 +102,10 @@ class StreamSegments(FairseqDataset):
         self.pad = pad
 
     def __len__(self) -> int:
-        return math.ceil(self.source.size(1) / self.length)
+        return len(self.segments)
 
     def __getitem__(self, index: int) -> dict:
-        columns = slice(index * self.length, (index + 1) * self.length)
+        columns = self.segments[index]
         source, target = self.source[:, columns].contiguous(), self.target[:, columns].contiguous()
         rows = source.size(0)
         return {

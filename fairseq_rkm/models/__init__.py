@@ -1,5 +1,5 @@
 """fairseq models; importing this registers them."""
 
-from fairseq_rkm.models import rkm_lm
+from fairseq_rkm.models import rkm_lm, rkm_lm_presets
 
-__all__ = ["rkm_lm"]
+__all__ = ["rkm_lm", "rkm_lm_presets"]

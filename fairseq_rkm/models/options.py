@@ -31,6 +31,9 @@ class RKMOptions(FairseqDataclass):
     sigma_f2: float = field(default=0.5, metadata={"help": "constant memory scale, within (0, 1)"})
     learn_sigma: bool = field(default=False, metadata={"help": "learn the constant scales"})
     forget_bias: float = field(default=1.0, metadata={"help": "initial bias of the forget gate"})
+    uniform_forget_bias: bool = field(
+        default=False, metadata={"help": "draw the forget gate's initial bias as the other gates' (AWD-LSTM)"}
+    )
     backend: BACKEND_CHOICES = field(default="auto", metadata={"help": "how to compute the recurrence"})
 
 
@@ -47,7 +50,7 @@ def build_rkm(options: RKMOptions, input_size: int, hidden_size: int, **argument
         sigma_i2=options.sigma_i2,
         sigma_f2=options.sigma_f2,
         learn_sigma=options.learn_sigma,
-        forget_bias=options.forget_bias,
+        forget_bias=None if options.uniform_forget_bias else options.forget_bias,
         backend=str(options.backend),
         **arguments,
     )

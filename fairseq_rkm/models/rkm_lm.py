@@ -171,7 +171,8 @@ class RKMDecoder(FairseqIncrementalDecoder):
 
         Returns:
             ``(B, T, V)`` logits, or ``(B, T, d)`` features with an adaptive softmax or ``features_only``, and fairseq's
-            dictionary of extras, which says that there is no attention.
+            dictionary of extras: that there is no attention, and the last layer's output, ``(T, B, d)``, as
+            ``features`` after its dropout and ``raw_features`` before.
         """
         states, tokens, mask = None, prev_output_tokens, None
         if incremental_state is not None:
@@ -183,16 +184,18 @@ class RKMDecoder(FairseqIncrementalDecoder):
             states = None if states is None else check_streams(states, tokens)
         if segment is None and tokens.eq(self.padding_idx).any():
             mask = tokens.eq(self.padding_idx)
-        features, new_states = self._run(tokens, states, mask)
+        raw_features, new_states = self._run(tokens, states, mask)
+        dropped = self.dropout_output(raw_features)
         if incremental_state is not None:
             self.set_incremental_state(incremental_state, "states", new_states)
         elif segment is not None:
             self.carried[self.training].after(segment, states, [state.detach() for state in new_states])
-        features = features.transpose(0, 1).contiguous()
-        return (features if features_only else self.output_layer(features)), {"attn": None}
+        features = dropped.transpose(0, 1).contiguous()
+        extra = {"attn": None, "features": dropped, "raw_features": raw_features}
+        return (features if features_only else self.output_layer(features)), extra
 
     def _run(self, tokens: Tensor, states: Optional[States], mask: Optional[Tensor]) -> tuple[Tensor, States]:
-        """Features ``(T, B, d)`` of tokens ``(B, T)``, and the state that they leave."""
+        """The last layer's output ``(T, B, d)`` for tokens ``(B, T)``, and the state that they leave."""
         x = dropped_embedding(self.embed_tokens, tokens.t(), self.dropout_words, self.training)
         x = self.dropout_input(x)
         new_states = []
@@ -201,7 +204,7 @@ class RKMDecoder(FairseqIncrementalDecoder):
                 x = self.dropout_hidden(x)
             x, state = layer(x, None if states is None else states[i], mask)
             new_states.append(state)
-        return self.dropout_output(x), new_states
+        return x, new_states
 
     def output_layer(self, features: Tensor) -> Tensor:
         """Logits; with an adaptive softmax the features as they are, since that comes with the loss."""

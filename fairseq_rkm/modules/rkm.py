@@ -69,7 +69,7 @@ class RKM(nn.Module):
         sigma_f2: ``s_f`` of those with a constant memory scale, within (0, 1).
         learn_sigma: learn them, as sigmoids that start at the values given: ``s_i`` one number a layer, ``s_f`` one a
             unit. Cells whose scales are gates have none to learn.
-        forget_bias: what the forget gate's bias starts at.
+        forget_bias: what the forget gate's bias starts at; None draws it as the other biases, as ``nn.LSTM`` does.
         dropout: on the output of every layer but the last, one mask for all steps (locked dropout).
         weight_dropout: on the elements of ``weight_hh``, one mask for all steps (DropConnect).
         bidirectional: run a second recurrence backward in time and concatenate the outputs.
@@ -101,7 +101,7 @@ class RKM(nn.Module):
         sigma_i2: float = 0.5,
         sigma_f2: float = 0.5,
         learn_sigma: bool = False,
-        forget_bias: float = 1.0,
+        forget_bias: float | None = 1.0,
         dropout: float = 0.0,
         weight_dropout: float = 0.0,
         bidirectional: bool = False,
@@ -184,7 +184,7 @@ class RKM(nn.Module):
                     parameter.fill_(_logit(self.sigma_i2 if name.startswith("sigma_i") else self.sigma_f2))
                 else:
                     parameter.uniform_(-bound, bound)
-                if name.startswith("bias") and "forget" in self.gates:
+                if name.startswith("bias") and "forget" in self.gates and self.forget_bias is not None:
                     parameter.chunk(len(self.gates))[self.gates.index("forget")].fill_(self.forget_bias)
 
     def num_weights(self) -> int:

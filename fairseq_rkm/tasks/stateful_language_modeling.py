@@ -20,6 +20,7 @@ from torch import Tensor
 from fairseq_rkm.data.token_stream import StreamSegments, TokenStream
 from fairseq_rkm.errors import RKMError
 from fairseq_rkm.modules import RKMState
+from fairseq_rkm.tasks.averaged_validation import AveragedValidation
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,16 @@ class StatefulLanguageModelingConfig(FairseqDataclass):
 
     data: Optional[str] = field(default=None, metadata={"help": "folder of binarized data"})
     tokens_per_sample: int = field(default=70, metadata={"help": "tokens in a segment of a stream"})
+    variable_bptt: bool = field(
+        default=False,
+        metadata={
+            "help": "draw the length of each training segment around --tokens-per-sample, and scale its update's "
+            "learning rate in proportion"
+        },
+    )
+    no_lr_rescaling: bool = field(
+        default=False, metadata={"help": "with --variable-bptt: leave the learning rate as scheduled"}
+    )
     batch_size: Optional[int] = II("dataset.batch_size")
     batch_size_valid: Optional[int] = II("dataset.batch_size_valid")
     train_subset: str = II("dataset.train_subset")
@@ -39,19 +50,25 @@ class StatefulLanguageModelingConfig(FairseqDataclass):
 
 
 @register_task("stateful_language_modeling", dataclass=StatefulLanguageModelingConfig)
-class StatefulLanguageModelingTask(LanguageModelingTask):
+class StatefulLanguageModelingTask(AveragedValidation, LanguageModelingTask):
     """Language modelling over streams.
 
     The corpus is one stream of tokens, cut into ``--batch-size`` parallel streams for each process and these into
     segments of ``--tokens-per-sample``. A model with carried state (``rkm_lm``) starts each segment where the one
     before ended; gradients stop there. With ``--batch-size 1`` ``fairseq-eval-lm`` thus scores the whole text in one
     pass.
+
+    With ``--variable-bptt`` training segments have random lengths L, so that no token is always a segment's first, and
+    the learning rate of a segment's update is multiplied by ``L / tokens_per_sample`` (Merity et al. 2018). The lengths
+    depend on ``--seed`` and the epoch alone; a run that must end after a known number of updates is given
+    ``--max-update``, since their number in an epoch varies.
     """
 
     def __init__(self, cfg: StatefulLanguageModelingConfig, dictionary: Dictionary, **kwargs: Any) -> None:
         super().__init__(cfg, dictionary, targets=["future"])
         self.training_state: Any = None
         self.gathered: Optional[list[Tensor]] = None
+        self.lr_scale = 1.0
 
     @classmethod
     def setup_task(cls, cfg: StatefulLanguageModelingConfig, **_kwargs: Any) -> "StatefulLanguageModelingTask":
@@ -65,6 +82,8 @@ class StatefulLanguageModelingTask(LanguageModelingTask):
                 "--update-freq above 1 would sum the gradients of segments that follow each other; with carried state "
                 "use a larger --batch-size instead"
             )
+        if cfg.no_lr_rescaling and not cfg.variable_bptt:
+            raise RKMError("--no-lr-rescaling says how --variable-bptt is to train: give that too, or neither")
         if cfg.tokens_per_sample < 1:
             raise RKMError(f"--tokens-per-sample must be at least 1, not {cfg.tokens_per_sample}")
         path = Path(utils.split_paths(cfg.data or "")[0], "dict.txt")
@@ -117,6 +136,7 @@ class StatefulLanguageModelingTask(LanguageModelingTask):
         num_shards: int = 1,
         shard_id: int = 0,
         num_workers: int = 0,
+        seed: int = 1,
         epoch: int = 1,
         data_buffer_size: int = 0,
         skip_remainder_batch: bool = False,
@@ -130,9 +150,11 @@ class StatefulLanguageModelingTask(LanguageModelingTask):
         if not max_sentences:
             raise RKMError("--task stateful_language_modeling needs --batch-size, the number of parallel streams")
         rows = (shard_id * max_sentences, (shard_id + 1) * max_sentences)
+        varied = self.args.variable_bptt and dataset.name == self.args.train_subset
         segments = StreamSegments(
-            dataset, num_shards * max_sentences, rows, self.args.tokens_per_sample, self.dictionary.pad()
-        )
+            dataset, num_shards * max_sentences, rows, self.args.tokens_per_sample, self.dictionary.pad(),
+            length_seed=(seed, epoch) if varied else None,
+        )  # fmt: skip
         # Each process holds its own streams, so that to fairseq's iterator there is one shard.
         return iterators.EpochBatchIterator(
             dataset=segments,
@@ -159,11 +181,23 @@ class StatefulLanguageModelingTask(LanguageModelingTask):
             kwargs.pop(unused, None)
         return self.get_batch_iterator(dataset, max_sentences=batch_size, **kwargs).next_epoch_itr(shuffle=False)
 
+    def train_step(self, sample: dict, *args: Any, **kwargs: Any) -> tuple:
+        """fairseq's; takes note of the segment's length for the update that follows."""
+        if self.args.variable_bptt and not self.args.no_lr_rescaling:
+            self.lr_scale = sample["target"].size(1) / self.args.tokens_per_sample
+        return super().train_step(sample, *args, **kwargs)
+
     def optimizer_step(self, optimizer: Any, model: Any, update_num: int) -> None:
-        """Before the update, let every process know all streams' state, since only one of them writes checkpoints."""
+        """Update at the segment's learning rate.
+
+        Before, let every process know all streams' state, since only one of them writes checkpoints.
+        """
         if distributed_utils.get_data_parallel_world_size() > 1:
             self.gathered = _gather(_flatten(self.training_state.left))
+        scheduled = optimizer.get_lr()
+        optimizer.set_lr(scheduled * self.lr_scale)
         super().optimizer_step(optimizer, model, update_num)
+        optimizer.set_lr(scheduled)
 
     def get_checkpoint_dict(self) -> dict[str, dict[str, Any]]:
         """What a checkpoint in the middle of an epoch needs: the last segment's number and the state it left."""

@@ -154,3 +154,22 @@ def test_cutoffs():
     for text in ("__import__('os').system('true')", "1.5", ""):
         with pytest.raises(RKMError, match="takes whole numbers"):
             parse_cutoffs(text, 44)
+
+
+def test_recurrent_weights_are_trained_through_their_dropout_with_one_mask_for_all_steps(dictionary):
+    model = decoder(dictionary, cell="lstm", dropout_weights=0.5, decoder_layers=2).train()
+    output, _ = model(torch.randint(4, 44, (2, 9)))
+    output.square().sum().backward()
+    for layer in model.layers:
+        assert isinstance(layer.weight_hh_l0, torch.nn.Parameter)
+        # An element dropped at one step is dropped at all: else none would be without gradient.
+        assert 0.3 < layer.weight_hh_l0.grad.eq(0).double().mean() < 0.7
+        assert layer.weight_ih_l0.grad.ne(0).all()
+
+
+def test_the_extras_hold_the_last_layer_s_output_before_and_after_its_dropout(dictionary):
+    model = decoder(dictionary, dropout=0.5).train()
+    _, extra = model(torch.randint(4, 44, (2, 5)))
+    kept = extra["features"].ne(0)
+    assert extra["features"].shape == extra["raw_features"].shape == (5, 2, 8)
+    assert_close(extra["features"], 2 * extra["raw_features"] * kept)

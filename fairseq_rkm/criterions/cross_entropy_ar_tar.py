@@ -1,0 +1,124 @@
+"""``cross_entropy_ar_tar``: cross entropy with activation and temporal activation regularisation (AR and TAR).
+
+Merity, McCann and Socher (2017), *Revisiting Activation Regularization for Language RNNs*: large outputs, and outputs
+that change fast from step to step, cost something.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from fairseq import utils
+from fairseq.criterions import register_criterion
+from fairseq.criterions.cross_entropy import CrossEntropyCriterion, CrossEntropyCriterionConfig
+from fairseq.logging import metrics
+from torch import Tensor
+from torch.nn import functional as F
+
+from fairseq_rkm.errors import RKMError
+
+
+@dataclass
+class CrossEntropyARTARConfig(CrossEntropyCriterionConfig):
+    """Flags of ``--criterion cross_entropy_ar_tar``."""
+
+    alpha: float = field(
+        default=2.0, metadata={"help": "weight of AR, the mean square of the last layer's output after dropout"}
+    )
+    beta: float = field(
+        default=1.0,
+        metadata={"help": "weight of TAR, the mean square of its change from step to step before dropout"},
+    )
+
+
+@register_criterion("cross_entropy_ar_tar", dataclass=CrossEntropyARTARConfig)
+class CrossEntropyARTARCriterion(CrossEntropyCriterion):
+    """Cross entropy + alpha * AR + beta * TAR while training; cross entropy alone in evaluation.
+
+    For the last layer's output h, ``(T, B, d)``, and its dropped version, over the real (not padded) positions:
+    AR is the mean of ``dropped(h)_t ** 2`` and TAR that of ``(h_t - h_{t-1}) ** 2``, as in Merity et al. (2018). The
+    logged ``nll_loss`` and ``ppl`` are of the cross entropy alone; ``ar`` and ``tar`` are logged before weighting.
+
+    The model's extras must hold ``features`` and ``raw_features``, both ``(T, B, d)``: the output with and without
+    its dropout, as ``rkm_lm`` gives them. With an adaptive softmax the cross entropy is its (``--ddp-backend
+    legacy_ddp`` on several processes, since a cluster may go without gradient).
+
+    Raises:
+        RKMError: a negative weight, or a model without these extras.
+    """
+
+    def __init__(self, task: Any, sentence_avg: bool, alpha: float, beta: float) -> None:
+        super().__init__(task, sentence_avg)
+        for flag, value in (("--alpha", alpha), ("--beta", beta)):
+            if not 0 <= value < math.inf:
+                raise RKMError(f"{flag} must be 0 or more, not {value}")
+        self.alpha, self.beta = alpha, beta
+
+    def forward(self, model: Any, sample: dict, reduce: bool = True) -> tuple[Tensor, Any, dict[str, Any]]:
+        """The loss, summed over the real tokens, the sample size to divide it by, and what is logged."""
+        output, extra = model(**sample["net_input"])
+        nll = self._cross_entropy(model, output, sample, reduce)
+        ntokens = sample["ntokens"]
+        sample_size = sample["target"].size(0) if self.sentence_avg else ntokens
+        logged = {
+            "nll_loss": nll.data,
+            "ntokens": ntokens,
+            "nsentences": sample["target"].size(0),
+            "sample_size": sample_size,
+        }
+        loss = nll
+        if model.training:
+            if "raw_features" not in extra:
+                raise RKMError(
+                    f"--criterion cross_entropy_ar_tar needs a model that gives its last layer's output, which "
+                    f"{type(model).__name__} does not: use --arch rkm_lm"
+                )
+            ar, tar = self._regularisers(extra["features"], extra["raw_features"], sample)
+            loss = nll + sample_size * (self.alpha * ar + self.beta * tar)
+            # Sums over tokens, so that processes and updates can be added up.
+            logged |= {"ar": ntokens * ar.data, "tar": ntokens * tar.data}
+        return loss, sample_size, {"loss": loss.data, **logged}
+
+    def _cross_entropy(self, model: Any, output: Tensor, sample: dict, reduce: bool) -> Tensor:
+        softmax = getattr(model.decoder, "adaptive_softmax", None)
+        if softmax is None:
+            return self.compute_loss(model, (output,), sample, reduce=reduce)[0]
+        # Only the head's targets are the dictionary's numbers, padding among them; the clusters count from 0.
+        ignored = [self.padding_idx, *[-100] * len(softmax.tail)]
+        parts = [
+            F.cross_entropy(logits.float(), target, ignore_index=ignore, reduction="sum" if reduce else "none")
+            for logits, target, ignore in zip(*softmax(output, sample["target"].view(-1)), ignored, strict=True)
+            if target is not None
+        ]
+        return torch.stack(parts).sum() if reduce else torch.cat(parts)
+
+    def _regularisers(self, dropped: Tensor, raw: Tensor, sample: dict) -> tuple[Tensor, Tensor]:
+        """AR and TAR in float32."""
+        squares = dropped.float().square()
+        changes = (raw[1:] - raw[:-1]).float().square()
+        if sample["ntokens"] == sample["target"].numel():
+            # A mean over no steps is NaN: a single step has not changed.
+            return squares.mean(), changes.mean() if len(changes) else changes.sum()
+        real = sample["target"].ne(self.padding_idx).t()
+        return _mean_where(squares, real), _mean_where(changes, real[1:] & real[:-1])
+
+    @staticmethod
+    def reduce_metrics(logging_outputs: list[dict[str, Any]]) -> None:
+        """Log loss and cross entropy in bits, as fairseq does, perplexity, AR and TAR."""
+
+        def total(key: str) -> Any:
+            return sum(output.get(key, 0) for output in logging_outputs)
+
+        tokens, sample_size = total("ntokens"), total("sample_size")
+        metrics.log_scalar("loss", total("loss") / sample_size / math.log(2), sample_size, round=3)
+        metrics.log_scalar("nll_loss", total("nll_loss") / tokens / math.log(2), tokens, round=3)
+        metrics.log_derived("ppl", lambda meters: utils.get_perplexity(meters["nll_loss"].avg))
+        if any("ar" in output for output in logging_outputs):
+            metrics.log_scalar("ar", total("ar") / tokens, tokens, round=5)
+            metrics.log_scalar("tar", total("tar") / tokens, tokens, round=5)
+
+
+def _mean_where(values: Tensor, positions: Tensor) -> Tensor:
+    """The mean of values ``(T, B, d)`` over the positions ``(T, B)`` that are True; 0 if there are none."""
+    return (values.mean(-1) * positions).sum() / positions.sum().clamp(min=1)

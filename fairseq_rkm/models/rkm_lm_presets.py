@@ -1,0 +1,97 @@
+"""Shapes and dropouts of ``rkm_lm`` for the standard corpora.
+
+They are models of their own names with other defaults, rather than fairseq's named architectures, so that ``--arch
+rkm_lm_ptb`` and a hydra configuration's ``model: {_name: rkm_lm_ptb}`` mean the same. What trains them (optimizer,
+schedule, criterion) is not a model's: ``examples/language_model`` has it.
+"""
+
+from argparse import ArgumentParser
+from dataclasses import dataclass
+from typing import Optional
+
+from fairseq.dataclass.utils import gen_parser_from_dataclass
+from fairseq.models import register_model
+
+from fairseq_rkm.models.rkm_lm import RKMLanguageModel, RKMLanguageModelConfig
+
+
+class Preset(RKMLanguageModel):
+    """An ``rkm_lm`` with other defaults; all of its flags can still be given."""
+
+    @classmethod
+    def add_args(cls, parser: ArgumentParser) -> None:
+        """The flags of ``rkm_lm``: those of a preset's own dataclass would turn its switches off when given."""
+        gen_parser_from_dataclass(parser, RKMLanguageModelConfig(), delete_default=True)
+
+
+@dataclass
+class PTBConfig(RKMLanguageModelConfig):
+    """Penn Treebank, as AWD-LSTM (Merity et al. 2018): 24.2 M parameters with an LSTM."""
+
+    decoder_embed_dim: int = 400
+    decoder_hidden_size: int = 1150
+    decoder_layers: int = 3
+    share_decoder_input_output_embed: bool = True
+    uniform_forget_bias: bool = True
+    dropout: float = 0.4
+    dropout_hidden: float = 0.25
+    dropout_input: float = 0.4
+    dropout_words: float = 0.1
+    dropout_weights: float = 0.5
+
+
+@dataclass
+class WikiText2Config(PTBConfig):
+    """WikiText-2, as AWD-LSTM: 33.6 M parameters with an LSTM."""
+
+    dropout_hidden: float = 0.2
+    dropout_input: float = 0.65
+
+
+@dataclass
+class WikiText103Config(RKMLanguageModelConfig):
+    """WikiText-103, in the shape of Merity et al. (2018b), *Language Modeling at Multiple Scales*, for their QRNN."""
+
+    decoder_embed_dim: int = 400
+    decoder_hidden_size: int = 2500
+    decoder_layers: int = 4
+    uniform_forget_bias: bool = True
+    dropout: float = 0.1
+    dropout_hidden: float = 0.1
+    dropout_input: float = 0.1
+    adaptive_softmax_cutoff: Optional[str] = "2800,20000,76000"
+
+
+@dataclass
+class PTBFastConfig(PTBConfig):
+    """Penn Treebank for AdamW in one cycle of 85 epochs."""
+
+
+@dataclass
+class WikiText2FastConfig(WikiText2Config):
+    """WikiText-2 for AdamW in one cycle."""
+
+
+@register_model("rkm_lm_ptb", dataclass=PTBConfig)
+class PTBLanguageModel(Preset):
+    """``--arch rkm_lm_ptb``."""
+
+
+@register_model("rkm_lm_wikitext2", dataclass=WikiText2Config)
+class WikiText2LanguageModel(Preset):
+    """``--arch rkm_lm_wikitext2``."""
+
+
+@register_model("rkm_lm_wikitext103", dataclass=WikiText103Config)
+class WikiText103LanguageModel(Preset):
+    """``--arch rkm_lm_wikitext103``."""
+
+
+@register_model("rkm_lm_ptb_fast", dataclass=PTBFastConfig)
+class PTBFastLanguageModel(Preset):
+    """``--arch rkm_lm_ptb_fast``."""
+
+
+@register_model("rkm_lm_wikitext2_fast", dataclass=WikiText2FastConfig)
+class WikiText2FastLanguageModel(Preset):
+    """``--arch rkm_lm_wikitext2_fast``."""
