@@ -8,9 +8,8 @@
 4. A warning that every CPU run would print at each epoch is silenced.
 5. fairseq seeds torch before each update, and ``torch.manual_seed`` then files a stack trace for every kind of device
    that is not there, half a millisecond an update. Only the CPU and CUDA are seeded.
-4. Under ``--amp`` fairseq divides each gradient by the loss scale twice, the second time after clipping, since it
+6. Under ``--amp`` fairseq divides each gradient by the loss scale twice, the second time after clipping, since it
    shows PyTorch's scaler two objects for one optimizer: SGD would take steps 128 and more times too small.
-5. A warning that every CPU run would print at each epoch is silenced.
 """
 
 import argparse
