@@ -5,9 +5,11 @@
 2. A checkpoint that is truncated or refused, and every :class:`~fairseq_rkm.errors.RKMError`, ends fairseq's commands
    with one sentence in place of a stack trace.
 3. numpy 2 has no ``np.compat``, from which fairseq's blocks of tokens take Python's integer.
-4. Under ``--amp`` fairseq divides each gradient by the loss scale twice, the second time after clipping, since it
+4. A warning that every CPU run would print at each epoch is silenced.
+5. fairseq seeds torch before each update, and ``torch.manual_seed`` then files a stack trace for every kind of device
+   that is not there, half a millisecond an update. Only the CPU and CUDA are seeded.
+6. Under ``--amp`` fairseq divides each gradient by the loss scale twice, the second time after clipping, since it
    shows PyTorch's scaler two objects for one optimizer: SGD would take steps 128 and more times too small.
-5. A warning that every CPU run would print at each epoch is silenced.
 """
 
 import argparse
@@ -25,7 +27,7 @@ from typing import Any
 import numpy as np
 import omegaconf
 import torch
-from fairseq import checkpoint_utils
+from fairseq import checkpoint_utils, utils
 from fairseq.distributed.utils import _TensorPlaceholder
 from fairseq.optim import AMPOptimizer
 
@@ -58,9 +60,21 @@ def adapt() -> None:
         np.compat = types.SimpleNamespace(long=int)  # type: ignore[attr-defined]  # noqa: NPY201
     if not hasattr(checkpoint_utils.load_checkpoint_to_cpu, "__wrapped__"):
         checkpoint_utils.load_checkpoint_to_cpu = _explain(checkpoint_utils.load_checkpoint_to_cpu)
+    if utils.xm is None:
+        utils.set_torch_seed = _SetTorchSeed
     AMPOptimizer.step = _step_once_unscaled
     if _in_fairseq_command() and sys.excepthook is sys.__excepthook__:
         sys.excepthook = _print_error
+
+
+class _SetTorchSeed(utils.set_torch_seed):
+    """``fairseq.utils.set_torch_seed`` that seeds only the devices that fairseq runs on (TPUs apart)."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng_state = utils.get_rng_state()
+        torch.default_generator.manual_seed(seed)
+        if torch.cuda.is_available():
+            torch.cuda.manual_seed_all(seed)
 
 
 def _step_once_unscaled(optimizer: AMPOptimizer) -> None:

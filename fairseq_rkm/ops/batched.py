@@ -9,13 +9,14 @@ Without feedback a block is the whole sequence: only the memory's own recurrence
 memory has no loop.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fairseq_rkm.ops.alignment import align, unalign
 from fairseq_rkm.ops.cells import CANDIDATE, FORGET, INPUT, OUTPUT, Cell
 from fairseq_rkm.ops.ngram import last_real_step, project, project_backward
 from fairseq_rkm.ops.weights import LAYER_NORM_EPS, Weights
@@ -288,19 +289,20 @@ class _Backward:
             return before * forget
         return torch.lerp(grad, before * forget, self.keep[t])
 
-    def norm_gradients(self) -> tuple[Tensor, Tensor] | None:
+    def norm_gradients(self) -> dict[str, Tensor]:
         """The gradients of the layer norm's gain and bias, where there is one."""
         if self.norm is None:
-            return None
-        return torch.ops.aten.native_layer_norm_backward(
+            return {}
+        gain, shift = torch.ops.aten.native_layer_norm_backward(
             self.normed_grad, self.norm.raw, (self.hidden.size(2),), self.norm.mean, self.norm.rstd,
             self.weights.norm_weight, self.weights.norm_bias, [False, True, True],
         )[1:]  # fmt: skip
+        return {"norm_weight": gain, "norm_bias": shift}
 
 
 def parameter_gradients(
     cell: Cell, weights: Weights, inputs: Tensor, hidden: Tensor, memory: Tensor, gates: Tensor,
-    grad_gates: Tensor, norm: tuple[Tensor, Tensor] | None, needs: tuple[bool, ...],
+    grad_gates: Tensor, known: Mapping[str, Tensor | None], needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The gradients of the inputs and, in the order of :class:`Weights`, of its fields: one product each.
 
@@ -312,24 +314,28 @@ def parameter_gradients(
         memory: all ``c_t``, likewise.
         gates: the activated gates, ``(T, B, G * d)``.
         grad_gates: the gradients of the pre-activations, likewise.
-        norm: those of the layer norm's gain and bias.
+        known: the gradients, by field, that the loop over time came by: the layer norm's, and maybe the scales'.
         needs: which of the results are wanted; the others are None.
     """
     size, narrow = hidden.size(2), grad_gates.to(inputs.dtype)
     wanted = dict(zip(("inputs", *Weights._fields), needs, strict=True))
-    grads: dict[str, Tensor | None] = dict.fromkeys(wanted)
-    grads["inputs"], grads["input"] = project_backward(narrow, inputs, weights.input, wanted["inputs"], wanted["input"])
-    if weights.recurrent is not None and wanted["recurrent"]:
+    grads: dict[str, Tensor | None] = {**dict.fromkeys(wanted), **known}
+    fed = [hidden[:-1]] if weights.recurrent is not None and wanted["recurrent"] else []
+    aligned, matrix, *fed = align(inputs, weights.input, *fed)
+    grad_inputs, grad_matrix = project_backward(narrow, aligned, matrix, wanted["inputs"], wanted["input"])
+    if grad_inputs is not None:
+        grads["inputs"] = grad_inputs[..., : inputs.size(2)]
+    if grad_matrix is not None:
+        grads["input"] = unalign(grad_matrix, inputs.size(2), aligned.size(2))
+    for before in fed:
         fed_back = narrow[..., recurrent_slice(cell, size)].flatten(0, 1)
-        grads["recurrent"] = fed_back.t() @ hidden[:-1].flatten(0, 1)
+        grads["recurrent"] = unalign(fed_back.t() @ before.flatten(0, 1), size, before.size(2))
     if wanted["bias"]:
         grads["bias"] = grad_gates.sum((0, 1)).to(inputs.dtype)
-    if norm is not None:
-        grads["norm_weight"], grads["norm_bias"] = norm
-    if wanted["sigma_i"] or wanted["sigma_f"]:
+    if (wanted["sigma_i"] or wanted["sigma_f"]) and "sigma_i" not in known:
         block = gate_slices(cell, size)[CANDIDATE]
         grads["sigma_i"], grads["sigma_f"] = sigma_gradients(
-            grad_gates[..., block], gates[..., block], memory[:-1], weights.sigma_i
+            grad_gates[..., block].to(memory.dtype), gates[..., block].to(memory.dtype), memory[:-1], weights.sigma_i
         )
     return tuple(grads[name] if wanted[name] else None for name in wanted)
 

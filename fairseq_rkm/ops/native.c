@@ -2,8 +2,8 @@
 // equations fused, so that gates never leave the registers between the two.
 //
 // ops/native.py compiles this with the C compiler at hand, for the processor at hand, with the cell (a row of
-// ops/cells.py) as macros. Threads share the units of the layer and meet once a step (three times with layer
-// normalisation, which needs whole rows).
+// ops/cells.py) as macros. The work of a step is cut into tiles of some units of some rows; threads share the tiles, the
+// same ones at every step, and meet once a step (three times with layer normalisation, which needs whole rows).
 
 #include <math.h>
 #include <omp.h>
@@ -88,10 +88,10 @@ typedef struct {
     const float *grad_output;     // [steps][batch][size]
     float *grad_hidden, *grad_memory;  // [batch][size]: of the final state, then of the initial one
     float *grad_gates;            // [steps][batch][GATES * size]
-    float *to_memory;             // [steps][batch][size]: of c_t, after the layer norm
-    float *grad_gain, *grad_shift;  // [size], zero, or null
+    float *to_memory;             // [batch][size]: of c_t, after the layer norm; null without one
+    float *grad_gain, *grad_shift;  // [batch][size], zero: each row's share; null without
     float *sums;                  // room for the layer norm's sums, [batch][2]
-    float *packed;                // room for the weights, RECURRENT * size times size rounded up to 2 LANES
+    float *packed;                // room for the weights, RECURRENT * size times size rounded up to LANES
     int threads;
 } Problem;
 
@@ -241,23 +241,24 @@ static void finish_row(const Problem* p, int t, int b) {
 }
 
 void recurrence_forward(const Problem* p) {
-    const int d = p->size;
+    const int d = p->size, vectors = (d + LANES - 1) / LANES, blocks = (p->batch + MAX_ROWS - 1) / MAX_ROWS;
 #pragma omp parallel num_threads(p->threads)
     {
         const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
-        const int blocks = (p->batch + MAX_ROWS - 1) / MAX_ROWS;
         int first, last, row, end;
-        share(d, LANES, thread, threads, &first, &last);
         share(p->batch, 1, thread, threads, &row, &end);
 #if RECURRENT
+        share(d, LANES, thread, threads, &first, &last);
         pack(p, first, last);
+#pragma omp barrier
 #endif
+        share(vectors * blocks, 1, thread, threads, &first, &last);
         for (int t = 0; t < p->steps; ++t) {
-            for (int j = first; j < last; j += LANES)
-                for (int block = 0; block < blocks; ++block) {
-                    const int b = p->batch * block / blocks, stop = p->batch * (block + 1) / blocks;
-                    forward_rows(p, t, j, d - j < LANES ? d - j : LANES, b, stop - b);
-                }
+            for (int tile = first; tile < last; ++tile) {
+                const int j = tile / blocks * LANES, block = tile % blocks;
+                const int b = p->batch * block / blocks, stop = p->batch * (block + 1) / blocks;
+                forward_rows(p, t, j, d - j < LANES ? d - j : LANES, b, stop - b);
+            }
             if (p->norm) {
 #pragma omp barrier
                 for (int b = row; b < end; ++b) finish_row(p, t, b);
@@ -270,105 +271,84 @@ void recurrence_forward(const Problem* p) {
 }
 
 // ---- backward
+//
+// A tile is one or two vectors of units wide. Step t's begins with what step t + 1's gradients feed back into h_t.
 
 #if RECURRENT
-// Two vectors of units wide: packed[j / (2 LANES)][k][2 LANES], k over the recurrent gates' rows.
-#define PAIR (2 * LANES)
-
-static void pack_pairs(const Problem* p, int first, int last) {
+// packed[j / LANES][k][LANES], k over the recurrent gates' rows.
+static void pack_columns(const Problem* p, int first, int last) {
     const int d = p->size, depth = RECURRENT * d;
-    for (int j = first; j < last; j += PAIR) {
-        float* to = p->packed + (size_t)(j / PAIR) * depth * PAIR;
-        const int n = d - j < PAIR ? d - j : PAIR;
-        for (int k = 0; k < depth; ++k, to += PAIR) {
+    for (int j = first; j < last; j += LANES) {
+        float* to = p->packed + (size_t)(j / LANES) * depth * LANES;
+        const int n = d - j < LANES ? d - j : LANES;
+        for (int k = 0; k < depth; ++k, to += LANES) {
             memcpy(to, p->weights + (size_t)k * d + j, n * sizeof(float));
-            memset(to + n, 0, (PAIR - n) * sizeof(float));
+            memset(to + n, 0, (LANES - n) * sizeof(float));
         }
     }
 }
 
-// grad_hidden[b ...][j ...] += the gates' gradients at step t times the weights.
-INLINE void feed_back_tile(const Problem* p, int t, int j, int n, int b, const int rows) {
+// The gates' gradients at step t times the weights, in `sums`.
+INLINE void fed_back_tile(const Problem* p, int t, int j, int b, const int rows, const int width, vec (*sums)[2]) {
     const int d = p->size, depth = RECURRENT * d;
-    vec sums[WIDE_ROWS][2], kept[WIDE_ROWS][2];
-    UNROLL for (int i = 0; i < rows; ++i) kept[i][0] = kept[i][1] = splat(0.f);
+    vec kept[WIDE_ROWS][2];
+    UNROLL for (int i = 0; i < rows; ++i)
+        UNROLL for (int v = 0; v < width; ++v) kept[i][v] = splat(0.f);
     const float* grads = p->grad_gates + ((size_t)t * p->batch + b) * GATES * d + (size_t)FIRST_RECURRENT * d;
-    const float* w = p->packed + (size_t)(j / PAIR) * depth * PAIR;
-    for (int k = 0; k < depth; ++k, w += PAIR) {
-        vec w0, w1;
-        memcpy(&w0, w, sizeof w0);
-        memcpy(&w1, w + LANES, sizeof w1);
+    const float* w = p->packed + (size_t)(j / LANES) * depth * LANES;
+    for (int k = 0; k < depth; ++k, w += LANES) {
+        vec weights[2];
+        UNROLL for (int v = 0; v < width; ++v) memcpy(&weights[v], w + (size_t)v * depth * LANES, sizeof(vec));
         UNROLL for (int i = 0; i < rows; ++i) {
             const float x = grads[(size_t)i * GATES * d + k];
-            kept[i][0] += x * w0;
-            kept[i][1] += x * w1;
+            UNROLL for (int v = 0; v < width; ++v) kept[i][v] += x * weights[v];
         }
     }
-    UNROLL for (int i = 0; i < rows; ++i) sums[i][0] = kept[i][0], sums[i][1] = kept[i][1];
-    for (int i = 0; i < rows; ++i) {
-        float* to = p->grad_hidden + (size_t)(b + i) * d + j;
-        store(to, load(to, n) + sums[i][0], n);
-        if (n > LANES) store(to + LANES, load(to + LANES, n - LANES) + sums[i][1], n - LANES);
-    }
+    UNROLL for (int i = 0; i < rows; ++i)
+        UNROLL for (int v = 0; v < width; ++v) sums[i][v] = kept[i][v];
 }
 
-INLINE void feed_back_rows(const Problem* p, int t, int j, int n, int b, int rows) {
+#define ROWS_CASE(rows) \
+    case rows: \
+        if (width == 2) fed_back_tile(p, t, j, b, rows, 2, sums); \
+        else fed_back_tile(p, t, j, b, rows, 1, sums); \
+        break;
+
+static void fed_back(const Problem* p, int t, int j, int b, int rows, int width, vec (*sums)[2]) {
     switch (rows) {
-        case 1: feed_back_tile(p, t, j, n, b, 1); break;
-        case 2: feed_back_tile(p, t, j, n, b, 2); break;
-        case 3: feed_back_tile(p, t, j, n, b, 3); break;
-        case 4: feed_back_tile(p, t, j, n, b, 4); break;
-        case 5: feed_back_tile(p, t, j, n, b, 5); break;
+        ROWS_CASE(1) ROWS_CASE(2) ROWS_CASE(3) ROWS_CASE(4) ROWS_CASE(5)
 #if WIDE_ROWS > 5
-        case 6: feed_back_tile(p, t, j, n, b, 6); break;
-        case 7: feed_back_tile(p, t, j, n, b, 7); break;
-        case 8: feed_back_tile(p, t, j, n, b, 8); break;
-        case 9: feed_back_tile(p, t, j, n, b, 9); break;
-        case 10: feed_back_tile(p, t, j, n, b, 10); break;
+        ROWS_CASE(6) ROWS_CASE(7) ROWS_CASE(8) ROWS_CASE(9) ROWS_CASE(10)
 #endif
     }
 }
-
-static void feed_back(const Problem* p, int t, int first, int last) {
-    const int blocks = (p->batch + WIDE_ROWS - 1) / WIDE_ROWS;
-    for (int j = first; j < last; j += PAIR)
-        for (int block = 0; block < blocks; ++block) {
-            const int b = p->batch * block / blocks, rows = p->batch * (block + 1) / blocks - b;
-            feed_back_rows(p, t, j, last - j, b, rows);
-        }
-}
 #endif
 
-// From h_t's gradient to the output gate's, and to c_t's in to_memory.
-static void through_output(const Problem* p, int t, int b, int first, int last) {
+// From h_t's gradient to the output gate's, and to c_t's, which it returns.
+INLINE vec through_output(const Problem* p, size_t row, int b, int j, int n, vec to_h) {
     const int d = p->size;
-    const size_t row = (size_t)t * p->batch + b;
-    const int real = !p->keep || p->keep[row];
-    for (int j = first; j < last; j += LANES) {
-        const int n = last - j;
-        float* grad_h = p->grad_hidden + (size_t)b * d + j;
-        vec to_c = load(p->grad_memory + (size_t)b * d + j, n);
-        if (real) {
-            const vec to_h = load(grad_h, n) + load(p->grad_output + row * d + j, n);
-            const vec c = load(p->memory + (row + p->batch) * d + j, n), q = SQUASH_OUTPUT ? hyperbolic(c) : c;
-            vec slope = SQUASH_OUTPUT ? 1.f - q * q : splat(1.f);
-#if OUTPUT >= 0
-            const vec o = load(p->gates + (row * GATES + OUTPUT) * d + j, n);
-            slope *= o;
-            store(p->grad_gates + (row * GATES + OUTPUT) * d + j, to_h * q * o * (1.f - o), n);
-#endif
-            to_c += to_h * slope;
-            store(grad_h, splat(0.f), n);
-        }
-        store(p->to_memory + row * d + j, to_c, n);
+    const vec to_c = load(p->grad_memory + (size_t)b * d + j, n);
+    float* grad_h = p->grad_hidden + (size_t)b * d + j;
+    if (p->keep && !p->keep[row]) {
+        store(grad_h, to_h, n);
+        return to_c;
     }
+    store(grad_h, splat(0.f), n);
+    to_h += load(p->grad_output + row * d + j, n);
+    const vec c = load(p->memory + (row + p->batch) * d + j, n), q = SQUASH_OUTPUT ? hyperbolic(c) : c;
+    vec slope = SQUASH_OUTPUT ? 1.f - q * q : splat(1.f);
+#if OUTPUT >= 0
+    const vec o = load(p->gates + (row * GATES + OUTPUT) * d + j, n);
+    slope *= o;
+    store(p->grad_gates + (row * GATES + OUTPUT) * d + j, to_h * q * o * (1.f - o), n);
+#endif
+    return to_c + to_h * slope;
 }
 
 // The layer norm's two sums over a row, into its moments' place in `sums`.
 static void norm_sums(const Problem* p, int t, int b, float* sums) {
     const int d = p->size;
-    const size_t row = (size_t)t * p->batch + b;
-    const float *to_c = p->to_memory + row * d, *c = p->memory + (row + p->batch) * d;
+    const float *to_c = p->to_memory + (size_t)b * d, *c = p->memory + ((size_t)(t + 1) * p->batch + b) * d;
     vec plain = splat(0.f), weighted = splat(0.f);
     for (int j = 0; j < d; j += LANES) {
         const int n = d - j;
@@ -382,70 +362,112 @@ static void norm_sums(const Problem* p, int t, int b, float* sums) {
 }
 
 // From c_t's gradient to the memory gates' and to c_{t-1}'s.
-static void through_memory(const Problem* p, int t, int b, int first, int last, const float* sums) {
+INLINE void through_memory(const Problem* p, size_t row, int b, int j, int n, vec to_c) {
     const int d = p->size;
-    const size_t row = (size_t)t * p->batch + b;
-    const int real = !p->keep || p->keep[row];
-    for (int j = first; j < last; j += LANES) {
-        const int n = last - j;
-        float* grad_gate = p->grad_gates + row * GATES * d + j;
-        vec to_c = load(p->to_memory + row * d + j, n);
-        if (!real) {
-            for (int g = 0; g < GATES; ++g) store(grad_gate + (size_t)g * d, splat(0.f), n);
-            store(p->grad_memory + (size_t)b * d + j, to_c, n);
-            continue;
-        }
-        vec a[GATES];
-        for (int g = 0; g < GATES; ++g) a[g] = load(p->gates + (row * GATES + g) * d + j, n);
-        const vec before = load(p->memory + row * d + j, n), i = input_scale(p, a), f = forget_scale(p, a, j, n);
-        if (p->norm) {
-            const float mean = p->moments[row * 2], inverse = p->moments[row * 2 + 1];
-            vec raw = i * a[0];
-            if (HAS_MEMORY) raw += f * before;
-            const vec normal = (raw - mean) * inverse;
-            store(p->grad_gain + j, load(p->grad_gain + j, n) + to_c * normal, n);
-            store(p->grad_shift + j, load(p->grad_shift + j, n) + to_c, n);
-            to_c = inverse * (to_c * load(p->gain + j, n) - sums[0] - normal * sums[1]);
-        }
-        store(grad_gate, to_c * i * (SQUASH_CANDIDATE ? 1.f - a[0] * a[0] : splat(1.f)), n);
+    float *grad_gate = p->grad_gates + row * GATES * d + j, *grad_c = p->grad_memory + (size_t)b * d + j;
+    if (p->keep && !p->keep[row]) {
+        for (int g = 0; g < GATES; ++g) store(grad_gate + (size_t)g * d, splat(0.f), n);
+        store(grad_c, to_c, n);
+        return;
+    }
+    vec a[GATES];
+    for (int g = 0; g < GATES; ++g) a[g] = load(p->gates + (row * GATES + g) * d + j, n);
+    const vec before = load(p->memory + row * d + j, n), i = input_scale(p, a), f = forget_scale(p, a, j, n);
+    if (p->norm) {
+        const float mean = p->moments[row * 2], inverse = p->moments[row * 2 + 1], *sums = p->sums + 2 * b;
+        float *gain = p->grad_gain + (size_t)b * d + j, *shift = p->grad_shift + (size_t)b * d + j;
+        vec raw = i * a[0];
+        if (HAS_MEMORY) raw += f * before;
+        const vec normal = (raw - mean) * inverse;
+        store(gain, load(gain, n) + to_c * normal, n);
+        store(shift, load(shift, n) + to_c, n);
+        to_c = inverse * (to_c * load(p->gain + j, n) - sums[0] - normal * sums[1]);
+    }
+    store(grad_gate, to_c * i * (SQUASH_CANDIDATE ? 1.f - a[0] * a[0] : splat(1.f)), n);
 #if INPUT >= 0
-        store(grad_gate + (size_t)INPUT * d, to_c * a[0] * i * (1.f - i), n);
+    store(grad_gate + (size_t)INPUT * d, to_c * a[0] * i * (1.f - i), n);
 #endif
 #if FORGET >= 0
-        store(grad_gate + (size_t)FORGET * d, to_c * (INPUT >= 0 ? before : before - a[0]) * f * (1.f - f), n);
+    store(grad_gate + (size_t)FORGET * d, to_c * (INPUT >= 0 ? before : before - a[0]) * f * (1.f - f), n);
 #endif
-        store(p->grad_memory + (size_t)b * d + j, HAS_MEMORY ? to_c * f : splat(0.f), n);
-    }
+    store(grad_c, HAS_MEMORY ? to_c * f : splat(0.f), n);
+}
+
+typedef struct {
+    int j, width, b, rows;
+} Tile;
+
+INLINE Tile tile_at(const Problem* p, int tile, int blocks) {
+    const int j = tile / blocks * 2 * LANES, block = tile % blocks, b = p->batch * block / blocks;
+    return (Tile){j, p->size - j > LANES ? 2 : 1, b, p->batch * (block + 1) / blocks - b};
+}
+
+// The first tile of a thread: a tile costs its width, and only those of the last column may be one wide.
+INLINE int first_tile(int vectors, int blocks, int thread, int threads) {
+    const int full = vectors / 2 * blocks, before = (int)((long)vectors * blocks * thread / threads);
+    return before <= 2 * full ? (before + 1) / 2 : before - full;
+}
+
+// Step t of a tile, up to c_t's gradient if the layer norm then needs whole rows; before the first step, h's only.
+static void backward_tile(const Problem* p, int t, Tile at) {
+    const int d = p->size;
+    vec sums[WIDE_ROWS][2] = {0};
+#if RECURRENT
+    if (t + 1 < p->steps) fed_back(p, t + 1, at.j, at.b, at.rows, at.width, sums);
+#endif
+    for (int i = 0; i < at.rows; ++i)
+        for (int v = 0; v < at.width; ++v) {
+            const int b = at.b + i, j = at.j + v * LANES, n = d - j;
+            float* grad_h = p->grad_hidden + (size_t)b * d + j;
+            const vec to_h = load(grad_h, n) + sums[i][v];
+            if (t < 0) {
+                store(grad_h, to_h, n);
+                continue;
+            }
+            const size_t row = (size_t)t * p->batch + b;
+            const vec to_c = through_output(p, row, b, j, n, to_h);
+            if (p->norm) store(p->to_memory + (size_t)b * d + j, to_c, n);
+            else through_memory(p, row, b, j, n, to_c);
+        }
+}
+
+static void finish_tile(const Problem* p, int t, Tile at) {
+    const int d = p->size;
+    for (int i = 0; i < at.rows; ++i)
+        for (int v = 0; v < at.width; ++v) {
+            const int b = at.b + i, j = at.j + v * LANES;
+            through_memory(p, (size_t)t * p->batch + b, b, j, d - j, load(p->to_memory + (size_t)b * d + j, d - j));
+        }
 }
 
 void recurrence_backward(const Problem* p) {
-    const int d = p->size;
+    const int d = p->size, vectors = (d + LANES - 1) / LANES, blocks = (p->batch + WIDE_ROWS - 1) / WIDE_ROWS;
 #pragma omp parallel num_threads(p->threads)
     {
         const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
-        int first, last, row, end;
-        share(d, 2 * LANES, thread, threads, &first, &last);
+        int row, end;
         share(p->batch, 1, thread, threads, &row, &end);
 #if RECURRENT
-        pack_pairs(p, first, last);
+        int from, to;
+        share(d, LANES, thread, threads, &from, &to);
+        pack_columns(p, from, to);
+#pragma omp barrier
 #endif
+        const int first = first_tile(vectors, blocks, thread, threads);
+        const int last = first_tile(vectors, blocks, thread + 1, threads);
         for (int t = p->steps - 1; t >= 0; --t) {
-#if RECURRENT
-            if (t < p->steps - 1) feed_back(p, t + 1, first, last);
-#endif
-            for (int b = 0; b < p->batch; ++b) through_output(p, t, b, first, last);
+            for (int i = first; i < last; ++i) backward_tile(p, t, tile_at(p, i, blocks));
             if (p->norm) {
 #pragma omp barrier
                 for (int b = row; b < end; ++b) norm_sums(p, t, b, p->sums + 2 * b);
 #pragma omp barrier
+                for (int i = first; i < last; ++i) finish_tile(p, t, tile_at(p, i, blocks));
             }
-            for (int b = 0; b < p->batch; ++b) through_memory(p, t, b, first, last, p->sums + 2 * b);
             if (RECURRENT || p->norm) {
 #pragma omp barrier
             }
         }
-#if RECURRENT
-        if (p->steps) feed_back(p, 0, first, last);
-#endif
+        if (RECURRENT)
+            for (int i = first; i < last; ++i) backward_tile(p, -1, tile_at(p, i, blocks));
     }
 }

@@ -150,19 +150,21 @@ class _Native(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor, grad_hidden: Tensor, grad_memory: Tensor) -> tuple[Any, ...]:
         keep, inputs, gates, hiddens, memories, moments, *tensors = ctx.saved_tensors
         cell, weights = ctx.cell, Weights(*tensors)._replace(**ctx.numbers)
-        grad_gates, to_memory = torch.empty_like(gates), torch.empty_like(memories[1:])
-        norm = None if moments is None else (torch.zeros_like(memories[0, 0]), torch.zeros_like(memories[0, 0]))
+        grad_gates, row = torch.empty_like(gates), memories[0]
+        # Of the layer norm's gain and bias, each row's share.
+        norm = None if moments is None else (torch.zeros_like(row), torch.zeros_like(row))
         grad_hidden, grad_memory = grad_hidden.contiguous().clone(), grad_memory.contiguous().clone()
         call = {
             "gates": gates, "hidden": hiddens, "memory": memories, "moments": moments,
             "grad_output": grad_output.contiguous(), "grad_hidden": grad_hidden, "grad_memory": grad_memory,
-            "grad_gates": grad_gates, "to_memory": to_memory,
+            "grad_gates": grad_gates, "to_memory": None if norm is None else torch.empty_like(row),
             "grad_gain": None if norm is None else norm[0], "grad_shift": None if norm is None else norm[1],
         }  # fmt: skip
         _run("backward", cell, weights, keep, call)
         needs = (ctx.needs_input_grad[2], *ctx.needs_input_grad[5:])
+        known = {} if norm is None else {"norm_weight": norm[0].sum(0), "norm_bias": norm[1].sum(0)}
         grad_inputs, *grads = parameter_gradients(
-            cell, weights, inputs, hiddens, memories, gates, grad_gates, norm, needs
+            cell, weights, inputs, hiddens, memories, gates, grad_gates, known, needs
         )
         return None, None, grad_inputs, grad_hidden, grad_memory, *grads
 
@@ -180,7 +182,7 @@ def _run(direction: str, cell: Cell, weights: Weights, keep: Tensor | None, call
             call["grad_hidden"].addmm_(call["grad_gates"][0, :, block], recurrent)
         return
     recurrent = None if recurrent is None else recurrent.contiguous()
-    packed = gates.new_empty(-(-size // 32) * 32 * recurrent.size(0)) if recurrent is not None else None
+    packed = gates.new_empty(-(-size // 16) * 16 * recurrent.size(0)) if recurrent is not None else None
     scale_f = gates.new_ones(size) * weights.sigma_f if cell.forget_is_constant else None
     tensors = {
         "weights": recurrent, "gain": weights.norm_weight, "shift": weights.norm_bias, "scale_f": scale_f,

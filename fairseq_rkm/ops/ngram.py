@@ -7,7 +7,8 @@ travel are thus settled here, once.
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from fairseq_rkm.ops.alignment import align
 
 
 def extend(x: Tensor, ngram: int, padding: str, context: Tensor | None) -> Tensor:
@@ -76,38 +77,14 @@ def project(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Returns:
         ``(T, B, G)``, contiguous.
     """
+    if inputs.is_cuda:  # a CPU's products want only their results aligned
+        inputs, weight = align(inputs, weight)
     (newest, taps), *older = _taps(inputs, weight)
     result = newest @ taps.t() if bias is None else torch.addmm(bias, newest, taps.t())
     for window, taps in older:
         result.addmm_(window, taps.t())
     ngram = weight.size(1) // inputs.size(2)
     return result.view(inputs.size(0) - ngram + 1, inputs.size(1), weight.size(0))
-
-
-def align_rows(x: Tensor) -> Tensor:
-    """``x`` with zero columns up to rows of whole 16 bytes; itself if they are."""
-    padding = -x.size(-1) % (16 // x.element_size())
-    return F.pad(x, (0, padding)) if padding else x
-
-
-def align(inputs: Tensor, weight: Tensor, size: int | None = None) -> tuple[Tensor, Tensor]:
-    """Extended inputs and their weight with rows of whole 16 bytes, which GPUs' fast matrix products need.
-
-    Args:
-        inputs: ``(T + n - 1, B, m)``.
-        weight: ``(G, n * size)``.
-        size: of an input as the weight knows it, if the inputs are aligned already; by default m.
-
-    Returns:
-        The same with m rounded up and the new columns zero; the tensors themselves if nothing is to be done.
-    """
-    size = inputs.size(2) if size is None else size
-    return align_rows(inputs), align_rows(weight.unflatten(1, (-1, size))).flatten(1)
-
-
-def unalign(weight: Tensor, aligned: int, size: int) -> Tensor:
-    """A weight ``(G, n * aligned)`` without the columns that :func:`align` added, ``(G, n * size)``."""
-    return weight if aligned == size else weight.unflatten(1, (-1, aligned))[..., :size].flatten(1)
 
 
 def project_backward(

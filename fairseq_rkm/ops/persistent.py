@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fairseq_rkm.ops import nvrtc
-from fairseq_rkm.ops.batched import recurrent_slice
+from fairseq_rkm.ops.batched import parameter_gradients
 from fairseq_rkm.ops.cells import FORGET, INPUT, OUTPUT, Cell
-from fairseq_rkm.ops.ngram import align, align_rows, project, project_backward, unalign
+from fairseq_rkm.ops.ngram import project
 from fairseq_rkm.ops.weights import LAYER_NORM_EPS, Weights
 
 SOURCE = Path(__file__).with_suffix(".cu")
@@ -223,13 +223,11 @@ class _Persistent(torch.autograd.Function):
         *tensors: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         weights = Weights(*tensors)
-        ctx.problem, ctx.input_size = Problem.of(cell, inputs, weights), inputs.size(2)
-        inputs, matrix = align(inputs, weights.input)
-        gates = project(inputs, matrix, weights.bias)
+        ctx.problem = Problem.of(cell, inputs, weights)
+        gates = project(inputs, weights.input, weights.bias)
         run = _Launches(ctx.problem, weights, keep).forward(gates, hidden, memory)
         ctx.numbers = weights.numbers()
-        saved = weights._replace(input=matrix).tensors()
-        ctx.save_for_backward(keep, inputs, gates, run.hiddens, run.memories, run.moments, *saved)
+        ctx.save_for_backward(keep, inputs, gates, run.hiddens, run.memories, run.moments, *weights.tensors())
         ctx.set_materialize_grads(False)
         output = run.hiddens[1:] if keep is None else run.hiddens[1:] * keep.unsqueeze(-1)
         return output, run.last_hidden, run.last_memory
@@ -244,26 +242,15 @@ class _Persistent(torch.autograd.Function):
         launches = _Launches(problem, weights, keep)
         grad = launches.backward(gates, memory, moments, grad_output, grad_hidden, grad_memory)
         _, _, need_inputs, need_hidden, need_memory, *need_weights = ctx.needs_input_grad
-        needs = dict(zip(Weights._fields, need_weights, strict=True))
-        grads: dict[str, Tensor | None] = dict.fromkeys(Weights._fields)
-        grad_inputs, grad_matrix = project_backward(grad.gates, inputs, weights.input, need_inputs, needs["input"])
-        if grad_inputs is not None:
-            grad_inputs = grad_inputs[..., : ctx.input_size]
-        if grad_matrix is not None:
-            grads["input"] = unalign(grad_matrix, inputs.size(2), ctx.input_size)
-        if needs["recurrent"]:
-            fed_back = grad.gates.flatten(0, 1)[:, recurrent_slice(problem.cell, problem.size)]
-            before = align_rows(hidden[:-1])
-            grads["recurrent"] = unalign(fed_back.t() @ before.flatten(0, 1), before.size(2), problem.size)
-        if needs["bias"]:
-            grads["bias"] = grad.gates.sum((0, 1))
         # The kernel leaves each row's share.
-        for name, share in (("norm_weight", grad.gain), ("norm_bias", grad.shift), ("sigma_f", grad.scale_f)):
-            grads[name] = None if share is None else share.sum(0)
-        grads["sigma_i"] = None if grad.scale_i is None else grad.scale_i.sum()
-        ordered = [grads[name] if needs[name] else None for name in Weights._fields]
+        shares = {"norm_weight": grad.gain, "norm_bias": grad.shift, "sigma_f": grad.scale_f}
+        known = {name: None if share is None else share.sum(0) for name, share in shares.items()}
+        known["sigma_i"] = None if grad.scale_i is None else grad.scale_i.sum()
+        grad_inputs, *grads = parameter_gradients(
+            problem.cell, weights, inputs, hidden, memory, gates, grad.gates, known, (need_inputs, *need_weights)
+        )
         first_hidden = grad.hidden.to(hidden.dtype) if need_hidden else None
-        return None, None, grad_inputs, first_hidden, grad.memory if need_memory else None, *ordered
+        return None, None, grad_inputs, first_hidden, grad.memory if need_memory else None, *grads
 
 
 class _States(NamedTuple):

@@ -1,7 +1,8 @@
 """On GPUs, without feedback: parallel in time (``scan_kernels.py``).
 
 The gates are one matrix product over all steps; what is left is a linear recurrence of the memory with known
-coefficients, or nothing at all for a cell without memory.
+coefficients, or nothing at all for a cell without memory. With layer normalisation it is not linear, and goes step by
+step within one launch.
 """
 
 import functools
@@ -14,12 +15,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fairseq_rkm.ops.batched import gate_slices, sigma_gradients
-from fairseq_rkm.ops.cells import CANDIDATE, FORGET, INPUT, OUTPUT, Cell
-from fairseq_rkm.ops.ngram import align, last_real_step, project, project_backward, unalign
-from fairseq_rkm.ops.weights import Weights, memory_dtype
+from fairseq_rkm.ops.batched import parameter_gradients
+from fairseq_rkm.ops.cells import FORGET, INPUT, OUTPUT, Cell
+from fairseq_rkm.ops.ngram import last_real_step, project
+from fairseq_rkm.ops.weights import LAYER_NORM_EPS, Weights, memory_dtype
 
 BLOCK_T, BLOCK_D, WARPS = 32, 32, 4
+MAX_NORMED = 8192
+"""Units of a layer that one program normalises, 16 in a thread at most."""
 
 
 @functools.cache
@@ -33,10 +36,10 @@ def refuses(cell: Cell, inputs: Tensor, weights: Weights) -> str | None:
         return f"it runs on CUDA GPUs, and the inputs are on {inputs.device}"
     if weights.recurrent is not None:
         return "with feedback a step has to wait for the one before"
-    if weights.norm_weight is not None and cell.has_memory:
-        return "with layer normalisation the memory is no linear recurrence"
-    if weights.norm_weight is not None:
-        return "it does not normalise; without memory the batched backend has no loop either"
+    if weights.norm_weight is not None and not cell.has_memory:
+        return "without memory it does not normalise: there is no loop to speed up"
+    if weights.norm_weight is not None and weights.norm_weight.numel() > MAX_NORMED:
+        return f"it normalises up to {MAX_NORMED} units"
     if not inputs.numel() or not inputs.size(1):
         return "it needs at least one step and one sequence"
     return None if _has_triton() else "it needs Triton, which is not installed"
@@ -57,16 +60,20 @@ class _Scan(torch.autograd.Function):
         *tensors: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         weights = Weights(*tensors)
-        ctx.input_size = inputs.size(2)
-        inputs, matrix = align(inputs, weights.input)
-        gates = project(inputs, matrix, weights.bias)
+        gates = project(inputs, weights.input, weights.bias)
         steps, batch, size = gates.size(0), gates.size(1), gates.size(2) // len(cell.gates)
         memories = gates.new_empty(steps + 1, batch, size, dtype=memory_dtype(gates.dtype))
         output = gates.new_empty(steps, batch, size)
-        flags = {"HAS_FIRST": memory is not None}
-        _run("forward", cell, weights, keep, gates, (_or(memory, memories), memories, output), memories, flags)
+        moments = None
+        given: tuple[Tensor, ...] = (_or(memory, memories), memories, output)
+        flags: dict[str, Any] = {"HAS_FIRST": memory is not None}
+        if weights.norm_weight is not None and weights.norm_bias is not None:
+            moments = memories.new_empty(steps, batch, 2)
+            given += (moments, weights.norm_weight, weights.norm_bias)
+            flags["EPSILON"] = LAYER_NORM_EPS
+        _run("forward", cell, weights, keep, gates, given, memories, flags)
         ctx.cell, ctx.numbers = cell, weights.numbers()
-        ctx.save_for_backward(keep, inputs, gates, memories, *weights._replace(input=matrix).tensors())
+        ctx.save_for_backward(keep, inputs, gates, memories, moments, *weights.tensors())
         ctx.set_materialize_grads(False)
         if keep is None:
             return output, output[-1].clone(), memories[-1].clone()
@@ -79,17 +86,21 @@ class _Scan(torch.autograd.Function):
     def backward(
         ctx: Any, grad_output: Tensor | None, grad_hidden: Tensor | None, grad_memory: Tensor | None
     ) -> tuple[Any, ...]:
-        keep, inputs, gates, memories, *tensors = ctx.saved_tensors
+        keep, inputs, gates, memories, moments, *tensors = ctx.saved_tensors
         cell, weights = ctx.cell, Weights(*tensors)._replace(**ctx.numbers)
         steps, batch, size = memories.size(0) - 1, memories.size(1), memories.size(2)
         grad_output = gates.new_zeros(steps, batch, size) if grad_output is None else grad_output.contiguous()
         grad_hidden, grad_memory = (None if g is None else g.contiguous() for g in (grad_hidden, grad_memory))
         grad_gates, first_memory = torch.empty_like(gates), torch.empty_like(memories[0])
         last = None if keep is None else last_real_step(keep) - 1
-        given = (
+        given: tuple[Tensor, ...] = (
             memories, grad_output, _or(grad_hidden, gates), _or(grad_memory, memories), _or(last, gates), grad_gates,
             first_memory,
         )  # fmt: skip
+        shares: dict[str, Tensor] = {}
+        if moments is not None and weights.norm_weight is not None:
+            shares = {name: torch.empty_like(first_memory) for name in ("norm_weight", "norm_bias")}
+            given += (*shares.values(), moments, weights.norm_weight)
         flags = {"HAS_LAST_HIDDEN": grad_hidden is not None, "HAS_LAST_MEMORY": grad_memory is not None}
         _run("backward", cell, weights, keep, gates, given, memories, flags)
         _, _, need_inputs, need_hidden, need_memory, *need_weights = ctx.needs_input_grad
@@ -101,22 +112,13 @@ class _Scan(torch.autograd.Function):
                 first_memory = torch.where(never, grad_memory, first_memory)
             if grad_hidden is not None:
                 first_hidden = grad_hidden * never if need_hidden else None
-        needs = dict(zip(Weights._fields, need_weights, strict=True))
-        grads: dict[str, Tensor | None] = dict.fromkeys(Weights._fields)
-        grad_inputs, grad_matrix = project_backward(grad_gates, inputs, weights.input, need_inputs, needs["input"])
-        if grad_inputs is not None:
-            grad_inputs = grad_inputs[..., : ctx.input_size]
-        if grad_matrix is not None:
-            grads["input"] = unalign(grad_matrix, inputs.size(2), ctx.input_size)
-        if needs["bias"]:
-            grads["bias"] = grad_gates.sum((0, 1))
-        if needs["sigma_i"] or needs["sigma_f"]:
-            wide, block = memories.dtype, gate_slices(cell, size)[CANDIDATE]
-            grads["sigma_i"], grads["sigma_f"] = sigma_gradients(
-                grad_gates[..., block].to(wide), gates[..., block].to(wide), memories[:-1], weights.sigma_i
-            )
-        ordered = [grads[name] if needs[name] else None for name in Weights._fields]
-        return None, None, grad_inputs, first_hidden, first_memory if need_memory else None, *ordered
+        needs = (need_inputs, *need_weights)
+        # Nothing is fed back, so that no gradient needs the hidden states.
+        known = {name: share.sum(0) for name, share in shares.items()}
+        grad_inputs, *grads = parameter_gradients(
+            cell, weights, inputs, memories, memories, gates, grad_gates, known, needs
+        )
+        return None, None, grad_inputs, first_hidden, first_memory if need_memory else None, *grads
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
@@ -126,9 +128,9 @@ def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
 
 def _run(
     name: str, cell: Cell, weights: Weights, keep: Tensor | None, gates: Tensor, given: tuple[Tensor, ...],
-    memories: Tensor, flags: dict[str, bool],
+    memories: Tensor, flags: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Launch a kernel over the rows of the batch and blocks of units."""
+    """Launch a kernel over the rows of the batch and, unless all units are needed at once, blocks of units."""
     from fairseq_rkm.ops import scan_kernels
 
     wide = scan_kernels.tl.float64 if memories.dtype == torch.float64 else scan_kernels.tl.float32
@@ -137,10 +139,18 @@ def _run(
     scale_f = memories.new_ones(size) * weights.sigma_f if cell.forget_is_constant else None
     place = {gate.upper(): cell.gates.index(gate) if gate in cell.gates else -1 for gate in (INPUT, FORGET, OUTPUT)}
     real = None if keep is None else keep.contiguous().view(torch.uint8)
+    shape: dict[str, Any]
+    if weights.norm_weight is None:
+        grid: tuple[int, ...] = (batch, -(-size // BLOCK_D))
+        shape = {"BLOCK_T": BLOCK_T, "BLOCK_D": BLOCK_D, "HAS_MEMORY": cell.has_memory, "num_warps": WARPS}
+    else:
+        block = 1 << (size - 1).bit_length()
+        grid = (batch,)
+        shape = {"BLOCK_D": block, "num_warps": min(16, max(1, block // 256))}
+        name = f"normed_{name}"
     with torch.cuda.device(gates.device) if gates.is_cuda else nullcontext():
-        getattr(scan_kernels, name)[batch, -(-size // BLOCK_D)](
+        getattr(scan_kernels, name)[grid](
             gates, *given, _or(real, gates), _or(scale_i, memories), _or(scale_f, memories), gates.size(0), batch, size,
-            GATES=len(cell.gates), **place, HAS_MEMORY=cell.has_memory, SQUASH_CANDIDATE=cell.squash_candidate,
-            SQUASH_OUTPUT=cell.squash_output, MASK=keep is not None, WIDE=wide, BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D,
-            **flags, num_warps=WARPS,
+            GATES=len(cell.gates), **place, SQUASH_CANDIDATE=cell.squash_candidate, SQUASH_OUTPUT=cell.squash_output,
+            MASK=keep is not None, WIDE=wide, **shape, **flags,
         )  # fmt: skip

@@ -3,6 +3,9 @@
 A program has one row of the batch and ``BLOCK_D`` units. It goes over the sequence in chunks of ``BLOCK_T`` steps, each
 of which it scans in parallel: the pairs ``(f, u)`` of ``c_t = f_t c_{t-1} + u_t`` compose to
 ``(f_1 f_2, f_2 u_1 + u_2)``. No logarithm and no division occurs, so that gates at 0 and at 1 do no harm.
+
+With layer normalisation the recurrence is not linear: the ``normed`` kernels go step by step, a program having one row
+and all of its units, and fetch a step's gates while the step before is computed.
 """
 
 import triton
@@ -171,3 +174,158 @@ def backward(
             to_candidate = to_candidate * (1 - candidate * candidate)
         tl.store(grad_gates + place, tl.where(real, to_candidate, 0.0), mask=mask)
     tl.store(first_grad_memory + row * size + units, carry * first_f, mask=inside)
+
+
+@triton.jit
+def _gates_of_step(
+    gates, t, steps, batch, row, size, units, inside, s_i, s_f,
+    GATES: tl.constexpr, INPUT: tl.constexpr, FORGET: tl.constexpr, OUTPUT: tl.constexpr,
+    SQUASH_CANDIDATE: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Candidate, input scale, forget scale and output scale of step t; before the first or past the last, no load."""
+    step = tl.zeros_like(units) + t
+    mask = inside & (step >= 0) & (step < steps)
+    place = (t.to(tl.int64) * batch + row) * (GATES * size) + units
+    candidate, i, f = _activate(gates, place, mask, s_i, s_f, size, INPUT, FORGET, SQUASH_CANDIDATE, WIDE)
+    o = tl.zeros_like(candidate) + 1
+    if OUTPUT >= 0:
+        o = _gate(gates, place, mask, OUTPUT, size, WIDE)
+    return candidate, i, f, o
+
+
+@triton.jit
+def normed_forward(
+    gates, first_memory, memory, output, moments, gain, shift, keep, scale_i, scale_f, steps, batch, size,
+    GATES: tl.constexpr, INPUT: tl.constexpr, FORGET: tl.constexpr, OUTPUT: tl.constexpr,
+    SQUASH_CANDIDATE: tl.constexpr, SQUASH_OUTPUT: tl.constexpr, MASK: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_D: tl.constexpr, HAS_FIRST: tl.constexpr, EPSILON: tl.constexpr,
+):  # fmt: skip
+    """As :func:`forward`, with layer normalisation; ``moments``, ``(T, B, 2)``: means and reciprocal deviations."""
+    row = tl.program_id(0)
+    units = tl.arange(0, BLOCK_D)
+    inside = units < size
+    c = tl.zeros((BLOCK_D,), dtype=WIDE)
+    if HAS_FIRST:
+        c = tl.load(first_memory + row * size + units, mask=inside, other=0.0)
+    tl.store(memory + row * size + units, c, mask=inside)
+    s_i = tl.load(scale_i) if INPUT < 0 and FORGET < 0 else 0.0
+    s_f = tl.load(scale_f + units, mask=inside, other=0.0) if FORGET < 0 else 0.0
+    g = tl.load(gain + units, mask=inside, other=0.0)
+    b = tl.load(shift + units, mask=inside, other=0.0)
+    start = row * 0
+    candidate, i, f, o = _gates_of_step(
+        gates, start, steps, batch, row, size, units, inside, s_i, s_f,
+        GATES, INPUT, FORGET, OUTPUT, SQUASH_CANDIDATE, WIDE,
+    )  # fmt: skip
+    for done in range(0, steps):
+        t = start + done
+        next_candidate, next_i, next_f, next_o = _gates_of_step(
+            gates, t + 1, steps, batch, row, size, units, inside, s_i, s_f,
+            GATES, INPUT, FORGET, OUTPUT, SQUASH_CANDIDATE, WIDE,
+        )  # fmt: skip
+        at = t.to(tl.int64) * batch + row
+        raw = i * candidate + f * c
+        mean = tl.sum(tl.where(inside, raw, 0.0), axis=0) / size
+        deviation = tl.where(inside, raw - mean, 0.0)
+        inverse = 1 / tl.sqrt(tl.sum(deviation * deviation, axis=0) / size + EPSILON)
+        tl.store(moments + at * 2, mean)
+        tl.store(moments + at * 2 + 1, inverse)
+        new = deviation * inverse * g + b
+        h = new
+        if SQUASH_OUTPUT:
+            h = _tanh(new)
+        h = h * o
+        if MASK:
+            real = tl.load(keep + at) != 0
+            new = tl.where(real, new, c)
+            h = tl.where(real, h, 0.0)
+        c = new
+        tl.store(memory + (at + batch) * size + units, c, mask=inside)
+        tl.store(output + at * size + units, h, mask=inside)
+        candidate, i, f, o = next_candidate, next_i, next_f, next_o
+
+
+@triton.jit
+def normed_backward(
+    gates, memory, grad_output, last_grad_hidden, last_grad_memory, last, grad_gates, first_grad_memory, grad_gain,
+    grad_shift, moments, gain, keep, scale_i, scale_f, steps, batch, size,
+    GATES: tl.constexpr, INPUT: tl.constexpr, FORGET: tl.constexpr, OUTPUT: tl.constexpr,
+    SQUASH_CANDIDATE: tl.constexpr, SQUASH_OUTPUT: tl.constexpr, MASK: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_D: tl.constexpr, HAS_LAST_HIDDEN: tl.constexpr, HAS_LAST_MEMORY: tl.constexpr,
+):  # fmt: skip
+    """As :func:`backward`, with layer normalisation; ``grad_gain`` and ``grad_shift``, ``(B, d)``: each row's share."""
+    row = tl.program_id(0)
+    units = tl.arange(0, BLOCK_D)
+    inside = units < size
+    s_i = tl.load(scale_i) if INPUT < 0 and FORGET < 0 else 0.0
+    s_f = tl.load(scale_f + units, mask=inside, other=0.0) if FORGET < 0 else 0.0
+    g = tl.load(gain + units, mask=inside, other=0.0)
+    final = tl.load(last + row) if MASK else steps - 1
+    zeros = tl.zeros((BLOCK_D,), dtype=WIDE)
+    carry, to_gain, to_shift, to_last_h, to_last_c = zeros, zeros, zeros, zeros, zeros
+    if HAS_LAST_HIDDEN:
+        to_last_h = tl.load(last_grad_hidden + row * size + units, mask=inside, other=0.0).to(WIDE)
+    if HAS_LAST_MEMORY:
+        to_last_c = tl.load(last_grad_memory + row * size + units, mask=inside, other=0.0)
+    start = row * 0 + steps - 1
+    candidate, i, f, o = _gates_of_step(
+        gates, start, steps, batch, row, size, units, inside, s_i, s_f,
+        GATES, INPUT, FORGET, OUTPUT, SQUASH_CANDIDATE, WIDE,
+    )  # fmt: skip
+    now = tl.load(memory + ((start + 1).to(tl.int64) * batch + row) * size + units, mask=inside, other=0.0)
+    for done in range(0, steps):
+        t = start - done
+        next_candidate, next_i, next_f, next_o = _gates_of_step(
+            gates, t - 1, steps, batch, row, size, units, inside, s_i, s_f,
+            GATES, INPUT, FORGET, OUTPUT, SQUASH_CANDIDATE, WIDE,
+        )  # fmt: skip
+        at = t.to(tl.int64) * batch + row
+        place = at * (GATES * size) + units
+        before = tl.load(memory + at * size + units, mask=inside, other=0.0)
+        mean = tl.load(moments + at * 2)
+        inverse = tl.load(moments + at * 2 + 1)
+        to_h = tl.load(grad_output + at * size + units, mask=inside, other=0.0).to(WIDE)
+        to_h += tl.where(t == final, to_last_h, 0.0)
+        q = now
+        slope = zeros + 1
+        if SQUASH_OUTPUT:
+            q = _tanh(now)
+            slope = 1 - q * q
+        to_c = carry + to_h * o * slope + tl.where(t == final, to_last_c, 0.0)
+        normal = tl.where(inside, (i * candidate + f * before - mean) * inverse, 0.0)
+        weighted = to_c * g
+        shared = tl.sum(weighted, axis=0) / size
+        along = tl.sum(weighted * normal, axis=0) / size
+        to_raw = tl.where(inside, inverse * (weighted - shared - normal * along), 0.0)
+        to_o = to_h * q * o * (1 - o)
+        more_gain = to_c * normal
+        more_shift = to_c
+        left = to_raw * f
+        if MASK:
+            real = tl.load(keep + at) != 0
+            left = tl.where(real, left, carry)
+            to_raw = tl.where(real, to_raw, 0.0)
+            to_o = tl.where(real, to_o, 0.0)
+            more_gain = tl.where(real, more_gain, 0.0)
+            more_shift = tl.where(real, more_shift, 0.0)
+        to_gain += more_gain
+        to_shift += more_shift
+        carry = left
+        if OUTPUT >= 0:
+            tl.store(grad_gates + place + OUTPUT * size, to_o, mask=inside)
+        if FORGET >= 0:
+            reach = before
+            if INPUT < 0:
+                reach = before - candidate
+            tl.store(grad_gates + place + FORGET * size, to_raw * reach * f * (1 - f), mask=inside)
+        if INPUT >= 0:
+            tl.store(grad_gates + place + INPUT * size, to_raw * candidate * i * (1 - i), mask=inside)
+        to_candidate = to_raw * i
+        if SQUASH_CANDIDATE:
+            to_candidate = to_candidate * (1 - candidate * candidate)
+        tl.store(grad_gates + place, to_candidate, mask=inside)
+        now = before
+        candidate, i, f, o = next_candidate, next_i, next_f, next_o
+    tl.store(first_grad_memory + row * size + units, carry, mask=inside)
+    tl.store(grad_gain + row * size + units, to_gain, mask=inside)
+    tl.store(grad_shift + row * size + units, to_shift, mask=inside)

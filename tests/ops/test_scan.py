@@ -39,6 +39,27 @@ def test_odd_sizes_across_chunks(steps, batch, size):
 
 
 @runs
+@pytest.mark.parametrize("cell", [name for name, cell in CELLS.items() if cell.has_memory])
+@pytest.mark.parametrize("mask", ["none", "mixed"])
+def test_layer_norm(cell, mask):
+    for bidirectional, size in ((False, 5), (True, 33)):
+        compare(
+            "scan", device=DEVICE, cell=cell, feedback=False, mask=mask, bidirectional=bidirectional, layer_norm=True,
+            learn_sigma=True, sizes=(3, size), ngram=2,
+        )  # fmt: skip
+
+
+@runs
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_layer_norm_in_other_dtypes(dtype):
+    for cell, mask in itertools.product(("rkm_lstm", "rkm_cifg", "lstm"), ("none", "mixed")):
+        compare(
+            "scan", device=DEVICE, dtype=dtype, cell=cell, feedback=False, mask=mask, steps=7, sizes=(6, 9),
+            layer_norm=True,
+        )  # fmt: skip
+
+
+@runs
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_other_dtypes(dtype):
     for cell, mask in itertools.product(("rkm_lstm", "rkm_cifg", "lstm", "ran", "cnn"), ("none", "mixed")):
@@ -62,8 +83,10 @@ def test_what_it_cannot_take_is_refused_with_a_reason():
     x = torch.zeros(2, 1, 4, device=DEVICE)
     with pytest.raises(RKMError, match="with feedback a step has to wait"):
         RKM(4, 4, backend="scan", device=DEVICE)(x)
-    with pytest.raises(RKMError, match="no linear recurrence"):
-        RKM(4, 4, backend="scan", feedback=False, layer_norm=True, device=DEVICE)(x)
+    with pytest.raises(RKMError, match="without memory it does not normalise"):
+        RKM(4, 4, cell="gated_cnn", backend="scan", layer_norm=True, device=DEVICE)(x)
+    with pytest.raises(RKMError, match="up to 8192 units"):
+        RKM(4, 8193, cell="rkm_cifg", backend="scan", feedback=False, layer_norm=True, device=DEVICE)(x)
     assert RKM(4, 4, feedback=False, device=DEVICE)(x[:0])[0].shape == (0, 1, 4)
 
 

@@ -1,0 +1,43 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fairseq_rkm.ops.alignment import align, align_rows, unalign
+
+HAS_GPU = torch.cuda.is_available()
+gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA GPU")
+
+
+def test_what_is_aligned_is_not_copied():
+    inputs, weight, other = torch.randn(3, 2, 8), torch.randn(4, 3 * 8), torch.randn(6, 16)
+    for given, wanted in zip(align(inputs, weight, other), (inputs, weight, other), strict=True):
+        assert given.data_ptr() == wanted.data_ptr()
+        assert given.shape == wanted.shape
+
+
+def test_each_input_s_part_of_a_weight_is_aligned():
+    inputs, weight, other = torch.randn(3, 2, 5), torch.randn(4, 3 * 5), torch.randn(6, 7)
+    aligned_inputs, aligned_weight, aligned_other = align(inputs, weight, other)
+    assert torch.equal(aligned_inputs, F.pad(inputs, (0, 3)))
+    assert torch.equal(aligned_weight.unflatten(1, (3, 8)), F.pad(weight.unflatten(1, (3, 5)), (0, 3)))
+    assert torch.equal(aligned_other, F.pad(other, (0, 1)))
+
+
+def test_unalign_undoes_what_align_does_to_a_weight():
+    weight = torch.randn(4, 3 * 5)
+    aligned = F.pad(weight.unflatten(1, (3, 5)), (0, 3)).flatten(1)
+    assert torch.equal(unalign(aligned, 5, 8), weight)
+    assert unalign(weight, 5, 5) is weight
+
+
+@gpu
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_rows_are_filled_up_with_zeros(dtype):
+    shapes = [(1, 1), (3, 2, 7), (5, 16), (4, 0, 3), (1000, 1150), (7, 301), (70, 20, 63)]
+    matrices = [torch.randn(*shape, device="cuda").to(dtype) for shape in shapes]
+    matrices.append(torch.randn(33, 9, device="cuda").to(dtype).t())
+    for given, matrix in zip(align_rows(*matrices), matrices, strict=True):
+        wanted = F.pad(matrix, (0, -matrix.size(-1) % (16 // matrix.element_size())))
+        assert given.size(-1) * given.element_size() % 16 == 0
+        assert torch.equal(given, wanted)
