@@ -43,6 +43,7 @@ def error_of(rkm: RKM, x: Tensor) -> float:
 def _reference(rkm: RKM) -> RKM:
     copy = RKM(
         rkm.input_size, rkm.hidden_size, cell=rkm.cell, ngram=rkm.ngram, layer_norm=rkm.layer_norm,
+        memory_clip=rkm.memory_clip,
         feedback=None if rkm.feedback == CELLS[rkm.cell].has_feedback else False, backend="reference",
         device=rkm.get_parameter("weight_ih_l0").device, dtype=torch.float64,
     )  # fmt: skip
@@ -151,14 +152,19 @@ def benchmark_shape(shape: tuple[int, int, int, int], args: argparse.Namespace) 
     rows = [{"shape": shape, "dtype": args.dtype, "cell": "nn.LSTM", "backend": "torch", **baseline}]
     for cell in args.cell:
         rkm = RKM(
-            m, d, cell=cell, ngram=args.ngram, layer_norm=args.layer_norm, backend=args.backend,
-            feedback=False if args.no_feedback else None, device=args.device, dtype=dtype,
+            m, d, cell=cell, ngram=args.ngram, layer_norm=args.layer_norm, memory_clip=args.memory_clip,
+            feedback=False if args.no_feedback else None, backend=args.backend, device=args.device, dtype=dtype,
         )  # fmt: skip
         error = error_of(rkm, x)
         if not error <= TOLERANCES[dtype]:
             raise SystemExit(f"benchmark: {cell} at {shape} in {args.dtype} is wrong: off by {error:.1e}")
         row = {"shape": shape, "dtype": args.dtype, "cell": cell, "backend": args.backend, "error": error}
-        row |= {"feedback": rkm.feedback, "ngram": args.ngram, "layer_norm": args.layer_norm}
+        row |= {
+            "feedback": rkm.feedback,
+            "ngram": args.ngram,
+            "layer_norm": args.layer_norm,
+            "memory_clip": args.memory_clip,
+        }
         row |= measure(rkm, x, args)
         for kind in ("forward", "forward_backward", *(["graphed"] if "graphed" in row else [])):
             row[f"{kind}_ratio"] = baseline[kind]["median_ms"] / row[kind]["median_ms"]
@@ -278,6 +284,7 @@ def main() -> None:
     one.add_argument("--backend", default="auto")
     one.add_argument("--ngram", type=int, default=1)
     one.add_argument("--layer-norm", action="store_true")
+    one.add_argument("--memory-clip", type=float)
     one.add_argument("--no-feedback", action="store_true")
     one.add_argument("--threads", type=int, help="CPU threads")
     one.add_argument("--seconds", type=float, default=1.0, help="how long to repeat each measurement")

@@ -1,7 +1,7 @@
 """The flags that all RKM models share, and the module that they describe."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Optional
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
@@ -27,6 +27,9 @@ class RKMOptions(FairseqDataclass):
         default=False, metadata={"help": "gates see the inputs alone, so that time runs in parallel"}
     )
     layer_norm: bool = field(default=False, metadata={"help": "layer normalisation of the memory"})
+    memory_clip: Optional[float] = field(
+        default=None, metadata={"help": "clip the memory to this magnitude at each step; excludes --layer-norm"}
+    )
     sigma_i2: float = field(default=0.5, metadata={"help": "constant input scale, within (0, 1)"})
     sigma_f2: float = field(default=0.5, metadata={"help": "constant memory scale, within (0, 1)"})
     learn_sigma: bool = field(default=False, metadata={"help": "learn the constant scales"})
@@ -47,6 +50,7 @@ def build_rkm(options: RKMOptions, input_size: int, hidden_size: int, **argument
         ngram_padding=str(options.ngram_padding),
         feedback=False if options.no_feedback else None,
         layer_norm=options.layer_norm,
+        memory_clip=options.memory_clip,
         sigma_i2=options.sigma_i2,
         sigma_f2=options.sigma_f2,
         learn_sigma=options.learn_sigma,

@@ -77,6 +77,8 @@ class RKM(nn.Module):
         backend: ``"auto"`` or one of :data:`fairseq_rkm.ops.BACKENDS`: obeyed or refused, never replaced.
         device: where the parameters live.
         dtype: their type.
+        memory_clip: clip ``c_t`` to ``[-memory_clip, memory_clip]`` at each step (Sak et al. 2014); None for no limit.
+            Beside layer normalisation the other way to bound what a cell without squashing feeds back into itself.
 
     Parameters, for layer k and the suffix ``""`` or ``"_reverse"``:
         ``weight_ih_l{k}`` ``(len(gates) * d, n * m)``, ``weight_hh_l{k}`` ``(len(recurrent_gates) * d, d)``,
@@ -109,6 +111,8 @@ class RKM(nn.Module):
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        memory_clip: float | None = None,
     ) -> None:
         super().__init__()
         _check_sizes(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers, ngram=ngram)
@@ -117,14 +121,15 @@ class RKM(nn.Module):
             raise RKMError(f"unknown ngram_padding {ngram_padding!r}; choose causal or same")
         if ngram_padding == "same" and ngram % 2 == 0:
             raise RKMError(f"ngram_padding 'same' centres an odd window; ngram is {ngram}")
+        _check_clip(memory_clip, layer_norm)
         check_probability("weight_dropout", weight_dropout)
         check_backend(backend)
 
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
-        self._cell = resolve_cell(cell, feedback)
+        self._cell = resolve_cell(cell, feedback).clipped(memory_clip)
         self.cell, self.feedback = cell, self._cell.has_feedback
         self.ngram, self.ngram_padding = ngram, ngram_padding
-        self.bias, self.layer_norm = bias, layer_norm
+        self.bias, self.layer_norm, self.memory_clip = bias, layer_norm, memory_clip
         self.sigma_i2, self.sigma_f2, self.learn_sigma = sigma_i2, sigma_f2, learn_sigma
         self.forget_bias, self.weight_dropout = forget_bias, weight_dropout
         self.bidirectional, self.batch_first, self.backend = bidirectional, batch_first, backend
@@ -339,8 +344,8 @@ class RKM(nn.Module):
         Raises:
             RKMError: a cell, n-gram, feedback or layer norm that ``nn.LSTM`` cannot compute.
         """
-        if self.cell != "lstm" or self.ngram > 1 or not self.feedback or self.layer_norm:
-            raise RKMError("only cell='lstm' with ngram 1, feedback and no layer norm is an nn.LSTM")
+        if self.cell != "lstm" or self.ngram > 1 or not self.feedback or self.layer_norm or self.memory_clip:
+            raise RKMError("only cell='lstm' with ngram 1, feedback, no layer norm and no clipping is an nn.LSTM")
         first = self.get_parameter("weight_ih_l0")
         lstm = nn.LSTM(
             self.input_size, self.hidden_size, self.num_layers, self.bias, self.batch_first, self.dropout.p,
@@ -359,6 +364,8 @@ class RKM(nn.Module):
         text = f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}, cell={self.cell!r}"
         if self.ngram > 1:
             text += f", ngram={self.ngram}, ngram_padding={self.ngram_padding!r}"
+        if self.memory_clip is not None:
+            text += f", memory_clip={self.memory_clip}"
         flags = ("layer_norm", "learn_sigma", "bidirectional", "batch_first")
         text += "".join(f", {flag}=True" for flag in flags if getattr(self, flag))
         return text + ("" if self.feedback else ", feedback=False")
@@ -388,6 +395,15 @@ def _check_sizes(**sizes: int) -> None:
     for what, size in sizes.items():
         if size < 1:
             raise RKMError(f"{what} must be at least 1, not {size}")
+
+
+def _check_clip(clip: float | None, layer_norm: bool) -> None:
+    if clip is None:
+        return
+    if not 0 < clip < math.inf:
+        raise RKMError(f"memory_clip must be above 0 and finite, or None for no limit, not {clip}")
+    if layer_norm:
+        raise RKMError("memory_clip and layer_norm both bound the memory: choose one")
 
 
 def _check_scales(**scales: float) -> None:

@@ -160,6 +160,8 @@ class _Forward:
                 new.addcmul_(gates[..., self.at[FORGET]], previous)
             elif cell.has_memory:
                 new.add_(previous * weights.sigma_f)
+        if cell.clip is not None:
+            new.clamp_(-cell.clip, cell.clip)
         if self.norm is not None:
             kept[...], self.norm.mean[now], self.norm.rstd[now] = torch.native_layer_norm(
                 new, new.shape[-1:], weights.norm_weight, weights.norm_bias, LAYER_NORM_EPS
@@ -190,6 +192,7 @@ class _Backward:
         self.keep = None if keep is None else keep.unsqueeze(-1).to(memory.dtype)
         self.at = gate_slices(cell, hidden.size(2))
         self.normed_grad = torch.empty_like(memory[1:] if norm is not None else memory[:0])
+        self.inside = None if cell.clip is None else (memory[1:].abs() < cell.clip).to(memory.dtype)
         self._factors()
 
     def _factors(self) -> None:
@@ -268,7 +271,9 @@ class _Backward:
             self.factors[block][..., self.at[OUTPUT]] *= grad_hidden
 
     def _through_norm(self, block: slice, grad: Tensor) -> Tensor:
-        """From the gradient of ``c_t`` to the memory gates' and, returned, to that of ``c_t`` before the layer norm."""
+        """From the gradient of ``c_t`` to the memory gates' and, returned, to that before layer norm or clipping."""
+        if self.inside is not None:
+            grad = grad * self.inside[block]
         if self.norm is not None:
             self.normed_grad[block] = grad if self.keep is None else grad * self.keep[block]
             grad = torch.ops.aten.native_layer_norm_backward(

@@ -33,6 +33,7 @@ class Cell:
         squash_candidate: whether ``c~_t`` passes through tanh.
         squash_output: whether ``c_t`` passes through tanh on its way to the output.
         source: where the equation stands.
+        clip: the largest ``|c_t|``, beyond which the memory is clipped; None for no limit, as in the paper.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Cell:
     squash_candidate: bool = False
     squash_output: bool = False
     source: str = "Liang et al. 2019, section 4"
+    clip: float | None = None
 
     @property
     def has_feedback(self) -> bool:
@@ -80,6 +82,10 @@ class Cell:
     def without_feedback(self) -> "Cell":
         """The same cell with ``U`` dropped: its gates see ``X_t`` alone."""
         return replace(self, recurrent_gates=())
+
+    def clipped(self, clip: float | None) -> "Cell":
+        """The same cell with ``c_t <- min(max(c_t, -clip), clip)`` (Sak et al. 2014), which bounds what is fed back."""
+        return replace(self, clip=clip)
 
     def equations(self) -> tuple[str, str]:
         """The memory's and the output's equation, as the README prints them."""

@@ -181,6 +181,9 @@ INLINE void forward_tile(const Problem* p, int t, int j, int n, int b, const int
         const vec before = load(p->memory + row * d + j, n);
         vec c = input_scale(p, a) * a[0];
         if (HAS_MEMORY) c += forget_scale(p, a, j, n) * before;
+#ifdef CLIP
+        c = clamp(c, -CLIP, CLIP);
+#endif
         const size_t next = (row + p->batch) * d + j;
         if (p->norm) {
             store(p->memory + next, c, n);
@@ -383,6 +386,10 @@ INLINE void through_memory(const Problem* p, size_t row, int b, int j, int n, ve
         store(shift, load(shift, n) + to_c, n);
         to_c = inverse * (to_c * load(p->gain + j, n) - sums[0] - normal * sums[1]);
     }
+#ifdef CLIP
+    const vec c = load(p->memory + (row + p->batch) * d + j, n);
+    to_c = (vec)((ivec)to_c & (c > -CLIP) & (c < CLIP));
+#endif
     store(grad_gate, to_c * i * (SQUASH_CANDIDATE ? 1.f - a[0] * a[0] : splat(1.f)), n);
 #if INPUT >= 0
     store(grad_gate + (size_t)INPUT * d, to_c * a[0] * i * (1.f - i), n);

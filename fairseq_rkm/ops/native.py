@@ -82,7 +82,7 @@ def _processor() -> str:
     return f"{platform.machine()} {platform.processor()} {flags}"
 
 
-def _macros(cell: Cell) -> dict[str, int]:
+def _macros(cell: Cell) -> dict[str, int | str]:
     place = {gate.upper(): cell.gates.index(gate) if gate in cell.gates else -1 for gate in (INPUT, FORGET, OUTPUT)}
     return {
         "GATES": len(cell.gates),
@@ -92,6 +92,7 @@ def _macros(cell: Cell) -> dict[str, int]:
         "HAS_MEMORY": int(cell.has_memory),
         "SQUASH_CANDIDATE": int(cell.squash_candidate),
         "SQUASH_OUTPUT": int(cell.squash_output),
+        **({} if cell.clip is None else {"CLIP": f"{cell.clip!r}f"}),
     }
 
 

@@ -338,6 +338,14 @@ struct Gates {
     }
     __device__ __forceinline__ float output() const { return OUTPUT >= 0 ? value[OUTPUT >= 0 ? OUTPUT : 0] : 1.f; }
     __device__ __forceinline__ float raw(float before) const { return input() * value[0] + forget() * before; }
+    // The memory: what the layer norm takes, or is clipped.
+    __device__ __forceinline__ float memory(float before) const {
+#ifdef CLIP
+        return fminf(fmaxf(raw(before), -CLIP), CLIP);
+#else
+        return raw(before);
+#endif
+    }
 };
 
 extern __shared__ uint4 shared[];
@@ -456,7 +464,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_forward(
                 if (SQUASH_CANDIDATE) a[i].value[0] = hyperbolic(a[i].value[0]);
 #pragma unroll
                 for (int g = 1; g < GATES; ++g) a[i].value[g] = sigmoid(a[i].value[g]);
-                now[i] = a[i].raw(before[i]);
+                now[i] = a[i].memory(before[i]);
             }
         }
 #if NORM
@@ -597,6 +605,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_backward(
             through[i] = SQUASH_OUTPUT ? hyperbolic(now[i]) : now[i];
             const float slope = SQUASH_OUTPUT ? 1.f - through[i] * through[i] : 1.f;
             to_raw[i] = to_memory[i] + (real_step[i] ? to_hidden[i] * a[i].output() * slope : 0.f);
+#ifdef CLIP
+            if (real_step[i] && fabsf(now[i]) >= CLIP) to_raw[i] = 0.f;
+#endif
         }
 #if NORM
         float normal[ITEMS];

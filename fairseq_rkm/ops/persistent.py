@@ -370,6 +370,7 @@ def _macros(
         *((gate.upper(), index) for gate, index in place.items()),
         ("SQUASH_CANDIDATE", int(cell.squash_candidate)),
         ("SQUASH_OUTPUT", int(cell.squash_output)),
+        *(() if cell.clip is None else (("CLIP", f"{cell.clip!r}f"),)),
         ("NORM", int(problem.norm)),
         ("EPSILON", f"{LAYER_NORM_EPS}f"),
         ("MASK", int(mask)),

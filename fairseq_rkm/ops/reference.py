@@ -66,6 +66,8 @@ def step(cell: Cell, window: Tensor, weights: Weights, hidden: Tensor, memory: T
         new_memory = new_memory + forget * memory
     if weights.norm_weight is not None:
         new_memory = F.layer_norm(new_memory, (size,), weights.norm_weight, weights.norm_bias, LAYER_NORM_EPS)
+    if cell.clip is not None:
+        new_memory = new_memory.clamp(-cell.clip, cell.clip)
 
     output = torch.tanh(new_memory) if cell.squash_output else new_memory
     if cell.output_is_gate:

@@ -36,6 +36,8 @@ def refuses(cell: Cell, inputs: Tensor, weights: Weights) -> str | None:
         return f"it runs on CUDA GPUs, and the inputs are on {inputs.device}"
     if weights.recurrent is not None:
         return "with feedback a step has to wait for the one before"
+    if cell.clip is not None:
+        return "with clipping the memory is no linear recurrence"
     if weights.norm_weight is not None and not cell.has_memory:
         return "without memory it does not normalise: there is no loop to speed up"
     if weights.norm_weight is not None and weights.norm_weight.numel() > MAX_NORMED:

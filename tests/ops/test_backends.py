@@ -69,6 +69,16 @@ def test_learned_sigmas_and_two_layers(backend, cell, mask):
         compare(backend, mask=mask, cell=cell, learn_sigma=True, layer_norm=layer_norm, num_layers=2)
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("mask", ["none", "mixed"])
+def test_clipped_memory(backend, cell, mask):
+    """The bound is such that some of the memory is clipped and some is not."""
+    for feedback in (None, False):
+        compare(backend, mask=mask, cell=cell, feedback=feedback, memory_clip=0.4, learn_sigma=True, bidirectional=True)
+
+
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

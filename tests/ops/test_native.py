@@ -44,6 +44,17 @@ def test_odd_sizes(steps, batch, size):
 
 
 @compiled
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("cell", CELLS)
+def test_clipped_memory(cell):
+    for feedback, mask in itertools.product((None, False), ("none", "mixed")):
+        compare(
+            "native", dtype=torch.float32, cell=cell, feedback=feedback, mask=mask, memory_clip=0.4, sizes=(3, 19),
+            learn_sigma=True,
+        )  # fmt: skip
+
+
+@compiled
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_threads_do_not_change_the_result(threads):
     before = torch.get_num_threads()

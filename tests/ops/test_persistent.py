@@ -30,6 +30,19 @@ def test_all_variants(cell, dtype):
 
 @gpu
 @pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("cell", FEEDBACK)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_clipped_memory(cell, dtype):
+    """A bound that no value comes close to by chance: a half-rounded one may fall on either side."""
+    for mask in ("none", "mixed"):
+        compare(
+            "persistent", device="cuda", dtype=dtype, cell=cell, mask=mask, steps=7, batch=5, sizes=(6, 37), tf32=True,
+            memory_clip=0.4, learn_sigma=True,
+        )  # fmt: skip
+
+
+@gpu
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(
     ("steps", "batch", "size"), [(1, 1, 1), (3, 1, 8), (63, 33, 100), (5, 20, 1150), (4, 200, 500), (9, 3, 651)]
 )

@@ -67,6 +67,17 @@ def test_two_steps_by_hand(name, feedback):
     torch.testing.assert_close(memory, c)
 
 
+def test_a_clipped_memory_is_carried_clipped():
+    cell = CELLS["linear_kernel_gated"].clipped(0.7)
+    w, x, c0 = torch.zeros(8, 1), torch.zeros(2, 1, 1), torch.tensor([[4.0, -4.0, 1.0, 0.5]])
+    w[:4, 0] = 1.0
+    x[0], x[1] = 0.2, -0.1
+    output, _, memory = recurrence(cell, x, Weights(w, torch.zeros(8, 4)), torch.zeros(1, 4), c0)
+    first = torch.tensor([[0.7, -0.7, 0.6, 0.35]])
+    torch.testing.assert_close(output[0], 0.5 * first)
+    torch.testing.assert_close(memory, 0.5 * first - 0.05)
+
+
 def test_layer_norm_acts_on_the_memory_and_is_carried():
     cell = CELLS["linear_kernel"]
     w, gain, shift = torch.randn(4, 3), torch.randn(4), torch.randn(4)

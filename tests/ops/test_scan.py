@@ -85,6 +85,8 @@ def test_what_it_cannot_take_is_refused_with_a_reason():
         RKM(4, 4, backend="scan", device=DEVICE)(x)
     with pytest.raises(RKMError, match="without memory it does not normalise"):
         RKM(4, 4, cell="gated_cnn", backend="scan", layer_norm=True, device=DEVICE)(x)
+    with pytest.raises(RKMError, match="with clipping the memory is no linear"):
+        RKM(4, 4, backend="scan", feedback=False, memory_clip=1.0, device=DEVICE)(x)
     with pytest.raises(RKMError, match="up to 8192 units"):
         RKM(4, 8193, cell="rkm_cifg", backend="scan", feedback=False, layer_norm=True, device=DEVICE)(x)
     assert RKM(4, 4, feedback=False, device=DEVICE)(x[:0])[0].shape == (0, 1, 4)
