@@ -55,3 +55,8 @@ def build_rkm(options: RKMOptions, input_size: int, hidden_size: int, **argument
         "backend": str(options.backend),
     }
     return RKM(input_size, hidden_size, **{**flags, **arguments})
+
+
+def first_given(value: Any, default: Any) -> Any:
+    """A flag's value, or another flag's if it is not given."""
+    return default if value is None else value
