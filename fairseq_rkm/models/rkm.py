@@ -1,13 +1,19 @@
 """``rkm``: an encoder-decoder of RKM layers with attention, for fairseq's ``translation`` task and its kin."""
 
 import argparse
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Optional
 
+from fairseq import hub_utils
 from fairseq.models import FairseqEncoderDecoderModel, register_model, register_model_architecture
 from omegaconf import II
 
+import fairseq_rkm
+from fairseq_rkm.compat_translation import check_pieces
 from fairseq_rkm.errors import RKMError
+from fairseq_rkm.models.hub import TranslationHub
 from fairseq_rkm.models.options import CELL_CHOICES, RKMOptions
 from fairseq_rkm.models.rkm_decoder import RKMAttentionDecoder
 from fairseq_rkm.models.rkm_encoder import RKMEncoder
@@ -97,6 +103,32 @@ class RKMModel(FairseqEncoderDecoderModel):
             )
         encoder = RKMEncoder(cfg, source, source_embedding)
         return cls(encoder, RKMAttentionDecoder(cfg, target, target_embedding, encoder.output_size))
+
+    @classmethod
+    def from_pretrained(
+        cls, model_name_or_path: str, checkpoint_file: str = "model.pt", data_name_or_path: str = ".", **kwargs: Any
+    ) -> TranslationHub:
+        """Load a trained model for use from Python.
+
+        Args:
+            model_name_or_path: the folder that ``checkpoint_file`` is in, or an archive of it or its URL.
+            checkpoint_file: a checkpoint, or several separated by colons: an ensemble.
+            data_name_or_path: the folder of the dictionaries; ``"."`` is the model's own.
+            kwargs: fairseq's options where they differ from training's: ``bpe="sentencepiece"``,
+                ``sentencepiece_model=...`` (``sentencepiece.bpe.model`` is found if it stands in the model's folder),
+                ``tokenizer="moses"``, ``source_lang=...``.
+
+        Raises:
+            RKMError: no checkpoint there, one that is damaged or carries code, or files that do not fit together.
+        """
+        fairseq_rkm.register()
+        for file in checkpoint_file.split(os.pathsep):
+            if Path(model_name_or_path).is_dir() and not Path(model_name_or_path, file).is_file():
+                raise RKMError(f"no checkpoint {file} in {model_name_or_path}: name it by checkpoint_file")
+        loaded = hub_utils.from_pretrained(model_name_or_path, checkpoint_file, data_name_or_path, **kwargs)
+        hub = TranslationHub(loaded["args"], loaded["task"], loaded["models"])
+        check_pieces(hub.bpe, hub.src_dict)
+        return hub
 
 
 def check_flags(cfg: RKMConfig, joined: bool) -> None:
