@@ -122,9 +122,8 @@ class RKMModel(FairseqEncoderDecoderModel):
             RKMError: no checkpoint there, one that is damaged or carries code, or files that do not fit together.
         """
         fairseq_rkm.register()
-        for file in checkpoint_file.split(os.pathsep):
-            if Path(model_name_or_path).is_dir() and not Path(model_name_or_path, file).is_file():
-                raise RKMError(f"no checkpoint {file} in {model_name_or_path}: name it by checkpoint_file")
+        if "://" not in model_name_or_path:
+            _check_files(Path(model_name_or_path), checkpoint_file.split(os.pathsep))
         loaded = hub_utils.from_pretrained(model_name_or_path, checkpoint_file, data_name_or_path, **kwargs)
         hub = TranslationHub(loaded["args"], loaded["task"], loaded["models"])
         check_pieces(hub.bpe, hub.src_dict)
@@ -182,6 +181,14 @@ def _check_sharing(cfg: RKMConfig, joined: bool) -> None:
             f"{tying} needs --decoder-out-embed-dim ({cfg.decoder_out_embed_dim}) to be --decoder-embed-dim "
             f"({cfg.decoder_embed_dim}): leave it out"
         )
+
+
+def _check_files(path: Path, checkpoints: list[str]) -> None:
+    if not path.exists():
+        raise RKMError(f"no model at {path}: give the folder of a trained model's checkpoint")
+    missing = [file for file in checkpoints if path.is_dir() and not (path / file).is_file()]
+    if missing:
+        raise RKMError(f"no checkpoint {missing[0]} in {path}: name it by checkpoint_file")
 
 
 def _flag(name: str) -> str:
