@@ -1,5 +1,7 @@
 import copy
 import itertools
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -310,3 +312,27 @@ def test_checkpoints_of_another_dictionary_are_refused():
         build(source=dictionary(31)).load_state_dict(dict(state))
     with pytest.raises(RKMError, match="trained with another dictionary"):
         build(target=dictionary(41)).load_state_dict(dict(state))
+
+
+def test_an_exported_program_needs_torch_alone_and_gives_the_same(tmp_path):
+    """Lengths are fixed, which padding fills; the batch is of any size."""
+    model = build(ngram=3, ngram_padding="same", layer_norm=True)
+    source, tokens = batch(3)
+    rows = torch.export.Dim("rows", min=2)
+    program = torch.export.export(
+        model.float(),
+        (source, torch.full((3,), 6), tokens),
+        dynamic_shapes={name: {0: rows} for name in ("src_tokens", "src_lengths", "prev_output_tokens")},
+    )
+    torch.export.save(program, tmp_path / "model.pt2")
+    source, tokens = batch(5)
+    source[2, :3], tokens[1, 5:] = SOURCE.pad(), TARGET.pad()
+    torch.save((source, tokens, model(source, None, tokens)[0].detach()), tmp_path / "example.pt")
+    code = f"""
+import sys, torch
+source, tokens, wanted = torch.load({str(tmp_path / "example.pt")!r})
+program = torch.export.load({str(tmp_path / "model.pt2")!r}).module()
+torch.testing.assert_close(program(source, torch.full((5,), 6), tokens)[0], wanted)
+assert not {{"fairseq", "fairseq_rkm"}} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
