@@ -52,9 +52,10 @@ MODELS = {
     "rkm_cifg": f"{RKM} --cell rkm_cifg",
     "lstm": f"{RKM} --cell lstm",
     "linear_kernel_gated": f"{RKM} --cell linear_kernel_gated",
-    # Which default is better: attention below the last layer, after it, or after it and fed back.
+    # Which default is better: attention below the last layer, after it, or after it and fed back; and what n-grams do.
     "rkm_lstm_attention_last": f"{RKM} --cell rkm_lstm --attention-layer 0",
     "rkm_lstm_input_feeding": f"{RKM} --cell rkm_lstm --attention-layer 0 --input-feeding",
+    "rkm_lstm_1gram": f"{RKM} --cell rkm_lstm --encoder-ngram 1",
     # fairseq's own, of the same sizes, and its transformer at one that suits a corpus of this size.
     "fairseq_lstm": "--arch lstm --encoder-embed-dim 256 --encoder-hidden-size 256 --encoder-layers 2 "
     "--encoder-bidirectional --decoder-embed-dim 256 --decoder-hidden-size 512 --decoder-layers 2 "

@@ -214,7 +214,8 @@ def rkm_tiny(args: argparse.Namespace) -> None:
 def rkm_iwslt_de_en(args: argparse.Namespace) -> None:
     """For corpora of some 30,000 to 300,000 sentence pairs with a subword vocabulary of some 10,000."""
     _fill(
-        args, layer_norm=True, ngram=3, ngram_padding="same", encoder_embed_dim=256, encoder_hidden_size=256,
-        encoder_layers=2, encoder_bidirectional=True, decoder_embed_dim=256, decoder_hidden_size=512, decoder_layers=2,
-        attention_layer=1, share_decoder_input_output_embed=True, dropout=0.3,
+        args, layer_norm=True, ngram_padding="same", encoder_ngram=None if hasattr(args, "ngram") else 3,
+        encoder_embed_dim=256, encoder_hidden_size=256, encoder_layers=2, encoder_bidirectional=True,
+        decoder_embed_dim=256, decoder_hidden_size=512, decoder_layers=2, attention_layer=1, dropout=0.3,
+        share_decoder_input_output_embed=getattr(args, "adaptive_softmax_cutoff", None) is None,
     )  # fmt: skip

@@ -306,6 +306,20 @@ def test_presets_fill_what_is_not_given_and_are_idempotent(preset):
     build(**{name: value for name, value in vars(args).items() if name != "criterion_name"})
 
 
+def test_a_preset_yields_to_flags_that_it_would_contradict():
+    args = SimpleNamespace(ngram=1, adaptive_softmax_cutoff="10,20")
+    rkm_iwslt_de_en(args)
+    model = build(**vars(args))
+    assert {layer.ngram for layer in model.encoder.layers} == {1}
+    assert model.decoder.adaptive_softmax is not None
+    args = SimpleNamespace()
+    rkm_iwslt_de_en(args)
+    model = build(**vars(args))
+    assert {(layer.ngram, layer.ngram_padding) for layer in model.encoder.layers} == {(3, "same")}
+    assert {layer.ngram for layer in model.decoder.layers} == {1}
+    assert model.decoder.output_projection.weight is model.decoder.embed_tokens.weight
+
+
 def test_checkpoints_of_another_dictionary_are_refused():
     state = build().state_dict()
     with pytest.raises(RKMError, match="trained with another dictionary"):
