@@ -34,11 +34,12 @@ from typing import Any
 import sacrebleu
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
-from average_checkpoints import average, last_checkpoints, save  # noqa: E402
-from report import circumstances, parse_line  # noqa: E402
+from average_checkpoints import average, last_checkpoints, save
+from report import circumstances, parse_line
+
+ROOT = Path(__file__).resolve().parents[2]
 
 COMMON = (
     "--task translation --criterion label_smoothed_cross_entropy --label-smoothing 0.1 --optimizer adam "
@@ -88,12 +89,10 @@ class Bench:
     running: set[subprocess.Popen] = field(default_factory=set)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    @property
-    def languages(self) -> tuple[str, str]:
-        """Source and target, as the data's files are called."""
-        (name,) = (path.name for path in (self.args.data / "bin").glob("train.*-*.*.idx") if _is_source(path.name))
-        source, target = name.split(".")[1].split("-")
-        return source, target
+    def __post_init__(self) -> None:
+        about = json.loads((self.args.data / "data.json").read_text(encoding="utf-8"))
+        self.source, self.target = about["languages"]
+        self.tests = {split: name for split, name in about["splits"].items() if split.startswith("test")}
 
     def fairseq(self, command: str, log: Path, device: int, *flags: object, append: bool = False) -> str:
         """Run a fairseq command, its output in a file; return the output.
@@ -131,11 +130,6 @@ class Bench:
                 process.send_signal(signal.SIGTERM)
 
 
-def _is_source(name: str) -> bool:
-    _, pair, language, _ = name.split(".")
-    return pair.split("-")[0] == language
-
-
 @dataclass
 class Run:
     """One model and seed."""
@@ -150,9 +144,8 @@ class Run:
 
     def flags(self) -> list[str]:
         """fairseq-train's."""
-        source, target = self.bench.languages
         text = f"{COMMON} {MODELS[self.model]}".format(seed=self.seed, plugin=ROOT / "fairseq_rkm")
-        text += f" --source-lang {source} --target-lang {target} {self.bench.args.train_flags}"
+        text += f" --source-lang {self.bench.source} --target-lang {self.bench.target} {self.bench.args.train_flags}"
         cpu = [] if torch.cuda.is_available() else ["--cpu"]
         return [*text.split(), "--sentencepiece-model", str(self.pieces), *cpu]
 
@@ -167,8 +160,8 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._train(device)
         valid, chosen = self._choose(device)
-        tests = sorted(path.name.split(".")[0] for path in (self.bench.args.data / "references").glob("test*"))
-        scores = {test: self._translate(device, self.folder / "model.pt", test) for test in tests}
+        model = self.folder / "model.pt"
+        scores = {name: self._translate(device, model, split) for split, name in self.bench.tests.items()}
         write_json(self.folder / "result.json", self._result(valid, chosen, scores))
         for path in (*self.folder.glob("checkpoint*.pt"), self.folder / "average.pt"):
             path.unlink()
@@ -199,7 +192,7 @@ class Run:
         chosen = max(valid, key=lambda name: valid[name])
         shutil.copy(self.folder / f"{chosen}.pt", self.folder / "model.pt")
         shutil.copy(self.pieces, self.folder)
-        for language in self.bench.languages:
+        for language in (self.bench.source, self.bench.target):
             shutil.copy(self.bench.args.data / "bin" / f"dict.{language}.txt", self.folder)
         return valid, chosen
 
@@ -209,7 +202,7 @@ class Run:
         found = dict(re.findall(r"^D-(\d+)\t\S+\t(.*)$", output, re.M))
         translations = [found[str(i)] for i in range(len(found))]
         (self.folder / f"{split}.txt").write_text("".join(line + "\n" for line in translations), encoding="utf-8")
-        (path,) = (self.bench.args.data / "references").glob(f"{split}.*")
+        path = self.bench.args.data / "references" / f"{split}.{self.bench.target}"
         references = path.read_text(encoding="utf-8").splitlines()
         if len(references) != len(translations):
             raise SystemExit(f"experiment: {len(translations)} translations of {len(references)} sentences of {split}")
@@ -219,14 +212,13 @@ class Run:
 
     def generate(self, device: int, checkpoint: Path, split: str, log: Path) -> str:
         """fairseq-generate's output for a split."""
-        source, target = self.bench.languages
         plugin = ["--user-dir", ROOT / "fairseq_rkm"]
         cpu = [] if torch.cuda.is_available() else ["--cpu"]
         return self.bench.fairseq(
-            "generate", log, device, *plugin, *cpu, "--task", "translation", "--source-lang", source, "--target-lang",
-            target, "--path", checkpoint, "--gen-subset", split, "--batch-size", 128, "--beam", 5, "--max-len-a", 1.2,
-            "--max-len-b", 10, "--required-batch-size-multiple", 1, "--tokenizer", "moses", "--bpe", "sentencepiece",
-            "--sentencepiece-model", self.pieces, "--num-workers", 0,
+            "generate", log, device, *plugin, *cpu, "--task", "translation", "--source-lang", self.bench.source,
+            "--target-lang", self.bench.target, "--path", checkpoint, "--gen-subset", split, "--batch-size", 128,
+            "--beam", 5, "--max-len-a", 1.2, "--max-len-b", 10, "--required-batch-size-multiple", 1, "--tokenizer",
+            "moses", "--bpe", "sentencepiece", "--sentencepiece-model", self.pieces, "--num-workers", 0,
         )  # fmt: skip
 
     def _result(self, valid: dict[str, float], chosen: str, scores: dict[str, Any]) -> dict[str, Any]:
@@ -236,7 +228,7 @@ class Run:
         return {
             "model": self.model,
             "seed": self.seed,
-            "languages": "-".join(self.bench.languages),
+            "languages": f"{self.bench.source}-{self.bench.target}",
             "parameters": int(re.search(r"num. shared model params: ([\d,]+)", log)[1].replace(",", "")),  # type: ignore[index]
             "bleu": {test: round(score["bleu"], 2) for test, score in scores.items()},
             "signature": next(iter(scores.values()))["signature"],
@@ -259,8 +251,9 @@ class Run:
             raise SystemExit(f"experiment: no {self.folder}/model.pt: train {self.model} first (without --speed)")
         log = self.bench.fairseq(
             "train", self.folder / "speed.log", device, *self.flags(), "--no-save", "--disable-validation",
-            "--max-update", self.bench.args.speed_updates, "--save-dir", self.folder / "none",
+            "--max-update", self.bench.args.speed_updates, "--save-dir", self.folder / "speed",
         )  # fmt: skip
+        shutil.rmtree(self.folder / "speed", ignore_errors=True)
         entries = [entry for kind, entry in map(parse_line, log.splitlines()) if kind == "train_inner"]
         rates = [float(entry["wps"]) for entry in entries[len(entries) // 3 :]]
         output = [
@@ -306,7 +299,7 @@ def work(bench: Bench, runs: list[Run]) -> int:
         pending = {pool.submit(one, run) for run in runs}
         try:
             while pending:
-                finished, pending = wait(pending, timeout=20)
+                finished, pending = wait(pending, timeout=min(20, max(1, bench.deadline - time.monotonic())))
                 done += sum(future.result() for future in finished)
                 print(
                     f"{(time.monotonic() - started) / 60:5.1f} min  {done} of {len(runs)} done{_progress(runs)}",
@@ -354,7 +347,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--speed", action="store_true", help="measure speeds of trained models, one at a time")
     parser.add_argument("--speed-updates", type=int, default=300, help="updates timed with --speed (300)")
     args = parser.parse_args()
-    if not (args.data / ".prepared").is_file():
+    if not (args.data / "data.json").is_file():
         parser.error(f"{args.data} is not what prepare.py leaves when it has finished: run it first")
     if args.speed:
         args.jobs = 1

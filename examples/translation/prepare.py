@@ -1,13 +1,15 @@
 """Raw parallel text to what fairseq trains on: tokenised, cut into subwords, binarised.
 
-    python examples/translation/prepare.py TEXT -s de -t en --out DATA [--valid val --test test_2016_flickr ...]
+    python examples/translation/prepare.py TEXT -s de -t en --out DATA
 
-TEXT holds train.de, train.en and so on, a sentence a line, plain or as .gz or .xz. DATA gets
+TEXT holds train.de, train.en and so on, a sentence a line, plain or as .gz or .xz: a training set, a validation set
+(valid, val or dev) and test sets (all whose names begin with test), or what --train, --valid and --test name. DATA gets
 
     bin/                        binarised splits train, valid, test (test1, ... of further --test), and dict.*.txt
     sentencepiece.bpe.model     one for both languages, learnt on train
     text/                       the splits in subwords
     references/                 the target sides of valid and the test sets as they were
+    data.json                   the languages, and which file became which split; written last
 
 Tokenisation is fairseq's own (--tokenizer moses, --bpe sentencepiece), so that fairseq-interactive with these flags
 takes raw text. Nothing is done twice: a second call with the same arguments and text returns at once.
@@ -16,6 +18,7 @@ takes raw text. Nothing is done twice: a second call with the same arguments and
 import argparse
 import gzip
 import hashlib
+import json
 import lzma
 import shutil
 import subprocess
@@ -115,11 +118,24 @@ def write_lines(path: Path, lines: list[str]) -> None:
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
 
-def prepare(args: argparse.Namespace) -> None:
-    """Do all of it."""
+def name_splits(args: argparse.Namespace) -> dict[str, str]:
+    """The files' names by split: train, valid, test, test1, ...
+
+    Raises:
+        SystemExit: no test set.
+    """
+    endings = tuple(f".{args.target_lang}{suffix}" for suffix in OPENERS)
+    there = {path.name.removesuffix(end) for path in args.text.glob("*") for end in endings if path.name.endswith(end)}
+    valid = args.valid or next((name for name in ("valid", "val", "dev") if name in there), "valid")
+    tests = args.test or sorted(name for name in there if name.startswith("test"))
+    if not tests:
+        raise SystemExit(f"prepare: {args.text} has no test*.{args.target_lang} (nor .gz or .xz): name one by --test")
+    return {"train": args.train, "valid": valid} | {f"test{n or ''}": name for n, name in enumerate(tests)}
+
+
+def prepare(args: argparse.Namespace, files: dict[str, str]) -> None:
+    """Do all of it but data.json."""
     languages = (args.source_lang, args.target_lang)
-    files = {"train": args.train, "valid": args.valid}
-    files |= {f"test{number or ''}": name for number, name in enumerate(args.test)}
     splits = {
         split: read_pairs(args.text, name, languages, keep_empty=split.startswith("test"))
         for split, name in files.items()
@@ -157,10 +173,10 @@ def binarise(out: Path, languages: tuple[str, str], tests: list[str]) -> None:
         raise SystemExit(f"prepare: fairseq-preprocess failed:\n{done.stderr[-2000:]}")
 
 
-def fingerprint(args: argparse.Namespace) -> str:
-    """Of the arguments and the raw files."""
-    digest = hashlib.sha256(repr(sorted(vars(args).items())).encode())
-    for name in (args.train, args.valid, *args.test):
+def fingerprint(args: argparse.Namespace, files: dict[str, str]) -> str:
+    """Of the vocabulary's size and the raw files."""
+    digest = hashlib.sha256(f"{args.vocabulary} {files}".encode())
+    for name in files.values():
         for language in (args.source_lang, args.target_lang):
             digest.update(find(args.text, f"{name}.{language}").read_bytes())
     return digest.hexdigest()
@@ -174,18 +190,25 @@ def main() -> None:
     parser.add_argument("-t", "--target-lang", required=True)
     parser.add_argument("--out", type=Path, required=True, metavar="DATA")
     parser.add_argument("--train", default="train", help="the training text's name in TEXT")
-    parser.add_argument("--valid", default="valid", help="the validation text's")
-    parser.add_argument("--test", nargs="+", default=["test"], help="those of the test sets")
+    parser.add_argument("--valid", help="the validation text's")
+    parser.add_argument("--test", nargs="+", help="those of the test sets")
     parser.add_argument("--vocabulary", type=int, default=8000, help="subwords, both languages together")
     args = parser.parse_args()
-    stamp, wanted = args.out / ".prepared", fingerprint(args)
-    if stamp.is_file() and stamp.read_text() == wanted:
+    files = name_splits(args)
+    about = {
+        "languages": [args.source_lang, args.target_lang],
+        "splits": files,
+        "fingerprint": fingerprint(args, files),
+    }
+    record = args.out / "data.json"
+    if record.is_file() and json.loads(record.read_text(encoding="utf-8")) == about:
         print(f"{args.out} is ready")
         return
     shutil.rmtree(args.out / "bin", ignore_errors=True)
+    record.unlink(missing_ok=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    prepare(args)
-    stamp.write_text(wanted)
+    prepare(args, files)
+    record.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     print(f"{args.out} is ready")
 
 

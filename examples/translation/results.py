@@ -53,7 +53,12 @@ def group(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "generation_sentences_per_second": _median(speeds, "generation_sentences_per_second"),
             }
         )
-    return sorted(rows, key=lambda row: (row["languages"], -statistics.mean(row["bleu"]["test"])))
+    return sorted(rows, key=lambda row: (row["languages"], -statistics.mean(_first(row))))
+
+
+def _first(row: dict[str, Any]) -> list[float]:
+    """The scores on the first test set."""
+    return next(iter(row["bleu"].values()))
 
 
 def _median(speeds: list[dict[str, Any]], name: str) -> float | None:
@@ -110,10 +115,10 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 1 + 0.35 * len(rows)), layout="constrained")
     labels = [f"{row['model']}, {row['languages']}" for row in rows]
     for height, row in enumerate(rows):
-        scores = row["bleu"]["test"]
+        scores = _first(row)
         axes.plot(scores, [height] * len(scores), "o", color="C0", alpha=0.6)
         axes.plot(statistics.mean(scores), height, "|", color="black", markersize=14)
-    axes.set(yticks=range(len(rows)), yticklabels=labels, xlabel="BLEU on the test set")
+    axes.set(yticks=range(len(rows)), yticklabels=labels, xlabel=f"BLEU, {next(iter(rows[0]['bleu']))}")
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=150)
