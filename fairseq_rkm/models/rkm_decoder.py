@@ -1,6 +1,7 @@
 """The decoder of ``rkm``: a stack of causal RKM layers of which one attends to the source."""
 
-from typing import Any, NamedTuple, Optional
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, Optional, cast
 
 import torch
 from fairseq.data import Dictionary
@@ -12,8 +13,11 @@ from fairseq_rkm.data.dictionary import check_fingerprint, fingerprint
 from fairseq_rkm.models.options import NO_LIMIT, build_rkm, first_given
 from fairseq_rkm.models.rkm_encoder import EncoderOut
 from fairseq_rkm.models.word_layers import build_softmax
-from fairseq_rkm.modules import RKM, GlobalAttention, RKMState
+from fairseq_rkm.modules import RKM, GlobalAttention, RKMState, Stepper
 from fairseq_rkm.ops import CELLS
+
+Layers = Iterable[Callable[..., tuple[Tensor, RKMState]]]
+"""The decoder's layers, or what stands in for them."""
 
 
 class DecoderState(NamedTuple):
@@ -103,16 +107,19 @@ class RKMAttentionDecoder(FairseqIncrementalDecoder):
             ``{"attn": [weights]}``, the attention's weights ``(B, T, S)``.
         """
         state, tokens = None, prev_output_tokens
+        layers: Layers = self.layers
         if incremental_state is not None:
             state = self.get_incremental_state(incremental_state, "state")
             if state is not None:
                 tokens = tokens[:, -1:]
+            if tokens.size(1) == 1:
+                layers = self._steppers(incremental_state)
         if state is None:
             state = self._initial_state(encoder_out)
         mask = tokens.eq(self.padding_idx) if tokens.size(1) > 1 else None
         x = self.dropout_in(self.embed_tokens(tokens.t()))
         run = self._run_fed if self.fed_size else self._run
-        features, weights, state = run(x, state, encoder_out, mask)
+        features, weights, state = run(layers, x, state, encoder_out, mask)
         if incremental_state is not None:
             self.set_incremental_state(incremental_state, "state", state)
         features = features.transpose(0, 1)
@@ -120,19 +127,30 @@ class RKMAttentionDecoder(FairseqIncrementalDecoder):
 
     def _initial_state(self, encoder_out: EncoderOut) -> DecoderState:
         """Each layer's from the encoder layer beside it, both counted from the top."""
-        hiddens, cells = encoder_out["encoder_hiddens"], encoder_out["encoder_cells"]
-        ahead = len(hiddens) - len(self.layers)
+        (hiddens,), (cells,) = encoder_out["encoder_hiddens"], encoder_out["encoder_cells"]
+        ahead = hiddens.size(0) - len(self.layers)
         beside = [max(0, i + ahead) for i in range(len(self.layers))]
         states = [bridge(hiddens[k], cells[k]) for bridge, k in zip(self.bridges, beside, strict=True)]
-        return DecoderState(states, states[0].hidden.new_zeros(hiddens[0].size(0), self.fed_size))
+        return DecoderState(states, states[0].hidden.new_zeros(hiddens.size(1), self.fed_size))
+
+    def _steppers(self, incremental_state: dict) -> Layers:
+        """The layers for single steps: packed once for what this state decodes, unless gradients are wanted."""
+        if torch.is_grad_enabled() or any(layer.backend != "auto" for layer in self.layers):
+            return self.layers
+        steppers = self.get_incremental_state(incremental_state, "steppers")
+        if steppers is None:
+            steppers = [Stepper(cast(RKM, layer)) for layer in self.layers]
+            self.set_incremental_state(incremental_state, "steppers", steppers)
+        return steppers
 
     def _run(
-        self, x: Tensor, state: DecoderState, encoder_out: EncoderOut, mask: Optional[Tensor]
+        self, layers: Layers, x: Tensor, state: DecoderState, encoder_out: EncoderOut, mask: Optional[Tensor]
     ) -> tuple[Tensor, Tensor, DecoderState]:
         """Features ``(T, B, d)``, attention weights ``(B, T, S)`` and the next state; each layer in one pass."""
         states, fed = [], state.fed
-        for number, layer in enumerate(self.layers, 1):
-            x, left = layer(x, state.layers[number - 1], mask)
+        for number, layer in enumerate(layers, 1):
+            before = state.layers[number - 1]
+            x, left = layer(x, before) if mask is None else layer(x, before, mask)
             states.append(left)
             if number == self.attention_layer:
                 x, weights = self.attention(x, encoder_out["encoder_out"][0], encoder_out["encoder_padding_mask"][0])
@@ -142,14 +160,14 @@ class RKMAttentionDecoder(FairseqIncrementalDecoder):
         return x, weights, DecoderState(states, fed)
 
     def _run_fed(
-        self, x: Tensor, state: DecoderState, encoder_out: EncoderOut, mask: Optional[Tensor]
+        self, layers: Layers, x: Tensor, state: DecoderState, encoder_out: EncoderOut, mask: Optional[Tensor]
     ) -> tuple[Tensor, Tensor, DecoderState]:
         """As :meth:`_run`, a step at a time, each reading the last one's attentional vector (Luong et al., 3.3)."""
         features, weights = [], []
         for t in range(x.size(0)):
             padding = None if mask is None else mask[:, t : t + 1]
             step = torch.cat([x[t], state.fed], dim=-1).unsqueeze(0)
-            output, weight, left = self._run(step, state, encoder_out, padding)
+            output, weight, left = self._run(layers, step, state, encoder_out, padding)
             if padding is not None:
                 left = left._replace(fed=torch.where(padding, state.fed, left.fed))
             state = left
@@ -172,6 +190,10 @@ class RKMAttentionDecoder(FairseqIncrementalDecoder):
         state = self.get_incremental_state(incremental_state, "state")
         if state is not None:
             self.set_incremental_state(incremental_state, "state", state.index_select(new_order))
+
+    def reorder_incremental_state_scripting(self, incremental_state: dict, new_order: Tensor) -> None:
+        """As fairseq's, without its walk over all submodules at every step: none of them has a state of its own."""
+        self.reorder_incremental_state(incremental_state, new_order)
 
     def max_positions(self) -> int:
         """A recurrence has no limit; the task has."""

@@ -15,7 +15,7 @@ EncoderOut = dict[str, list[Tensor]]
 """What :meth:`RKMEncoder.forward` returns; all lists of tensors, as fairseq's generators want it.
 
 ``encoder_out``: one tensor ``(S, B, e)``; ``encoder_padding_mask``: one ``(B, S)`` bool, True at padding;
-``encoder_hiddens`` and ``encoder_cells``: one ``(B, e)`` for each layer, the last real step's h and c, the directions
+``encoder_hiddens`` and ``encoder_cells``: one ``(layers, B, e)`` each, the last real steps' h and c, the directions
 side by side.
 """
 
@@ -64,15 +64,14 @@ class RKMEncoder(FairseqEncoder):
         return {
             "encoder_out": [x],
             "encoder_padding_mask": [mask],
-            "encoder_hiddens": hiddens,
-            "encoder_cells": cells,
+            "encoder_hiddens": [torch.stack(hiddens)],
+            "encoder_cells": [torch.stack(cells)],
         }
 
     def reorder_encoder_out(self, encoder_out: EncoderOut, new_order: Tensor) -> EncoderOut:
         """The output for a batch made of these rows of this one."""
-        axis = {"encoder_out": 1}
         return {
-            name: [tensor.index_select(axis.get(name, 0), new_order) for tensor in tensors]
+            name: [tensor.index_select(tensor.dim() - 2, new_order) for tensor in tensors]
             for name, tensors in encoder_out.items()
         }
 

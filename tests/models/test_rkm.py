@@ -47,7 +47,14 @@ def batch(rows=3, source_length=6, target_length=7):
 
 
 def assert_steps_equal_the_full_pass(model):
-    """Three steps in order, then three more of reordered beams; outputs and attention."""
+    """As fairseq decodes, without gradients, and with them: through packed weights and through the layers."""
+    with torch.no_grad():
+        _assert_steps_equal_the_full_pass(model)
+    _assert_steps_equal_the_full_pass(model)
+
+
+def _assert_steps_equal_the_full_pass(model):
+    """Four steps in order, then three more of reordered beams; outputs and attention."""
     source, tokens = batch()
     encoder_out = model.encoder(source)
     full, extra = model.decoder(tokens, encoder_out)
@@ -79,7 +86,7 @@ def test_step_by_step_with_attention_elsewhere_and_layer_norm(flags):
 
 def test_the_state_matters_to_the_tests_above():
     """Forgetting to reorder, or an n-gram context left behind, would show."""
-    model = build(ngram=3, cell="cnn")
+    model = build(ngram=3, cell="cnn").requires_grad_(False)
     source, tokens = batch(2)
     encoder_out, incremental = model.encoder(source), {}
     model.decoder(tokens[:, :3], encoder_out, incremental_state=incremental)
@@ -246,15 +253,21 @@ def test_each_dropout_acts_where_its_flag_says():
         assert torch.equal(*encoded) == flag.startswith("decoder"), flag
 
 
-def test_half_precision_follows_double():
-    model = build(ngram=2, encoder_bidirectional=True, decoder_layers=2)
+@pytest.mark.parametrize("input_feeding", [False, True])
+def test_half_precision_follows_double(input_feeding):
+    model = build(ngram=2, encoder_bidirectional=True, decoder_layers=2, input_feeding=input_feeding)
     source, tokens = batch()
     full, _ = model(source, None, tokens)
     half = copy.deepcopy(model).bfloat16()
     assert_close(half(source, None, tokens)[0], full)
     encoder_out, incremental = half.encoder(source), {}
-    steps = [half.decoder(tokens[:, : t + 1], encoder_out, incremental)[0] for t in range(7)]
+    with torch.no_grad():
+        steps = [half.decoder(tokens[:, : t + 1], encoder_out, incremental)[0] for t in range(7)]
     assert_close(torch.cat(steps, dim=1), full, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, _ = model.float()(source, None, tokens)
+    assert_close(output, full, dtype=torch.bfloat16)
+    output.float().sum().backward()
 
 
 @pytest.mark.parametrize(
