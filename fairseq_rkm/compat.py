@@ -35,6 +35,8 @@ from fairseq.optim import AMPOptimizer
 from fairseq_rkm import compat_translation
 from fairseq_rkm.errors import RKMError
 
+_reconstruct = np.ndarray(0).__reduce__()[0]
+
 CHECKPOINT_CLASSES: list[Any] = [
     # The flags of models, criterions and optimizers that are not dataclass components.
     argparse.Namespace,
@@ -50,6 +52,11 @@ CHECKPOINT_CLASSES: list[Any] = [
     int,
     collections.defaultdict,
     _TensorPlaceholder,
+    # The counts that translation's --eval-bleu sums, under the names that numpy 2 and numpy 1 write.
+    np.ndarray,
+    np.dtype,
+    np.dtypes.Int64DType,
+    *((_reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("_core", "core")),
 ]
 """Classes that hold data and run no code when a checkpoint is read."""
 

@@ -8,10 +8,15 @@ RUN is a folder with fairseq's checkpoint1.pt, checkpoint2.pt, ... (one an epoch
 
 import argparse
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from fairseq_rkm.compat import CHECKPOINT_CLASSES
 
 
 def last_checkpoints(folder: Path, count: int) -> list[Path]:
@@ -55,7 +60,7 @@ def average(paths: list[Path]) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(CHECKPOINT_CLASSES):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)

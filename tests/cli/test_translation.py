@@ -256,3 +256,21 @@ distributed_training: {{distributed_world_size: 1}}
     )
     log = result.output + "".join(p.read_text() for p in (tmp_path / "out").glob("*.log"))
     assert '"num_updates": "3"' in log
+
+
+def test_training_that_watches_bleu_resumes(copying, tmp_path):
+    """Its checkpoints hold numpy's counts of n-grams."""
+    _, data, _ = copying
+    flags = [
+        "--eval-bleu",
+        "--eval-tokenized-bleu",
+        "--best-checkpoint-metric",
+        "bleu",
+        "--maximize-best-checkpoint-metric",
+    ]
+    train(data, tmp_path, 20, *flags)
+    result = succeed(
+        "train", data, *TRAIN, *flags, "--total-num-update", 30, "--max-update", 30, "--save-dir", tmp_path
+    )
+    assert "Loaded checkpoint" in result.output
+    assert "valid_bleu" in result.output
