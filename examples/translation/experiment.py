@@ -44,7 +44,7 @@ ROOT = Path(__file__).resolve().parents[2]
 COMMON = (
     "--task translation --criterion label_smoothed_cross_entropy --label-smoothing 0.1 --optimizer adam "
     "--adam-betas (0.9,0.98) --lr-scheduler inverse_sqrt --warmup-init-lr 1e-7 --weight-decay 1e-4 --clip-norm 1 "
-    "--max-tokens 4096 --num-workers 0 --log-format json --log-interval 20 --share-all-embeddings --dropout 0.3 "
+    "--batch-size 256 --num-workers 0 --log-format json --log-interval 20 --share-all-embeddings --dropout 0.3 "
     "--seed {seed} --tokenizer moses --bpe sentencepiece"
 )
 RKM = "--arch rkm_iwslt_de_en --user-dir {plugin} --lr 2e-3 --warmup-updates 400"

@@ -38,7 +38,7 @@ def write_text(folder, **splits):
 def test_from_raw_text_to_bleu_by_one_command_and_again_to_what_is_there(tmp_path):
     text = write_text(tmp_path / "text", train=sentences(400, 1), val=sentences(20, 2), test_b=sentences(15, 3))
     sizes = (
-        "--encoder-embed-dim 16 --encoder-hidden-size 16 --decoder-embed-dim 16 --decoder-hidden-size 16 --max-epoch 2"
+        "--encoder-embed-dim 16 --encoder-hidden-size 16 --decoder-embed-dim 16 --decoder-hidden-size 16 --max-epoch 2 --batch-size 50"
     )
     command = ["bash", "examples/translation/run.sh", str(text), "de", "en", "--average", "2", "--train-flags", sizes]
     out = tmp_path / "out"
