@@ -60,7 +60,7 @@ MODELS = {
     # fairseq's own, of the same sizes, and its transformer at one that suits a corpus of this size.
     "fairseq_lstm": "--arch lstm --encoder-embed-dim 256 --encoder-hidden-size 256 --encoder-layers 2 "
     "--encoder-bidirectional --decoder-embed-dim 256 --decoder-hidden-size 512 --decoder-layers 2 "
-    "--decoder-out-embed-dim 256 --lr 1e-3 --warmup-updates 400",
+    "--decoder-out-embed-dim 256 --lr 2e-3 --warmup-updates 400",
     "fairseq_transformer": "--arch transformer --encoder-embed-dim 128 --encoder-ffn-embed-dim 256 --encoder-layers 4 "
     "--encoder-attention-heads 4 --decoder-embed-dim 128 --decoder-ffn-embed-dim 256 --decoder-layers 4 "
     "--decoder-attention-heads 4 --lr 5e-3 --warmup-updates 2000",

@@ -37,12 +37,17 @@ def write_text(folder, **splits):
 
 def test_from_raw_text_to_bleu_by_one_command_and_again_to_what_is_there(tmp_path):
     text = write_text(tmp_path / "text", train=sentences(400, 1), val=sentences(20, 2), test_b=sentences(15, 3))
-    sizes = (
-        "--encoder-embed-dim 16 --encoder-hidden-size 16 --decoder-embed-dim 16 --decoder-hidden-size 16 --max-epoch 2 --batch-size 50"
-    )
+    sizes = "--encoder-embed-dim 16 --encoder-hidden-size 16 --decoder-embed-dim 16 --decoder-hidden-size 16"
+    sizes += " --max-epoch 2 --batch-size 50"
     command = ["bash", "examples/translation/run.sh", str(text), "de", "en", "--average", "2", "--train-flags", sizes]
     out = tmp_path / "out"
-    environment = {**os.environ, "PYTHON": sys.executable, "OUT": str(out), "VOCABULARY": "60", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHON": sys.executable,
+        "FOLDER": str(out),
+        "VOCABULARY": "60",
+        "OMP_NUM_THREADS": "1",
+    }
 
     def run(*flags):
         done = subprocess.run(
@@ -71,6 +76,16 @@ def test_the_hydra_configuration_is_the_preset():
     rkm_iwslt_de_en(preset)
     del preset.share_decoder_input_output_embed
     assert dict(given) == {"_name": "rkm", **vars(preset)}
+
+
+def test_out_of_time_before_anything_began(tmp_path):
+    about = {"languages": ["de", "en"], "splits": {"train": "train", "valid": "val", "test": "test"}}
+    (tmp_path / "data.json").write_text(json.dumps(about))
+    command = [sys.executable, ROOT / "examples/translation/experiment.py", tmp_path, "--out", tmp_path / "out"]
+    done = subprocess.run([*command, "--time-limit", "0"], capture_output=True, text=True, check=True)
+    assert "out of time with 0 of 1 done: the same command goes on" in done.stdout
+    done = subprocess.run([*command, "--models", "gru"], capture_output=True, text=True, check=False)
+    assert "invalid choice: 'gru'" in done.stderr
 
 
 def arguments(text, **flags):
