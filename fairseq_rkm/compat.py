@@ -10,6 +10,7 @@
    that is not there, half a millisecond an update. Only the CPU and CUDA are seeded.
 6. Under ``--amp`` fairseq divides each gradient by the loss scale twice, the second time after clipping, since it
    shows PyTorch's scaler two objects for one optimizer: SGD would take steps 128 and more times too small.
+7. What the translation commands need besides stands in :mod:`fairseq_rkm.compat_translation`.
 """
 
 import argparse
@@ -31,7 +32,10 @@ from fairseq import checkpoint_utils, utils
 from fairseq.distributed.utils import _TensorPlaceholder
 from fairseq.optim import AMPOptimizer
 
+from fairseq_rkm import compat_translation
 from fairseq_rkm.errors import RKMError
+
+_reconstruct = np.ndarray(0).__reduce__()[0]
 
 CHECKPOINT_CLASSES: list[Any] = [
     # The flags of models, criterions and optimizers that are not dataclass components.
@@ -48,6 +52,11 @@ CHECKPOINT_CLASSES: list[Any] = [
     int,
     collections.defaultdict,
     _TensorPlaceholder,
+    # The counts that translation's --eval-bleu sums, under the names that numpy 2 and numpy 1 write.
+    np.ndarray,
+    np.dtype,
+    np.dtypes.Int64DType,
+    *((_reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("_core", "core")),
 ]
 """Classes that hold data and run no code when a checkpoint is read."""
 
@@ -63,6 +72,7 @@ def adapt() -> None:
     if utils.xm is None:
         utils.set_torch_seed = _SetTorchSeed
     AMPOptimizer.step = _step_once_unscaled
+    compat_translation.adapt()
     if _in_fairseq_command() and sys.excepthook is sys.__excepthook__:
         sys.excepthook = _print_error
 
@@ -129,13 +139,16 @@ def _print_error(kind: type[BaseException], error: BaseException, trace: types.T
 
 def _sentence(error: BaseException | None) -> str | None:
     """The message of the user's mistake behind an error: fairseq wraps some, and so do its worker processes."""
+    chain = []
     while error is not None:
-        if isinstance(error, RKMError):
-            return str(error)
-        if isinstance(error, OSError):
-            return str(error)
-        in_worker = re.search(rf"{RKMError.__module__}.{RKMError.__name__}: (.*)", str(error))
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    for link in chain:
+        if isinstance(link, RKMError):
+            return str(link)
+        in_worker = re.search(rf"{RKMError.__module__}.{RKMError.__name__}: (.*)", str(link))
         if in_worker:
             return in_worker[1]
-        error = error.__cause__ or error.__context__
-    return None
+    # A bare Exception is how fairseq itself tells users of a mistake.
+    told = (str(link) for link in chain if isinstance(link, OSError) or type(link) is Exception)
+    return next(told, None)

@@ -42,12 +42,14 @@ def test_the_readme_s_table_of_cells_is_the_one_in_the_code(cell):
     assert columns[1:4] == [cell.title, f"`{memory}`", f"`{output}`"]
 
 
-def test_the_readme_s_flags_are_the_configuration_s():
+def test_the_readme_s_flags_are_the_configurations():
+    from fairseq_rkm.models.rkm import RKMConfig
     from fairseq_rkm.models.rkm_lm import RKMLanguageModelConfig
 
-    flags = {f"--{f.name.replace('_', '-')}" for f in fields(RKMLanguageModelConfig) if not f.name.startswith("_")}
-    missing = flags - {"--criterion-name"} - set(re.findall(r"--[a-z0-9-]+", README))
-    assert not missing
+    for config in (RKMLanguageModelConfig, RKMConfig):
+        flags = {f"--{f.name.replace('_', '-')}" for f in fields(config) if not f.name.startswith("_")}
+        missing = flags - {"--criterion-name"} - set(re.findall(r"--[a-z0-9-]+", README))
+        assert not missing
 
 
 def test_the_readme_s_example_runs():

@@ -13,6 +13,9 @@ CELL_CHOICES = ChoiceEnum(list(CELLS))
 NGRAM_PADDING_CHOICES = ChoiceEnum(list(NGRAM_PADDINGS))
 BACKEND_CHOICES = ChoiceEnum(["auto", *BACKENDS])
 
+NO_LIMIT = 10**9
+"""Positions that a recurrence can take: as many as there are."""
+
 
 @dataclass
 class RKMOptions(FairseqDataclass):
@@ -41,20 +44,23 @@ class RKMOptions(FairseqDataclass):
 
 
 def build_rkm(options: RKMOptions, input_size: int, hidden_size: int, **arguments: Any) -> RKM:
-    """An RKM of the given sizes as the flags say; further arguments are the module's own."""
-    return RKM(
-        input_size,
-        hidden_size,
-        cell=str(options.cell),
-        ngram=options.ngram,
-        ngram_padding=str(options.ngram_padding),
-        feedback=False if options.no_feedback else None,
-        layer_norm=options.layer_norm,
-        memory_clip=options.memory_clip,
-        sigma_i2=options.sigma_i2,
-        sigma_f2=options.sigma_f2,
-        learn_sigma=options.learn_sigma,
-        forget_bias=None if options.uniform_forget_bias else options.forget_bias,
-        backend=str(options.backend),
-        **arguments,
-    )
+    """An RKM of the given sizes as the flags say; further arguments are the module's own and go before them."""
+    flags = {
+        "cell": str(options.cell),
+        "ngram": options.ngram,
+        "ngram_padding": str(options.ngram_padding),
+        "feedback": False if options.no_feedback else None,
+        "layer_norm": options.layer_norm,
+        "memory_clip": options.memory_clip,
+        "sigma_i2": options.sigma_i2,
+        "sigma_f2": options.sigma_f2,
+        "learn_sigma": options.learn_sigma,
+        "forget_bias": None if options.uniform_forget_bias else options.forget_bias,
+        "backend": str(options.backend),
+    }
+    return RKM(input_size, hidden_size, **{**flags, **arguments})
+
+
+def first_given(value: Any, default: Any) -> Any:
+    """A flag's value, or another flag's if it is not given."""
+    return default if value is None else value

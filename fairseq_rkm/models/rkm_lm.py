@@ -5,18 +5,16 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Optional
 
-import torch
 from fairseq.data import Dictionary
 from fairseq.models import FairseqIncrementalDecoder, FairseqLanguageModel, register_model
-from fairseq.modules import AdaptiveSoftmax
 from omegaconf import II
 from torch import Tensor, nn
 
 from fairseq_rkm.data.dictionary import check_fingerprint, fingerprint
-from fairseq_rkm.data.word_vectors import load_word_vectors
 from fairseq_rkm.errors import RKMError
 from fairseq_rkm.models.carried_state import CarriedState
-from fairseq_rkm.models.options import RKMOptions, build_rkm
+from fairseq_rkm.models.options import NO_LIMIT, RKMOptions, build_rkm
+from fairseq_rkm.models.word_layers import build_embedding, build_softmax
 from fairseq_rkm.modules import LockedDropout, RKMState, dropped_embedding
 from fairseq_rkm.modules.continuous_cache import CacheMemory, ContinuousCache
 from fairseq_rkm.modules.dropout import check_probability
@@ -25,9 +23,6 @@ logger = logging.getLogger(__name__)
 
 States = list[RKMState]
 """One state for each layer of the stack."""
-
-NO_LIMIT = 10**9
-"""Positions that a recurrence can take: as many as there are."""
 
 
 @dataclass
@@ -94,21 +89,6 @@ def check_flags(cfg: RKMLanguageModelConfig, source_types: int, target_types: in
         raise RKMError("--decoder-layers and --decoder-embed-dim must be at least 1")
 
 
-def parse_cutoffs(text: str, types: int) -> list[int]:
-    """``"2000,10000"`` as ``[2000, 10000]``.
-
-    Raises:
-        RKMError: anything but increasing whole numbers between 0 and the number of types.
-    """
-    fields = text.strip("[]() ").split(",")
-    if not all(f.strip().isdecimal() for f in fields):
-        raise RKMError(f"--adaptive-softmax-cutoff takes whole numbers separated by commas, not {text!r}")
-    cutoffs = [int(f) for f in fields]
-    if cutoffs != sorted(set(cutoffs)) or cutoffs[0] < 1 or cutoffs[-1] >= types:
-        raise RKMError(f"--adaptive-softmax-cutoff must increase from 1 to below the {types} types of the dictionary")
-    return cutoffs
-
-
 class RKMDecoder(FairseqIncrementalDecoder):
     """The language model's network.
 
@@ -123,7 +103,9 @@ class RKMDecoder(FairseqIncrementalDecoder):
             check_probability(f"--{name.replace('_', '-')}", getattr(cfg, name))
         self.padding_idx = dictionary.pad()
         self.register_buffer("dictionary_fingerprint", fingerprint(dictionary))
-        self.embed_tokens = _embedding(cfg, dictionary)
+        self.embed_tokens = build_embedding(
+            dictionary, cfg.decoder_embed_dim, cfg.decoder_embed_path, cfg.decoder_freeze_embed
+        )
         self.dropout_words = cfg.dropout_words
         self.dropout_input = LockedDropout(cfg.dropout_input, "--dropout-input")
         self.dropout_hidden = LockedDropout(cfg.dropout_hidden, "--dropout-hidden")
@@ -136,18 +118,11 @@ class RKMDecoder(FairseqIncrementalDecoder):
             build_rkm(cfg, m, d, weight_dropout=cfg.dropout_weights) for m, d in pairwise(sizes)
         )
         self.adaptive_softmax = self.output_projection = None
-        types = len(output_dictionary)
+        softmax = build_softmax(cfg, sizes[-1], len(output_dictionary), self.embed_tokens if tied else None)
         if cfg.adaptive_softmax_cutoff:
-            self.adaptive_softmax = AdaptiveSoftmax(
-                types, sizes[-1], parse_cutoffs(cfg.adaptive_softmax_cutoff, types),
-                dropout=cfg.adaptive_softmax_dropout, factor=cfg.adaptive_softmax_factor,
-            )  # fmt: skip
+            self.adaptive_softmax = softmax
         else:
-            self.output_projection = nn.Linear(sizes[-1], types)
-            nn.init.uniform_(self.output_projection.weight, -0.1, 0.1)
-            nn.init.zeros_(self.output_projection.bias)
-            if tied:
-                self.output_projection.weight = self.embed_tokens.weight
+            self.output_projection = softmax
         self.carried = {True: CarriedState[States](), False: CarriedState[States]()}
         self.cache: Optional[ContinuousCache] = None
         self.cache_memory = CarriedState[CacheMemory]()
@@ -261,14 +236,3 @@ def check_streams(states: States, tokens: Tensor) -> States:
     if carried != tokens.size(0):
         raise RKMError(f"the carried state is of {carried} streams, this batch of {tokens.size(0)}: keep --batch-size")
     return [state.to(tokens.device) for state in states]
-
-
-def _embedding(cfg: RKMLanguageModelConfig, dictionary: Dictionary) -> nn.Embedding:
-    embedding = nn.Embedding(len(dictionary), cfg.decoder_embed_dim, padding_idx=dictionary.pad())
-    nn.init.uniform_(embedding.weight, -0.1, 0.1)
-    if cfg.decoder_embed_path:
-        load_word_vectors(embedding, cfg.decoder_embed_path, dictionary)
-    with torch.no_grad():
-        embedding.weight[dictionary.pad()].zero_()
-    embedding.weight.requires_grad_(not cfg.decoder_freeze_embed)
-    return embedding

@@ -1,6 +1,8 @@
 """Modules of plain PyTorch; nothing here knows of fairseq."""
 
+from fairseq_rkm.modules.attention import GlobalAttention
 from fairseq_rkm.modules.dropout import LockedDropout, dropped_embedding
 from fairseq_rkm.modules.rkm import RKM, RKMState
+from fairseq_rkm.modules.stepping import Stepper
 
-__all__ = ["RKM", "LockedDropout", "RKMState", "dropped_embedding"]
+__all__ = ["RKM", "GlobalAttention", "LockedDropout", "RKMState", "Stepper", "dropped_embedding"]

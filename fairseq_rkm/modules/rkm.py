@@ -256,8 +256,10 @@ class RKM(nn.Module):
             keep = None if keep is None else keep.flip(0)
         inputs = extend(x, self.ngram, self.ngram_padding, context)
         weights = self._weights(name, _autocast_dtype(x.device))
+        # An exported program can hold PyTorch's own operations alone.
+        backend = "reference" if self.backend == "auto" and _is_exporting() else self.backend
         with torch.autocast(x.device.type, enabled=False) if _autocast_dtype(x.device) else nullcontext():
-            output, *final = recurrence(self._cell, inputs, weights, self.hidden_size, hidden, cell, keep, self.backend)
+            output, *final = recurrence(self._cell, inputs, weights, self.hidden_size, hidden, cell, keep, backend)
         return output.flip(0) if reverse else output, *final
 
     def _weights(self, name: str, dtype: torch.dtype | None) -> Weights:
@@ -375,6 +377,11 @@ def _autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The type that matrix products run in under autocast; None outside it."""
     available = torch.amp.is_autocast_available(device.type)
     return torch.get_autocast_dtype(device.type) if available and torch.is_autocast_enabled(device.type) else None
+
+
+def _is_exporting() -> bool:
+    """Whether ``torch.export`` is tracing; before torch 2.7, which cannot tell, whether anything is."""
+    return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
 
 
 _LSTM_GATES = ("input", "forget", "candidate", "output")

@@ -7,7 +7,7 @@ from helpers import assert_close, randomized
 from omegaconf import OmegaConf
 
 from fairseq_rkm import CELLS, RKMError
-from fairseq_rkm.models.rkm_lm import RKMDecoder, RKMLanguageModelConfig, check_flags, parse_cutoffs
+from fairseq_rkm.models.rkm_lm import RKMDecoder, RKMLanguageModelConfig, check_flags
 
 
 @pytest.fixture(scope="module")
@@ -143,17 +143,6 @@ def test_dropouts_outside_the_range_are_refused_by_name(dictionary):
     for flag in ("dropout", "dropout_input", "dropout_hidden", "dropout_words", "dropout_weights"):
         with pytest.raises(RKMError, match=f"--{flag.replace('_', '-')} must lie within"):
             decoder(dictionary, **{flag: 1.0})
-
-
-def test_cutoffs():
-    assert parse_cutoffs("10, 20", 44) == [10, 20]
-    assert parse_cutoffs("[10,20]", 44) == [10, 20], "as a hydra configuration may write them"
-    for text in ("20,10", "10,10", "0,10", "10,44"):
-        with pytest.raises(RKMError, match="must increase from 1 to below the 44 types"):
-            parse_cutoffs(text, 44)
-    for text in ("__import__('os').system('true')", "1.5", ""):
-        with pytest.raises(RKMError, match="takes whole numbers"):
-            parse_cutoffs(text, 44)
 
 
 def test_recurrent_weights_are_trained_through_their_dropout_with_one_mask_for_all_steps(dictionary):

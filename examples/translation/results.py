@@ -1,0 +1,144 @@
+"""Tabulate what experiment.py left: Markdown, JSON and a picture.
+
+    python examples/translation/results.py OUT [OUT ...] --to FOLDER
+
+Writes FOLDER/results.md, results.json and bleu.png, and prints the table: a row for each model and pair of languages,
+the mean over its seeds.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def read(folders: list[Path]) -> list[dict[str, Any]]:
+    """The results of all runs in the folders, with their speeds where those were measured.
+
+    Raises:
+        SystemExit: there are none, or a file is damaged.
+    """
+    runs = []
+    for path in sorted(path for folder in folders for path in folder.glob("*/result.json")):
+        speed = path.with_name("speed.json")
+        try:
+            run = json.loads(path.read_text(encoding="utf-8"))
+            run["speed"] = json.loads(speed.read_text(encoding="utf-8")) if speed.is_file() else None
+        except json.JSONDecodeError as error:
+            raise SystemExit(f"results: {path.parent} has a damaged result or speed file: {error}") from error
+        runs.append(run)
+    if not runs:
+        raise SystemExit(f"results: no */result.json in {', '.join(map(str, folders))}: run experiment.py first")
+    return runs
+
+
+def group(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each model and pair of languages, the best BLEU on the first test set first."""
+    keys = sorted({(run["languages"], run["model"]) for run in runs})
+    rows = []
+    for languages, model in keys:
+        mine = [run for run in runs if (run["languages"], run["model"]) == (languages, model)]
+        speeds = [run["speed"] for run in mine if run["speed"]]
+        rows.append(
+            {
+                "languages": languages,
+                "model": model,
+                "seeds": sorted(run["seed"] for run in mine),
+                "parameters": mine[0]["parameters"],
+                "bleu": {test: [run["bleu"][test] for run in mine] for test in mine[0]["bleu"]},
+                "minutes": statistics.mean(run["minutes"] for run in mine),
+                "training_tokens_per_second": _median(speeds, "training_tokens_per_second"),
+                "generation_sentences_per_second": _median(speeds, "generation_sentences_per_second"),
+            }
+        )
+    return sorted(rows, key=lambda row: (row["languages"], -statistics.mean(_first(row))))
+
+
+def _first(row: dict[str, Any]) -> list[float]:
+    """The scores on the first test set."""
+    return next(iter(row["bleu"].values()))
+
+
+def _median(speeds: list[dict[str, Any]], name: str) -> float | None:
+    return statistics.median(speed[name] for speed in speeds) if speeds else None
+
+
+def spread(values: list[float]) -> str:
+    """Mean, and standard deviation if there are several."""
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{deviation}"
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table; a figure that was not measured leaves its place empty."""
+    tests = list(rows[0]["bleu"])
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "languages": lambda row: row["languages"],
+        "model": lambda row: f"`{row['model']}`",
+        "parameters": lambda row: f"{row['parameters']:,}",
+        **{f"BLEU, {test}": lambda row, test=test: spread(row["bleu"].get(test, [])) for test in tests},
+        "seeds": lambda row: str(len(row["seeds"])),
+        "training, minutes": lambda row: f"{row['minutes']:.1f}",
+        "training, tokens/s": lambda row: _number(row["training_tokens_per_second"]),
+        "generation, sentences/s": lambda row: _number(row["generation_sentences_per_second"]),
+    }
+    aligned = ["---" if name in {"languages", "model"} else "---:" for name in columns]
+    lines = [" | ".join(columns), " | ".join(aligned)]
+    lines += [" | ".join(show(row) for show in columns.values()) for row in rows]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}"
+
+
+def caption(runs: list[dict[str, Any]]) -> str:
+    """What the figures must be read with."""
+    about = sorted({f"{c['hardware']}, torch {c['torch']}, commit {c['commit']}" for c in _circumstances(runs)})
+    signatures = sorted({run["signature"] for run in runs})
+    return f"sacrebleu {'; '.join(signatures)}. {'; '.join(about)}."
+
+
+def _circumstances(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [run["circumstances"] for run in runs] + [run["speed"]["circumstances"] for run in runs if run["speed"]]
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """BLEU on the first test set, a point for each seed."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 1 + 0.35 * len(rows)), layout="constrained")
+    labels = [f"{row['model']}, {row['languages']}" for row in rows]
+    for height, row in enumerate(rows):
+        scores = _first(row)
+        axes.plot(scores, [height] * len(scores), "o", color="C0", alpha=0.6)
+        axes.plot(statistics.mean(scores), height, "|", color="black", markersize=14)
+    axes.set(yticks=range(len(rows)), yticklabels=labels, xlabel=f"BLEU, {next(iter(rows[0]['bleu']))}")
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", nargs="+", type=Path, metavar="OUT", help="experiment.py's --out")
+    parser.add_argument("--to", type=Path, required=True, help="where results.md, results.json and bleu.png go")
+    args = parser.parse_args()
+    runs = read(args.out)
+    rows = group(runs)
+    args.to.mkdir(parents=True, exist_ok=True)
+    text = f"{markdown(rows)}\n\n{caption(runs)}\n"
+    (args.to / "results.md").write_text(text, encoding="utf-8")
+    (args.to / "results.json").write_text(json.dumps({"rows": rows, "runs": runs}, indent=2) + "\n", encoding="utf-8")
+    plot(rows, args.to / "bleu.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Repairs of fairseq's translation commands, which :mod:`fairseq_rkm.compat` applies; they hold for all of its models.
+
+1. ``--replace-unk`` copies source words as its help says: fairseq 0.12 computes no alignment for it, reads those of
+   ``--print-alignment`` as if they were numbers, and without a value looks for a file called ``"@@ "``.
+2. A language pair that the data has not, a sentence beyond the longest, an empty source sentence, and a sentencepiece
+   model that the source's dictionary was not made with are told in a sentence, before anything is translated.
+"""
+
+import copy
+import functools
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fairseq import utils
+from fairseq.data import Dictionary, LanguagePairDataset, data_utils
+from fairseq.tasks import FairseqTask
+from fairseq.tasks.translation import TranslationConfig, TranslationTask
+from omegaconf import MissingMandatoryValue
+
+from fairseq_rkm.errors import RKMError
+
+logger = logging.getLogger(__name__)
+
+
+def adapt() -> None:
+    """Do all of the above; a second call changes nothing."""
+    _wrap(utils, "load_align_dict", _without_default_file)
+    _wrap(utils, "replace_unk", _by_pairs)
+    _wrap(FairseqTask, "build_generator", _with_alignment)
+    _wrap(FairseqTask, "build_bpe", _with_fitting_pieces)
+    _wrap(FairseqTask, "filter_indices_by_size", _with_sizes_told)
+    if not hasattr(TranslationTask.setup_task, "__wrapped__"):
+        setup = TranslationTask.setup_task.__func__
+        TranslationTask.setup_task = classmethod(_with_known_languages(setup))
+
+
+def _wrap(owner: Any, name: str, wrapper: Callable) -> None:
+    given = getattr(owner, name)
+    if not hasattr(given, "__wrapped__"):
+        setattr(owner, name, functools.wraps(given)(wrapper(given)))
+
+
+def _without_default_file(load: Callable) -> Callable:
+    """``--replace-unk`` without a file means to copy: its constant, meant for another flag, is no file's name."""
+    return lambda path: load("" if path == "@@ " else path)
+
+
+def _with_alignment(build: Callable) -> Callable:
+    """A generator for ``--replace-unk`` needs the alignment, whether it is printed or not."""
+
+    def build_generator(self: FairseqTask, models: list, args: Any, *rest: Any, **kwargs: Any) -> Any:
+        if getattr(args, "replace_unk", None) is not None and not args.print_alignment:
+            args = copy.deepcopy(args)
+            args.print_alignment = "hard"
+        return build(self, models, args, *rest, **kwargs)
+
+    return build_generator
+
+
+def _by_pairs(replace: Callable) -> Callable:
+    """Each target word's source word, from the pairs (or, if ``soft``, the weights) that fairseq's aligner gives."""
+
+    def replace_unk(hypo_str: str, src_str: str, alignment: list, align_dict: dict, unk: str) -> str:
+        return replace(hypo_str, src_str, [_aligned(entry) for entry in alignment], align_dict, unk)
+
+    return replace_unk
+
+
+def _aligned(entry: Any) -> int:
+    """A pair (source word, target word), or a row of weights as text, the last of them the end of the sentence's."""
+    if isinstance(entry, tuple):
+        return entry[0]
+    return int(np.argmax([float(weight) for weight in entry[:-1]]))
+
+
+def _with_known_languages(setup: Callable) -> Callable:
+    @functools.wraps(setup)
+    def setup_task(cls: type, cfg: TranslationConfig, **kwargs: Any) -> TranslationTask:
+        check_languages(cfg)
+        return setup(cls, cfg, **kwargs)
+
+    return setup_task
+
+
+def check_languages(cfg: TranslationConfig) -> None:
+    """Raises RKMError if the data's folder is not there, or its languages are not those asked for or cannot be told."""
+    folder = Path(utils.split_paths(cfg.data or "")[0])
+    if not cfg.data or not folder.is_dir():
+        raise RKMError(f"no folder of binarized data at {str(folder)!r}: give the one that fairseq-preprocess wrote")
+    languages = sorted(path.name[len("dict.") : -len(".txt")] for path in folder.glob("dict.*.txt"))
+    has = f"which has dictionaries of {', '.join(languages)}" if languages else "which has no dictionaries"
+    for flag, language in (("--source-lang", cfg.source_lang), ("--target-lang", cfg.target_lang)):
+        if language and language not in languages:
+            raise RKMError(f"{flag} {language}: there is no dict.{language}.txt in {folder}, {has}")
+    if not (cfg.source_lang and cfg.target_lang) and None in data_utils.infer_language_pair(str(folder)):
+        raise RKMError(f"give --source-lang and --target-lang: they cannot be told from {folder}, {has}")
+
+
+def _with_sizes_told(filter_: Callable) -> Callable:
+    def filter_indices_by_size(
+        self: FairseqTask, indices: Any, dataset: Any, max_positions: Any = None, ignore_invalid_inputs: bool = False
+    ) -> Any:
+        if isinstance(dataset, LanguagePairDataset):
+            check_sizes(dataset, indices, max_positions, ignore_invalid_inputs)
+        return filter_(self, indices, dataset, max_positions, ignore_invalid_inputs)
+
+    return filter_indices_by_size
+
+
+def check_sizes(dataset: LanguagePairDataset, indices: Any, max_positions: Any, ignore_long: bool) -> None:
+    """Warn of empty source sentences; refuse those that are too long.
+
+    Raises:
+        RKMError: a sentence of more tokens than ``max_positions``, unless ``ignore_long``.
+    """
+    empty = indices[np.asarray(dataset.src_sizes)[indices] <= 1]
+    if len(empty):
+        logger.warning(
+            f"{len(empty)} of {len(indices)} source sentences have no words (the first is number {min(empty)}, counted "
+            "from 0): what a model makes of them is no translation"
+        )
+    long = [] if ignore_long else dataset.filter_indices_by_size(indices, max_positions)[1]
+    if len(long):
+        source, target = dataset.src_sizes[long[0]], 0 if dataset.tgt_sizes is None else dataset.tgt_sizes[long[0]]
+        most = max_positions if isinstance(max_positions, (tuple, list)) else (max_positions, max_positions)
+        raise RKMError(
+            f"sentence {long[0]} of {len(dataset)} (counted from 0) has {source} tokens"
+            + (f" and its translation {target}" if target else "")
+            + f", more than the {most[0]} of --max-source-positions or the {most[1]} of --max-target-positions: split "
+            "it, raise the limit, or leave such sentences out with --skip-invalid-size-inputs-valid-test"
+        )
+
+
+def _with_fitting_pieces(build: Callable) -> Callable:
+    def build_bpe(self: FairseqTask, args: Any) -> Any:
+        if getattr(args, "_name", None) != "sentencepiece":
+            return build(self, args)
+        try:
+            bpe = build(self, args)
+        except MissingMandatoryValue:
+            raise RKMError("--bpe sentencepiece needs its model: --sentencepiece-model FILE") from None
+        except RuntimeError as error:
+            raise RKMError(f"{args.sentencepiece_model} is not a sentencepiece model ({error})") from error
+        check_pieces(bpe, self.source_dictionary)
+        return bpe
+
+    return build_bpe
+
+
+def check_pieces(bpe: Any, dictionary: Dictionary) -> None:
+    """Refuse a sentencepiece model that a source dictionary cannot have come from.
+
+    A model has every character that it was trained on as a piece, and what it does not know it passes on in runs of
+    unknown characters. So a symbol of the dictionary that is no piece, but has a character that is one, was not made
+    by it. One in a hundred is let pass: language tags and the like, which people add.
+
+    Args:
+        bpe: fairseq's encoder; any but sentencepiece's passes.
+        dictionary: the source's.
+
+    Raises:
+        RKMError: a model that does not fit.
+    """
+    if not hasattr(bpe, "sp"):
+        return
+    pieces = {bpe.sp.IdToPiece(i) for i in range(bpe.sp.GetPieceSize())}
+    symbols = [s for s in dictionary.symbols[dictionary.nspecial :] if not s.startswith("madeupword")]
+    strange = [s for s in symbols if s not in pieces and any(character in pieces for character in s)]
+    if len(strange) > 0.01 * len(symbols):
+        raise RKMError(
+            f"the sentencepiece model does not fit the source's dictionary: {len(strange):,} of its {len(symbols):,} "
+            f"types, such as {strange[0]!r}, are no pieces of the model. Give the model that the data was encoded with"
+        )

@@ -1,0 +1,221 @@
+"""``rkm``: an encoder-decoder of RKM layers with attention, for fairseq's ``translation`` task and its kin."""
+
+import argparse
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+from fairseq import hub_utils
+from fairseq.models import FairseqEncoderDecoderModel, register_model, register_model_architecture
+from omegaconf import II
+
+import fairseq_rkm
+from fairseq_rkm.compat_translation import check_pieces
+from fairseq_rkm.errors import RKMError
+from fairseq_rkm.models.hub import TranslationHub
+from fairseq_rkm.models.options import CELL_CHOICES, RKMOptions
+from fairseq_rkm.models.rkm_decoder import RKMAttentionDecoder
+from fairseq_rkm.models.rkm_encoder import RKMEncoder
+from fairseq_rkm.models.word_layers import build_embedding
+from fairseq_rkm.modules.dropout import check_probability
+
+DROPOUTS = ("encoder_dropout_in", "encoder_dropout_out", "decoder_dropout_in", "decoder_dropout_out")
+
+
+@dataclass
+class RKMConfig(RKMOptions):
+    """Flags of ``--arch rkm``."""
+
+    encoder_cell: Optional[CELL_CHOICES] = field(default=None, metadata={"help": "the encoder's cell, if not --cell"})
+    decoder_cell: Optional[CELL_CHOICES] = field(default=None, metadata={"help": "the decoder's cell, if not --cell"})
+    encoder_ngram: Optional[int] = field(default=None, metadata={"help": "the encoder's n-gram, if not --ngram"})
+    decoder_ngram: Optional[int] = field(
+        default=None, metadata={"help": "the decoder's n-gram, if not --ngram; it is causal whatever --ngram-padding"}
+    )
+    encoder_embed_dim: int = field(default=512, metadata={"help": "size of the source's word embeddings"})
+    encoder_embed_path: Optional[str] = field(default=None, metadata={"help": "source word vectors in text format"})
+    encoder_freeze_embed: bool = field(default=False, metadata={"help": "do not train the source's embeddings"})
+    encoder_hidden_size: int = field(default=512, metadata={"help": "units in an encoder layer and direction"})
+    encoder_layers: int = field(default=1, metadata={"help": "encoder layers"})
+    encoder_bidirectional: bool = field(default=False, metadata={"help": "encoder layers run in both directions"})
+    decoder_embed_dim: int = field(default=512, metadata={"help": "size of the target's word embeddings"})
+    decoder_embed_path: Optional[str] = field(default=None, metadata={"help": "target word vectors in text format"})
+    decoder_freeze_embed: bool = field(default=False, metadata={"help": "do not train the target's embeddings"})
+    decoder_hidden_size: int = field(default=512, metadata={"help": "units in a decoder layer"})
+    decoder_layers: int = field(default=1, metadata={"help": "decoder layers"})
+    decoder_out_embed_dim: Optional[int] = field(
+        default=None,
+        metadata={"help": "size of what the softmax reads; by default the embedding's if tied, else the hidden size"},
+    )
+    attention_layer: int = field(
+        default=0,
+        metadata={
+            "help": "decoder layer (from 1) that attends to the source; those above read the result; 0: the last"
+        },
+    )
+    input_feeding: bool = field(
+        default=False,
+        metadata={"help": "each step also reads the last step's attentional vector; the decoder then steps in time"},
+    )
+    share_decoder_input_output_embed: bool = field(
+        default=False, metadata={"help": "tie the softmax to the target's embeddings"}
+    )
+    share_all_embeddings: bool = field(
+        default=False, metadata={"help": "one embedding for source, target and softmax; needs a joined dictionary"}
+    )
+    dropout: float = field(default=0.1, metadata={"help": "the four dropouts below, where they are not given"})
+    encoder_dropout_in: Optional[float] = field(default=None, metadata={"help": "on the source's embeddings"})
+    encoder_dropout_out: Optional[float] = field(default=None, metadata={"help": "on each encoder layer's output"})
+    decoder_dropout_in: Optional[float] = field(default=None, metadata={"help": "on the target's embeddings"})
+    decoder_dropout_out: Optional[float] = field(
+        default=None, metadata={"help": "on each decoder layer's output, or what attention makes of it"}
+    )
+    adaptive_softmax_cutoff: Optional[str] = field(
+        default=None,
+        metadata={"help": "comma-separated cutoffs of an adaptive softmax; needs --criterion adaptive_loss"},
+    )
+    adaptive_softmax_dropout: float = field(default=0.0, metadata={"help": "on the adaptive softmax's projections"})
+    adaptive_softmax_factor: float = field(default=4.0, metadata={"help": "how the adaptive softmax's sizes shrink"})
+    criterion_name: Optional[str] = II("criterion._name")
+
+
+@register_model("rkm", dataclass=RKMConfig)
+class RKMModel(FairseqEncoderDecoderModel):
+    """A sequence-to-sequence model whose recurrences are any cells of Liang et al. (2019)."""
+
+    @classmethod
+    def build_model(cls, cfg: RKMConfig, task: Any) -> "RKMModel":
+        """Build the model for a task's dictionaries.
+
+        Raises:
+            RKMError: flags that contradict each other or do not fit the dictionaries.
+        """
+        source, target = task.source_dictionary, task.target_dictionary
+        check_flags(cfg, joined=source == target)
+        source_embedding = build_embedding(
+            source, cfg.encoder_embed_dim, cfg.encoder_embed_path, cfg.encoder_freeze_embed
+        )
+        target_embedding = source_embedding
+        if not cfg.share_all_embeddings:
+            target_embedding = build_embedding(
+                target, cfg.decoder_embed_dim, cfg.decoder_embed_path, cfg.decoder_freeze_embed
+            )
+        encoder = RKMEncoder(cfg, source, source_embedding)
+        return cls(encoder, RKMAttentionDecoder(cfg, target, target_embedding, encoder.output_size))
+
+    @classmethod
+    def from_pretrained(
+        cls, model_name_or_path: str, checkpoint_file: str = "model.pt", data_name_or_path: str = ".", **kwargs: Any
+    ) -> TranslationHub:
+        """Load a trained model for use from Python.
+
+        Args:
+            model_name_or_path: the folder that ``checkpoint_file`` is in, or an archive of it or its URL.
+            checkpoint_file: a checkpoint, or several separated by colons: an ensemble.
+            data_name_or_path: the folder of the dictionaries; ``"."`` is the model's own.
+            kwargs: fairseq's options where they differ from training's: ``bpe="sentencepiece"``,
+                ``sentencepiece_model=...`` (``sentencepiece.bpe.model`` is found if it stands in the model's folder),
+                ``tokenizer="moses"``, ``source_lang=...``.
+
+        Raises:
+            RKMError: no checkpoint there, one that is damaged or carries code, or files that do not fit together.
+        """
+        fairseq_rkm.register()
+        if "://" not in model_name_or_path:
+            _check_files(Path(model_name_or_path), checkpoint_file.split(os.pathsep))
+        loaded = hub_utils.from_pretrained(model_name_or_path, checkpoint_file, data_name_or_path, **kwargs)
+        hub = TranslationHub(loaded["args"], loaded["task"], loaded["models"])
+        check_pieces(hub.bpe, hub.src_dict)
+        return hub
+
+
+def check_flags(cfg: RKMConfig, joined: bool) -> None:
+    """Refuse flags that cannot be had together, before anything is built.
+
+    Args:
+        cfg: the flags.
+        joined: whether source and target have one dictionary.
+
+    Raises:
+        RKMError: what is wrong with them.
+    """
+    for name in ("encoder_layers", "decoder_layers", "encoder_embed_dim", "decoder_embed_dim"):
+        if getattr(cfg, name) < 1:
+            raise RKMError(f"{_flag(name)} must be at least 1, not {getattr(cfg, name)}")
+    for name in ("dropout", *DROPOUTS):
+        if getattr(cfg, name) is not None:
+            check_probability(_flag(name), getattr(cfg, name))
+    if not 0 <= cfg.attention_layer <= cfg.decoder_layers:
+        raise RKMError(
+            f"--attention-layer must name a decoder layer, 1 to {cfg.decoder_layers}, or be 0 for the last, "
+            f"not {cfg.attention_layer}"
+        )
+    if cfg.criterion_name == "adaptive_loss" and not cfg.adaptive_softmax_cutoff:
+        raise RKMError("--criterion adaptive_loss needs --adaptive-softmax-cutoff")
+    _check_sharing(cfg, joined)
+
+
+def _check_sharing(cfg: RKMConfig, joined: bool) -> None:
+    if cfg.share_all_embeddings:
+        if not joined:
+            raise RKMError(
+                "--share-all-embeddings needs one dictionary for both languages: fairseq-preprocess --joined-dictionary"
+            )
+        if cfg.encoder_embed_dim != cfg.decoder_embed_dim:
+            raise RKMError(
+                f"--share-all-embeddings needs equal sizes, but --encoder-embed-dim is {cfg.encoder_embed_dim} and "
+                f"--decoder-embed-dim {cfg.decoder_embed_dim}"
+            )
+        if cfg.decoder_embed_path not in {None, cfg.encoder_embed_path}:
+            raise RKMError("with --share-all-embeddings give the word vectors by --encoder-embed-path alone")
+        if cfg.decoder_freeze_embed != cfg.encoder_freeze_embed:
+            raise RKMError("with --share-all-embeddings give --encoder-freeze-embed and --decoder-freeze-embed both")
+    if not (cfg.share_all_embeddings or cfg.share_decoder_input_output_embed):
+        return
+    tying = "--share-all-embeddings" if cfg.share_all_embeddings else "--share-decoder-input-output-embed"
+    if cfg.adaptive_softmax_cutoff:
+        raise RKMError(f"{tying} and --adaptive-softmax-cutoff exclude each other")
+    if cfg.decoder_out_embed_dim not in {None, cfg.decoder_embed_dim}:
+        raise RKMError(
+            f"{tying} needs --decoder-out-embed-dim ({cfg.decoder_out_embed_dim}) to be --decoder-embed-dim "
+            f"({cfg.decoder_embed_dim}): leave it out"
+        )
+
+
+def _check_files(path: Path, checkpoints: list[str]) -> None:
+    if not path.exists():
+        raise RKMError(f"no model at {path}: give the folder of a trained model's checkpoint")
+    missing = [file for file in checkpoints if path.is_dir() and not (path / file).is_file()]
+    if missing:
+        raise RKMError(f"no checkpoint {missing[0]} in {path}: name it by checkpoint_file")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _fill(args: argparse.Namespace, **values: Any) -> None:
+    """Set the flags that the user has not given."""
+    for name, value in values.items():
+        setattr(args, name, getattr(args, name, value))
+
+
+@register_model_architecture("rkm", "rkm_tiny")
+def rkm_tiny(args: argparse.Namespace) -> None:
+    """For tests and first tries: trains in a minute on a CPU."""
+    _fill(
+        args, layer_norm=True, encoder_embed_dim=64, encoder_hidden_size=64, encoder_bidirectional=True,
+        decoder_embed_dim=64, decoder_hidden_size=64, dropout=0.0,
+    )  # fmt: skip
+
+
+@register_model_architecture("rkm", "rkm_iwslt_de_en")
+def rkm_iwslt_de_en(args: argparse.Namespace) -> None:
+    """For corpora of some 30,000 to 300,000 sentence pairs with a subword vocabulary of some 10,000."""
+    _fill(
+        args, layer_norm=True, ngram_padding="same", encoder_ngram=None if hasattr(args, "ngram") else 3,
+        encoder_embed_dim=256, encoder_hidden_size=256, encoder_layers=2, encoder_bidirectional=True,
+        decoder_embed_dim=256, decoder_hidden_size=512, decoder_layers=2, attention_layer=1, dropout=0.3,
+        share_decoder_input_output_embed=getattr(args, "adaptive_softmax_cutoff", None) is None,
+    )  # fmt: skip

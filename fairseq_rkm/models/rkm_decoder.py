@@ -1,0 +1,229 @@
+"""The decoder of ``rkm``: a stack of causal RKM layers of which one attends to the source."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, Optional, cast
+
+import torch
+from fairseq.data import Dictionary
+from fairseq.models import FairseqIncrementalDecoder
+from fairseq.modules import FairseqDropout
+from torch import Tensor, nn
+
+from fairseq_rkm.data.dictionary import check_fingerprint, fingerprint
+from fairseq_rkm.models.options import NO_LIMIT, build_rkm, first_given
+from fairseq_rkm.models.rkm_encoder import EncoderOut
+from fairseq_rkm.models.word_layers import build_softmax
+from fairseq_rkm.modules import RKM, GlobalAttention, RKMState, Stepper
+from fairseq_rkm.ops import CELLS
+
+Layers = Iterable[Callable[..., tuple[Tensor, RKMState]]]
+"""The decoder's layers, or what stands in for them."""
+
+
+class DecoderState(NamedTuple):
+    """What one step of the decoder leaves for the next.
+
+    Attributes:
+        layers: each layer's state, its n-gram context included.
+        fed: with input feeding the last attentional vector, ``(B, d)``; without, ``(B, 0)``.
+    """
+
+    layers: list[RKMState]
+    fed: Tensor
+
+    def index_select(self, rows: Tensor) -> "DecoderState":
+        """The state of a batch made of these rows of this one: how beams are reordered."""
+        return DecoderState([state.index_select(rows) for state in self.layers], self.fed.index_select(0, rows))
+
+
+class RKMAttentionDecoder(FairseqIncrementalDecoder):
+    """Target tokens and source states to scores of the next token.
+
+    One layer's output queries the source (:class:`~fairseq_rkm.modules.GlobalAttention`), and the attentional vector is
+    what the layers above it, or the softmax, read. With ``attention_layer`` 0, attention after the last layer, and
+    ``input_feeding`` this is the model of Luong et al. (2015), sections 3.1 and 3.3. Without input feeding it is their
+    model without its section 3.3: no layer's recurrence reads what later attention found, so that a whole target is one
+    pass of each layer and one product over all of its queries, in place of a step at a time. What input feeding is for,
+    to tell the decoder which source words it has been at, an ``attention_layer`` below the last gives back: the layers
+    above are recurrences over attentional vectors, and a pass each still.
+
+    Args:
+        cfg: the flags of ``--arch rkm``.
+        dictionary: the target's.
+        embed_tokens: the target's embedding.
+        source_size: e, of the encoder's states.
+    """
+
+    def __init__(self, cfg: Any, dictionary: Dictionary, embed_tokens: nn.Embedding, source_size: int) -> None:
+        super().__init__(dictionary)
+        self.padding_idx = dictionary.pad()
+        self.register_buffer("dictionary_fingerprint", fingerprint(dictionary))
+        self.embed_tokens = embed_tokens
+        self.dropout_in = FairseqDropout(first_given(cfg.decoder_dropout_in, cfg.dropout), type(self).__name__)
+        self.dropout_out = FairseqDropout(first_given(cfg.decoder_dropout_out, cfg.dropout), type(self).__name__)
+        self.attention_layer = cfg.attention_layer or cfg.decoder_layers
+        tied = cfg.share_all_embeddings or cfg.share_decoder_input_output_embed
+        hidden, count = cfg.decoder_hidden_size, cfg.decoder_layers
+        features = first_given(cfg.decoder_out_embed_dim, cfg.decoder_embed_dim if tied else hidden)
+        outputs = [hidden] * count
+        if self.attention_layer < count:
+            outputs[-1] = features
+        attended = features if self.attention_layer == count else hidden
+        self.fed_size = attended if cfg.input_feeding else 0
+        inputs = [embed_tokens.embedding_dim + self.fed_size] + [hidden] * (count - 1)
+        layers = [
+            build_rkm(
+                cfg, m, d, ngram_padding="causal", cell=str(first_given(cfg.decoder_cell, cfg.cell)),
+                ngram=first_given(cfg.decoder_ngram, cfg.ngram),
+            )
+            for m, d in zip(inputs, outputs, strict=True)
+        ]  # fmt: skip
+        self.layers = nn.ModuleList(layers)
+        self.attention = GlobalAttention(hidden, source_size, attended)
+        self.bridges = nn.ModuleList(StateBridge(source_size, layer) for layer in layers)
+        softmax = build_softmax(cfg, features, len(dictionary), embed_tokens if tied else None)
+        self.adaptive_softmax = softmax if cfg.adaptive_softmax_cutoff else None
+        self.output_projection = None if cfg.adaptive_softmax_cutoff else softmax
+
+    def forward(
+        self,
+        prev_output_tokens: Tensor,
+        encoder_out: EncoderOut,
+        incremental_state: Optional[dict] = None,
+        features_only: bool = False,
+        **_unused: Any,
+    ) -> tuple[Tensor, dict]:
+        """Predict each next token.
+
+        Args:
+            prev_output_tokens: ``(B, T)`` int64, padded on either side. With an incremental state that holds the
+                earlier ones, only the last is read.
+            encoder_out: of :class:`~fairseq_rkm.models.rkm_encoder.RKMEncoder`.
+            incremental_state: fairseq's, for decoding step by step.
+            features_only: stop before the softmax.
+
+        Returns:
+            ``(B, T, V)`` scores, or ``(B, T, d)`` features with an adaptive softmax or ``features_only``, and
+            ``{"attn": [weights]}``, the attention's weights ``(B, T, S)``.
+        """
+        state, tokens = None, prev_output_tokens
+        layers: Layers = self.layers
+        if incremental_state is not None:
+            state = self.get_incremental_state(incremental_state, "state")
+            if state is not None:
+                tokens = tokens[:, -1:]
+            if tokens.size(1) == 1:
+                layers = self._steppers(incremental_state)
+        if state is None:
+            state = self._initial_state(encoder_out)
+        mask = tokens.eq(self.padding_idx) if tokens.size(1) > 1 else None
+        x = self.dropout_in(self.embed_tokens(tokens.t()))
+        run = self._run_fed if self.fed_size else self._run
+        features, weights, state = run(layers, x, state, encoder_out, mask)
+        if incremental_state is not None:
+            self.set_incremental_state(incremental_state, "state", state)
+        features = features.transpose(0, 1)
+        return (features if features_only else self.output_layer(features)), {"attn": [weights]}
+
+    def _initial_state(self, encoder_out: EncoderOut) -> DecoderState:
+        """Each layer's from the encoder layer beside it, both counted from the top."""
+        (hiddens,), (cells,) = encoder_out["encoder_hiddens"], encoder_out["encoder_cells"]
+        ahead = hiddens.size(0) - len(self.layers)
+        beside = [max(0, i + ahead) for i in range(len(self.layers))]
+        states = [bridge(hiddens[k], cells[k]) for bridge, k in zip(self.bridges, beside, strict=True)]
+        return DecoderState(states, states[0].hidden.new_zeros(hiddens.size(1), self.fed_size))
+
+    def _steppers(self, incremental_state: dict) -> Layers:
+        """The layers for single steps: packed once for what this state decodes, unless gradients are wanted."""
+        if torch.is_grad_enabled() or any(layer.backend != "auto" for layer in self.layers):
+            return self.layers
+        steppers = self.get_incremental_state(incremental_state, "steppers")
+        if steppers is None:
+            steppers = [Stepper(cast(RKM, layer)) for layer in self.layers]
+            self.set_incremental_state(incremental_state, "steppers", steppers)
+        return steppers
+
+    def _run(
+        self, layers: Layers, x: Tensor, state: DecoderState, encoder_out: EncoderOut, mask: Optional[Tensor]
+    ) -> tuple[Tensor, Tensor, DecoderState]:
+        """Features ``(T, B, d)``, attention weights ``(B, T, S)`` and the next state; each layer in one pass."""
+        states, fed = [], state.fed
+        for number, layer in enumerate(layers, 1):
+            before = state.layers[number - 1]
+            x, left = layer(x, before) if mask is None else layer(x, before, mask)
+            states.append(left)
+            if number == self.attention_layer:
+                x, weights = self.attention(x, encoder_out["encoder_out"][0], encoder_out["encoder_padding_mask"][0])
+            x = self.dropout_out(x)
+            if number == self.attention_layer and self.fed_size:
+                fed = x[-1]
+        return x, weights, DecoderState(states, fed)
+
+    def _run_fed(
+        self, layers: Layers, x: Tensor, state: DecoderState, encoder_out: EncoderOut, mask: Optional[Tensor]
+    ) -> tuple[Tensor, Tensor, DecoderState]:
+        """As :meth:`_run`, a step at a time, each reading the last one's attentional vector (Luong et al., 3.3)."""
+        features, weights = [], []
+        for t in range(x.size(0)):
+            padding = None if mask is None else mask[:, t : t + 1]
+            step = torch.cat([x[t], state.fed], dim=-1).unsqueeze(0)
+            output, weight, left = self._run(layers, step, state, encoder_out, padding)
+            if padding is not None:
+                left = left._replace(fed=torch.where(padding, state.fed, left.fed))
+            state = left
+            features.append(output)
+            weights.append(weight)
+        return torch.cat(features), torch.cat(weights, dim=1), state
+
+    def output_layer(self, features: Tensor) -> Tensor:
+        """Scores; with an adaptive softmax the features as they are, since that comes with the loss."""
+        return features if self.output_projection is None else self.output_projection(features)
+
+    def extract_features(
+        self, prev_output_tokens: Tensor, encoder_out: EncoderOut, **kwargs: Any
+    ) -> tuple[Tensor, dict]:
+        """:meth:`forward` up to the softmax."""
+        return self.forward(prev_output_tokens, encoder_out, features_only=True, **kwargs)
+
+    def reorder_incremental_state(self, incremental_state: dict, new_order: Tensor) -> None:
+        """Follow the beams: all of the state, n-gram contexts and the fed vector included."""
+        state = self.get_incremental_state(incremental_state, "state")
+        if state is not None:
+            self.set_incremental_state(incremental_state, "state", state.index_select(new_order))
+
+    def reorder_incremental_state_scripting(self, incremental_state: dict, new_order: Tensor) -> None:
+        """As fairseq's, without its walk over all submodules at every step: none of them has a state of its own."""
+        self.reorder_incremental_state(incremental_state, new_order)
+
+    def max_positions(self) -> int:
+        """A recurrence has no limit; the task has."""
+        return NO_LIMIT
+
+    def upgrade_state_dict_named(self, state_dict: dict, name: str) -> None:
+        """Refuse a checkpoint of another dictionary before its weights are looked at."""
+        check_fingerprint(state_dict, f"{name}.dictionary_fingerprint", self.dictionary_fingerprint)
+
+
+class StateBridge(nn.Module):
+    """A decoder layer's initial state from an encoder layer's final one: an affine map of h, and one of c.
+
+    A layer without feedback reads no h and one without memory no c; those are zeros without a map.
+
+    Args:
+        source_size: e.
+        layer: the decoder's.
+    """
+
+    def __init__(self, source_size: int, layer: RKM) -> None:
+        super().__init__()
+        self.size = layer.hidden_size
+        self.hidden = nn.Linear(source_size, self.size) if layer.feedback else None
+        self.cell = nn.Linear(source_size, self.size) if CELLS[layer.cell].has_memory else None
+
+    def forward(self, hidden: Tensor, cell: Tensor) -> RKMState:
+        """``hidden``, ``cell``: ``(B, e)``; the state's tensors are ``(1, B, d)``."""
+        mapped = [
+            hidden.new_zeros(hidden.size(0), self.size) if map_ is None else map_(value.to(hidden.dtype))
+            for map_, value in ((self.hidden, hidden), (self.cell, cell))
+        ]
+        return RKMState(mapped[0].unsqueeze(0), mapped[1].unsqueeze(0))

@@ -1,0 +1,75 @@
+"""The layers at a model's two ends, which all word-level models share: words to vectors, vectors to words' scores."""
+
+from typing import Any, Optional
+
+import torch
+from fairseq.data import Dictionary
+from fairseq.modules import AdaptiveSoftmax
+from torch import nn
+
+from fairseq_rkm.data.word_vectors import load_word_vectors
+from fairseq_rkm.errors import RKMError
+
+
+def build_embedding(
+    dictionary: Dictionary, size: int, path: Optional[str] = None, freeze: bool = False
+) -> nn.Embedding:
+    """Word vectors ``(V, size)``, from U(-0.1, 0.1) or a file; padding's is zero.
+
+    Args:
+        dictionary: fairseq's.
+        size: of a vector.
+        path: word vectors in text format, or None.
+        freeze: do not train them.
+
+    Raises:
+        RKMError: a file that is missing or does not fit.
+    """
+    embedding = nn.Embedding(len(dictionary), size, padding_idx=dictionary.pad())
+    nn.init.uniform_(embedding.weight, -0.1, 0.1)
+    if path:
+        load_word_vectors(embedding, path, dictionary)
+    with torch.no_grad():
+        embedding.weight[dictionary.pad()].zero_()
+    embedding.weight.requires_grad_(not freeze)
+    return embedding
+
+
+def build_softmax(cfg: Any, features: int, types: int, tied: Optional[nn.Embedding] = None) -> nn.Module:
+    """What turns features into scores of words: an adaptive softmax if ``cfg`` asks for one, else a linear layer.
+
+    Args:
+        cfg: with ``adaptive_softmax_cutoff``, ``adaptive_softmax_dropout`` and ``adaptive_softmax_factor``.
+        features: size of the features.
+        types: size of the vocabulary.
+        tied: an embedding ``(types, features)`` whose weight the linear layer takes, or None.
+
+    Raises:
+        RKMError: cutoffs that are no increasing whole numbers below ``types``.
+    """
+    if cfg.adaptive_softmax_cutoff:
+        return AdaptiveSoftmax(
+            types, features, parse_cutoffs(cfg.adaptive_softmax_cutoff, types),
+            dropout=cfg.adaptive_softmax_dropout, factor=cfg.adaptive_softmax_factor,
+        )  # fmt: skip
+    linear = nn.Linear(features, types)
+    nn.init.uniform_(linear.weight, -0.1, 0.1)
+    nn.init.zeros_(linear.bias)
+    if tied is not None:
+        linear.weight = tied.weight
+    return linear
+
+
+def parse_cutoffs(text: str, types: int) -> list[int]:
+    """``"2000,10000"`` as ``[2000, 10000]``.
+
+    Raises:
+        RKMError: anything but increasing whole numbers between 0 and the number of types.
+    """
+    fields = text.strip("[]() ").split(",")
+    if not all(f.strip().isdecimal() for f in fields):
+        raise RKMError(f"--adaptive-softmax-cutoff takes whole numbers separated by commas, not {text!r}")
+    cutoffs = [int(f) for f in fields]
+    if cutoffs != sorted(set(cutoffs)) or cutoffs[0] < 1 or cutoffs[-1] >= types:
+        raise RKMError(f"--adaptive-softmax-cutoff must increase from 1 to below the {types} types of the dictionary")
+    return cutoffs

@@ -1,0 +1,68 @@
+"""One step at a time without gradients: what decoding spends its time on."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fairseq_rkm.errors import RKMError
+from fairseq_rkm.modules.rkm import RKM, RKMState
+from fairseq_rkm.ops.reference import step
+from fairseq_rkm.ops.weights import memory_dtype
+
+
+class Stepper:
+    """A layer's weights, packed for single steps: one matrix product a step, and no more Python than that needs.
+
+    It computes what the layer does in evaluation, by the reference's equations. The weights are those of the moment
+    when it is made: make one for each sequence that is decoded.
+
+    Args:
+        layer: an RKM of one layer and one direction, with causal n-grams.
+
+    Raises:
+        RKMError: any other RKM.
+    """
+
+    def __init__(self, layer: RKM) -> None:
+        if layer.num_layers > 1 or layer.bidirectional or (layer.ngram > 1 and layer.ngram_padding != "causal"):
+            raise RKMError("single steps are for one layer in one direction, with causal n-grams")
+        self.ngram = layer.ngram
+        self.feedback = layer.feedback
+        self.cell = layer._cell
+        weights = layer._weights("l0", None)
+        wide = memory_dtype(weights.input.dtype)
+        packed = weights.input
+        if weights.recurrent is not None:
+            # A gate that sees no h_{t-1} has zeros there; the others are one block, in their order (ops/cells.py).
+            first = layer.gates.index(layer.recurrent_gates[0]) * layer.hidden_size
+            last = packed.size(0) - first - weights.recurrent.size(0)
+            packed = torch.cat([packed, F.pad(weights.recurrent, (0, 0, first, last))], dim=1)
+        self.weights = weights._replace(
+            input=packed,
+            recurrent=None,
+            **{
+                name: value.to(wide)
+                for name, value in weights._asdict().items()
+                if name.startswith(("norm", "sigma")) and torch.is_tensor(value)
+            },
+        )
+        self.memory_dtype = wide
+
+    def __call__(self, x: Tensor, state: RKMState) -> tuple[Tensor, RKMState]:
+        """The output and the next state.
+
+        Args:
+            x: ``(1, B, m)``, one step's input.
+            state: the layer's; a context of None is one of zeros.
+        """
+        window, context = [x[0]], state.context
+        if self.ngram > 1:
+            past = context[0] if context else x.new_zeros(self.ngram - 1, *x.shape[1:])
+            window += past.flip(0).unbind()
+            context = [torch.cat([past[1:], x])]
+        hidden, memory = state.hidden[0], state.cell[0].to(self.memory_dtype)
+        if self.feedback:
+            window.append(hidden)
+        extended = torch.cat(window, dim=1) if len(window) > 1 else window[0]
+        hidden, memory = (value.unsqueeze(0) for value in step(self.cell, extended, self.weights, hidden, memory))
+        return hidden, RKMState(hidden, memory, context)

@@ -1,0 +1,365 @@
+import copy
+import itertools
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fairseq.data import Dictionary
+from fairseq.sequence_generator import SequenceGenerator
+from helpers import assert_close, randomized
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from fairseq_rkm import CELLS, RKM, RKMError
+from fairseq_rkm.models.rkm import RKMConfig, RKMModel, check_flags, rkm_iwslt_de_en, rkm_tiny
+
+
+def dictionary(words):
+    made = Dictionary()
+    for i in range(words):
+        made.add_symbol(f"w{i}")
+    return made
+
+
+SOURCE, TARGET = dictionary(30), dictionary(40)
+SMALL = {
+    "encoder_embed_dim": 5, "encoder_hidden_size": 6, "decoder_embed_dim": 7, "decoder_hidden_size": 8, "dropout": 0.0,
+    "criterion_name": None,
+}  # fmt: skip
+JOINED = {"share_all_embeddings": True, "encoder_embed_dim": 7}
+
+
+def build(source=SOURCE, target=TARGET, **flags):
+    cfg = OmegaConf.structured(RKMConfig(**{**SMALL, **flags}))
+    task = SimpleNamespace(source_dictionary=source, target_dictionary=target)
+    model = RKMModel.build_model(cfg, task).double()
+    for module in model.modules():
+        if isinstance(module, RKM):
+            randomized(module)
+    return model.eval()
+
+
+def batch(rows=3, source_length=6, target_length=7):
+    return torch.randint(4, 34, (rows, source_length)), torch.randint(4, 44, (rows, target_length))
+
+
+def assert_steps_equal_the_full_pass(model):
+    """As fairseq decodes, without gradients, and with them: through packed weights and through the layers."""
+    with torch.no_grad():
+        _assert_steps_equal_the_full_pass(model)
+    _assert_steps_equal_the_full_pass(model)
+
+
+def _assert_steps_equal_the_full_pass(model):
+    """Four steps in order, then three more of reordered beams; outputs and attention."""
+    source, tokens = batch()
+    encoder_out = model.encoder(source)
+    full, extra = model.decoder(tokens, encoder_out)
+    incremental: dict = {}
+    beams = torch.tensor([2, 2, 0, 1])
+    for t in range(7):
+        if t == 4:
+            model.decoder.reorder_incremental_state_scripting(incremental, beams)
+            encoder_out = model.encoder.reorder_encoder_out(encoder_out, beams)
+            tokens, full, extra = tokens[beams], full[beams], {"attn": [extra["attn"][0][beams]]}
+        step, step_extra = model.decoder(tokens[:, : t + 1], encoder_out, incremental_state=incremental)
+        assert_close(step[:, 0], full[:, t])
+        assert_close(step_extra["attn"][0][:, 0], extra["attn"][0][:, t])
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("ngram", [1, 2, 3, 5])
+@pytest.mark.parametrize("input_feeding", [False, True])
+def test_step_by_step_equals_the_full_pass_and_beams_reorder(cell, ngram, input_feeding):
+    assert_steps_equal_the_full_pass(
+        build(cell=cell, ngram=ngram, input_feeding=input_feeding, decoder_layers=2, attention_layer=1)
+    )
+
+
+@pytest.mark.parametrize("flags", [{"attention_layer": 0}, {"attention_layer": 2, "input_feeding": True}])
+def test_step_by_step_with_attention_elsewhere_and_layer_norm(flags):
+    assert_steps_equal_the_full_pass(build(decoder_layers=3, encoder_layers=2, ngram=2, layer_norm=True, **flags))
+
+
+def test_the_state_matters_to_the_tests_above():
+    """Forgetting to reorder, or an n-gram context left behind, would show."""
+    model = build(ngram=3, cell="cnn").requires_grad_(False)
+    source, tokens = batch(2)
+    encoder_out, incremental = model.encoder(source), {}
+    model.decoder(tokens[:, :3], encoder_out, incremental_state=incremental)
+    swapped = model.encoder.reorder_encoder_out(encoder_out, torch.tensor([1, 0]))
+    step, _ = model.decoder(tokens[:, :4].flip(0), swapped, incremental_state=incremental)
+    full, _ = model(source.flip(0), None, tokens[:, :4].flip(0))
+    assert not torch.allclose(step[:, 0], full[:, 3])
+
+
+def test_a_prefix_may_enter_the_incremental_state_at_once():
+    for input_feeding in (False, True):
+        model = build(ngram=2, input_feeding=input_feeding)
+        source, tokens = batch()
+        full, _ = model(source, None, tokens)
+        encoder_out, incremental = model.encoder(source), {}
+        assert_close(model.decoder(tokens[:, :4], encoder_out, incremental)[0], full[:, :4])
+        assert_close(model.decoder(tokens[:, :5], encoder_out, incremental)[0][:, 0], full[:, 4])
+
+
+def pad(tokens, width, side):
+    filler = torch.full((tokens.size(0), width), SOURCE.pad())
+    return torch.cat([filler, tokens] if side == "left" else [tokens, filler], dim=1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    cell=st.sampled_from(list(CELLS)), ngram=st.sampled_from([1, 3]), padding=st.sampled_from(["causal", "same"]),
+    layers=st.integers(1, 2), width=st.integers(1, 4), source_side=st.sampled_from(["left", "right"]),
+    target_side=st.sampled_from(["left", "right"]), input_feeding=st.booleans(), bidirectional=st.booleans(),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_padding_on_either_side_of_source_and_target_changes_nothing(
+    cell, ngram, padding, layers, width, source_side, target_side, input_feeding, bidirectional, seed
+):
+    torch.manual_seed(seed)
+    model = build(
+        cell=cell, ngram=ngram, ngram_padding=padding, encoder_layers=layers, input_feeding=input_feeding,
+        encoder_bidirectional=bidirectional, layer_norm=seed % 2 == 0,
+    )  # fmt: skip
+    source, tokens = batch(1, 4, 3)
+    other_source, other_tokens = batch(1, 4 + width, 3 + width)
+    full, extra = model(source, None, tokens)
+    padded, padded_extra = model(
+        torch.cat([pad(source, width, source_side), other_source]),
+        None,
+        torch.cat([pad(tokens, width, target_side), other_tokens]),
+    )
+    here = slice(width, None) if target_side == "left" else slice(0, 3)
+    there = slice(width, None) if source_side == "left" else slice(0, 4)
+    assert_close(padded[:1, here], full)
+    assert_close(padded_extra["attn"][0][:1, here, there], extra["attn"][0])
+
+
+def generate(model, source, **options):
+    generator = SequenceGenerator([model], model.decoder.dictionary, max_len_b=12, **options)
+    sample = {"net_input": {"src_tokens": source, "src_lengths": source.ne(SOURCE.pad()).sum(1)}}
+    return [[h["tokens"].tolist() for h in beams] for beams in generator.generate([model], sample)]
+
+
+@pytest.mark.parametrize("input_feeding", [False, True])
+def test_batch_size_and_side_of_padding_do_not_change_a_translation(input_feeding):
+    model = build(
+        ngram=3, ngram_padding="same", encoder_bidirectional=True, decoder_layers=2, input_feeding=input_feeding
+    )
+    lengths = [9, 2, 5, 1]
+    sentences = [torch.cat([torch.randint(4, 34, (1, n)), torch.tensor([[SOURCE.eos()]])], dim=1) for n in lengths]
+    alone = [generate(model, sentence, beam_size=4)[0] for sentence in sentences]
+    assert len({str(beams) for beams in alone}) == len(lengths)
+    for side in ("left", "right"):
+        together = torch.cat([pad(sentence, 10 - sentence.size(1), side) for sentence in sentences])
+        assert generate(model, together, beam_size=4) == alone
+
+
+def test_encoder_and_decoder_have_their_own_cells_and_n_grams():
+    model = build(cell="ran", ngram=2, encoder_cell="gated_cnn", encoder_ngram=3, decoder_layers=2)
+    assert {(layer.cell, layer.ngram) for layer in model.encoder.layers} == {("gated_cnn", 3)}
+    assert {(layer.cell, layer.ngram) for layer in model.decoder.layers} == {("ran", 2)}
+    model = build(decoder_cell="lstm", ngram=3, decoder_ngram=1, ngram_padding="same")
+    assert [(layer.cell, layer.ngram, layer.ngram_padding) for layer in model.encoder.layers] == [
+        ("rkm_lstm", 3, "same")
+    ]
+    assert [(layer.cell, layer.ngram, layer.ngram_padding) for layer in model.decoder.layers] == [("lstm", 1, "causal")]
+
+
+@pytest.mark.parametrize(("encoder_layers", "decoder_layers"), itertools.product([1, 2, 3], repeat=2))
+def test_stacks_of_any_depths_meet_and_all_parameters_learn(encoder_layers, decoder_layers):
+    model = build(encoder_layers=encoder_layers, decoder_layers=decoder_layers, encoder_bidirectional=True)
+    source, tokens = batch()
+    model(source, None, tokens)[0].pow(2).sum().backward()
+    idle = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
+    assert not idle
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_no_cell_leaves_parameters_without_a_gradient(cell):
+    """Which distributed training would stumble over."""
+    model = build(cell=cell, decoder_layers=2)
+    source, tokens = batch()
+    model(source, None, tokens)[0].pow(2).sum().backward()
+    assert not {name for name, p in model.named_parameters() if p.grad is None}
+
+
+def test_no_step_sees_the_target_ahead_but_each_sees_all_of_the_source():
+    for flags in ({}, {"input_feeding": True}, {"decoder_layers": 2, "attention_layer": 1}):
+        model = build(ngram=3, ngram_padding="same", **flags)
+        source, tokens = batch()
+        output, _ = model(source, None, tokens)
+        changed = tokens.clone()
+        changed[:, 4] = (tokens[:, 4] - 3) % 40 + 4
+        other, _ = model(source, None, changed)
+        assert_close(other[:, :4], output[:, :4])
+        assert not torch.allclose(other[:, 4], output[:, 4])
+        for position in (0, 5):
+            changed = source.clone()
+            changed[:, position] = (source[:, position] - 3) % 30 + 4
+            other, _ = model(changed, None, tokens)
+            assert all(not torch.allclose(other[:, t], output[:, t], atol=1e-12) for t in range(7))
+
+
+def test_shared_embeddings():
+    model = build(share_decoder_input_output_embed=True)
+    assert model.decoder.output_projection.weight is model.decoder.embed_tokens.weight
+    assert model.encoder.embed_tokens is not model.decoder.embed_tokens
+    joined = build(TARGET, TARGET, share_all_embeddings=True, encoder_embed_dim=7, decoder_layers=2, attention_layer=1)
+    assert joined.encoder.embed_tokens is joined.decoder.embed_tokens
+    assert joined.decoder.output_projection.weight is joined.encoder.embed_tokens.weight
+    assert joined.decoder.layers[-1].hidden_size == 7
+    source, tokens = batch()
+    assert joined(source, None, tokens)[0].shape == (3, 7, 44)
+    assert build(decoder_out_embed_dim=3).decoder.output_projection.weight.shape == (44, 3)
+
+
+def test_word_vectors_of_both_languages(tmp_path):
+    for name, size in (("source", 5), ("target", 7)):
+        lines = [f"w{i} " + " ".join(["0.25"] * size) for i in range(3)]
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+    model = build(
+        encoder_embed_path=str(tmp_path / "source"), decoder_embed_path=str(tmp_path / "target"),
+        encoder_freeze_embed=True,
+    )  # fmt: skip
+    assert (model.encoder.embed_tokens.weight[SOURCE.index("w1")] == 0.25).all()
+    assert (model.decoder.embed_tokens.weight[TARGET.index("w2")] == 0.25).all()
+    assert not model.encoder.embed_tokens.weight.requires_grad
+    assert model.decoder.embed_tokens.weight.requires_grad
+
+
+def test_adaptive_softmax():
+    model = build(adaptive_softmax_cutoff="10,20")
+    source, tokens = batch()
+    output = model(source, None, tokens)
+    assert output[0].shape == (3, 7, 8)
+    probabilities = model.get_normalized_probs(output, log_probs=False, sample=None)
+    assert_close(probabilities.sum(-1), torch.ones(3, 7), dtype=torch.float32)
+
+
+def test_each_dropout_acts_where_its_flag_says():
+    source, tokens = batch()
+    for flag in ("dropout", "encoder_dropout_in", "encoder_dropout_out", "decoder_dropout_in", "decoder_dropout_out"):
+        model = build(**{flag: 0.5})
+        assert torch.equal(model(source, None, tokens)[0], model(source, None, tokens)[0]), "none in evaluation"
+        model.train()
+        assert not torch.equal(model(source, None, tokens)[0], model(source, None, tokens)[0]), flag
+        encoded = [model.encoder(source)["encoder_out"][0] for _ in range(2)]
+        assert torch.equal(*encoded) == flag.startswith("decoder"), flag
+
+
+@pytest.mark.parametrize("input_feeding", [False, True])
+def test_half_precision_follows_double(input_feeding):
+    model = build(ngram=2, encoder_bidirectional=True, decoder_layers=2, input_feeding=input_feeding)
+    source, tokens = batch()
+    full, _ = model(source, None, tokens)
+    half = copy.deepcopy(model).bfloat16()
+    assert_close(half(source, None, tokens)[0], full)
+    encoder_out, incremental = half.encoder(source), {}
+    with torch.no_grad():
+        steps = [half.decoder(tokens[:, : t + 1], encoder_out, incremental)[0] for t in range(7)]
+    assert_close(torch.cat(steps, dim=1), full, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, _ = model.float()(source, None, tokens)
+    assert_close(output, full, dtype=torch.bfloat16)
+    output.float().sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"encoder_layers": 0}, "--encoder-layers must be at least 1, not 0"),
+        ({"decoder_layers": 0}, "--decoder-layers must be at least 1, not 0"),
+        ({"decoder_dropout_in": 1.0}, "--decoder-dropout-in must lie within"),
+        ({"dropout": -0.1}, "--dropout must lie within"),
+        ({"attention_layer": 2}, "--attention-layer must name a decoder layer, 1 to 1"),
+        ({"criterion_name": "adaptive_loss"}, "needs --adaptive-softmax-cutoff"),
+        ({"share_all_embeddings": True, "encoder_embed_dim": 5}, "needs equal sizes, but --encoder-embed-dim is 5"),
+        (
+            {"share_decoder_input_output_embed": True, "adaptive_softmax_cutoff": "10"},
+            "--share-decoder-input-output-embed and --adaptive-softmax-cutoff exclude each other",
+        ),
+        (
+            {"share_decoder_input_output_embed": True, "decoder_out_embed_dim": 9},
+            r"needs --decoder-out-embed-dim \(9\) to be --decoder-embed-dim \(7\)",
+        ),
+        ({**JOINED, "decoder_embed_path": "x"}, "give the word vectors by --encoder-embed-path alone"),
+        ({**JOINED, "decoder_freeze_embed": True}, "--decoder-freeze-embed both"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused(flags, message):
+    with pytest.raises(RKMError, match=message):
+        check_flags(RKMConfig(**{**SMALL, **flags}), joined=True)
+
+
+def test_one_embedding_needs_one_dictionary():
+    with pytest.raises(RKMError, match="--joined-dictionary"):
+        build(share_all_embeddings=True, encoder_embed_dim=7)
+
+
+def test_a_centred_window_must_be_odd_in_the_encoder_alone():
+    with pytest.raises(RKMError, match="centres an odd window"):
+        build(ngram=2, ngram_padding="same")
+    build(ngram=2, encoder_ngram=3, ngram_padding="same")
+
+
+@pytest.mark.parametrize("preset", [rkm_tiny, rkm_iwslt_de_en])
+def test_presets_fill_what_is_not_given_and_are_idempotent(preset):
+    args = SimpleNamespace(encoder_embed_dim=12, dropout=0.5)
+    preset(args)
+    assert (args.encoder_embed_dim, args.dropout, args.layer_norm) == (12, 0.5, True)
+    again = copy.copy(args)
+    preset(again)
+    assert again == args
+    build(**{name: value for name, value in vars(args).items() if name != "criterion_name"})
+
+
+def test_a_preset_yields_to_flags_that_it_would_contradict():
+    args = SimpleNamespace(ngram=1, adaptive_softmax_cutoff="10,20")
+    rkm_iwslt_de_en(args)
+    model = build(**vars(args))
+    assert {layer.ngram for layer in model.encoder.layers} == {1}
+    assert model.decoder.adaptive_softmax is not None
+    args = SimpleNamespace()
+    rkm_iwslt_de_en(args)
+    model = build(**vars(args))
+    assert {(layer.ngram, layer.ngram_padding) for layer in model.encoder.layers} == {(3, "same")}
+    assert {layer.ngram for layer in model.decoder.layers} == {1}
+    assert model.decoder.output_projection.weight is model.decoder.embed_tokens.weight
+
+
+def test_checkpoints_of_another_dictionary_are_refused():
+    state = build().state_dict()
+    with pytest.raises(RKMError, match="trained with another dictionary"):
+        build(source=dictionary(31)).load_state_dict(dict(state))
+    with pytest.raises(RKMError, match="trained with another dictionary"):
+        build(target=dictionary(41)).load_state_dict(dict(state))
+
+
+def test_an_exported_program_needs_torch_alone_and_gives_the_same(tmp_path):
+    """Lengths are fixed, which padding fills; the batch is of any size."""
+    model = build(ngram=3, ngram_padding="same", layer_norm=True)
+    source, tokens = batch(3)
+    rows = torch.export.Dim("rows", min=2)
+    program = torch.export.export(
+        model.float(),
+        (source, torch.full((3,), 6), tokens),
+        dynamic_shapes={name: {0: rows} for name in ("src_tokens", "src_lengths", "prev_output_tokens")},
+    )
+    torch.export.save(program, tmp_path / "model.pt2")
+    source, tokens = batch(5)
+    source[2, :3], tokens[1, 5:] = SOURCE.pad(), TARGET.pad()
+    torch.save((source, tokens, model(source, None, tokens)[0].detach()), tmp_path / "example.pt")
+    code = f"""
+import sys, torch
+source, tokens, wanted = torch.load({str(tmp_path / "example.pt")!r})
+program = torch.export.load({str(tmp_path / "model.pt2")!r}).module()
+torch.testing.assert_close(program(source, torch.full((5,), 6), tokens)[0], wanted)
+assert not {{"fairseq", "fairseq_rkm"}} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)

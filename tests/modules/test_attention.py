@@ -1,0 +1,28 @@
+import torch
+from helpers import assert_close
+
+from fairseq_rkm.modules import GlobalAttention
+
+
+def test_against_the_equations_written_out():
+    attention = GlobalAttention(4, 6, 5).double()
+    query, source = torch.randn(3, 2, 4).double(), torch.randn(7, 2, 6).double()
+    mask = torch.zeros(2, 7, dtype=torch.bool)
+    mask[1, 5:] = True
+    output, weights = attention(query, source, mask)
+    for t in range(3):
+        for b, length in enumerate((7, 5)):
+            states = source[:length, b]
+            scores = states @ (attention.score.weight @ query[t, b])
+            share = scores.exp() / scores.exp().sum()
+            assert_close(weights[b, t, :length], share)
+            assert (weights[b, t, length:] == 0).all()
+            both = torch.cat([share @ states, query[t, b]])
+            assert_close(output[t, b], torch.tanh(attention.combine.weight @ both))
+
+
+def test_a_source_of_padding_alone_gives_no_nan():
+    attention = GlobalAttention(4, 6, 5)
+    output, weights = attention(torch.randn(3, 1, 4), torch.zeros(2, 1, 6), torch.ones(1, 2, dtype=torch.bool))
+    assert output.isfinite().all()
+    assert weights.isfinite().all()
