@@ -6,6 +6,7 @@
    with one sentence in place of a stack trace.
 3. numpy 2 has no ``np.compat``, from which fairseq's blocks of tokens take Python's integer.
 4. A warning that every CPU run would print at each epoch is silenced.
+5. The task ``sentence_prediction`` checks its data before training (see ``tasks/sentence_prediction_checks.py``).
 """
 
 import argparse
@@ -27,6 +28,7 @@ from fairseq import checkpoint_utils
 from fairseq.distributed.utils import _TensorPlaceholder
 
 from fairseq_rkm.errors import RKMError
+from fairseq_rkm.tasks import sentence_prediction_checks
 
 CHECKPOINT_CLASSES: list[Any] = [
     # The flags of models, criterions and optimizers that are not dataclass components.
@@ -53,6 +55,7 @@ def adapt() -> None:
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator")
     if not hasattr(np, "compat"):
         np.compat = types.SimpleNamespace(long=int)  # type: ignore[attr-defined]  # noqa: NPY201
+    sentence_prediction_checks.adapt()
     if not hasattr(checkpoint_utils.load_checkpoint_to_cpu, "__wrapped__"):
         checkpoint_utils.load_checkpoint_to_cpu = _explain(checkpoint_utils.load_checkpoint_to_cpu)
     if _in_fairseq_command() and sys.excepthook is sys.__excepthook__:

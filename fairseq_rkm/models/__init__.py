@@ -1,5 +1,6 @@
 """fairseq models; importing this registers them."""
 
 from fairseq_rkm.models import rkm_lm
+from fairseq_rkm.models.rkm_classifier import RKMClassifier
 
-__all__ = ["rkm_lm"]
+__all__ = ["RKMClassifier", "rkm_lm"]

@@ -35,19 +35,17 @@ class RKMOptions(FairseqDataclass):
 
 
 def build_rkm(options: RKMOptions, input_size: int, hidden_size: int, **arguments: Any) -> RKM:
-    """An RKM of the given sizes as the flags say; further arguments are the module's own."""
-    return RKM(
-        input_size,
-        hidden_size,
-        cell=str(options.cell),
-        ngram=options.ngram,
-        ngram_padding=str(options.ngram_padding),
-        feedback=False if options.no_feedback else None,
-        layer_norm=options.layer_norm,
-        sigma_i2=options.sigma_i2,
-        sigma_f2=options.sigma_f2,
-        learn_sigma=options.learn_sigma,
-        forget_bias=options.forget_bias,
-        backend=str(options.backend),
-        **arguments,
-    )
+    """An RKM of the given sizes as the flags say; further arguments are the module's own, and override the flags."""
+    flags = {
+        "cell": str(options.cell),
+        "ngram": options.ngram,
+        "ngram_padding": str(options.ngram_padding),
+        "feedback": False if options.no_feedback else None,
+        "layer_norm": options.layer_norm,
+        "sigma_i2": options.sigma_i2,
+        "sigma_f2": options.sigma_f2,
+        "learn_sigma": options.learn_sigma,
+        "forget_bias": options.forget_bias,
+        "backend": str(options.backend),
+    }
+    return RKM(input_size, hidden_size, **{**flags, **arguments})
