@@ -1,10 +1,12 @@
-"""Tabulate language-model runs: Markdown, JSON and learning curves.
+"""Tabulate runs: Markdown, JSON and learning curves.
 
     python scripts/report.py RUN [RUN ...] --out FOLDER
 
 A run is a folder with what ``fairseq-train --log-format json --save-dir RUN > RUN/train.log 2>&1`` left, and, if
 ``fairseq-eval-lm``'s output was kept likewise, RUN/valid.log and RUN/test.log. Writes FOLDER/results.md, results.json
 and curves.png, and prints the table.
+
+Folders with results of examples/document_classification/table.py give its tables: see classification_report.py.
 """
 
 import argparse
@@ -17,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import classification_report
 import torch
 
 
@@ -135,6 +138,10 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's --save-dir")
     parser.add_argument("--out", type=Path, required=True, help="where results.md, results.json and curves.png go")
     args = parser.parse_args()
+    classifiers = classification_report.find(args.runs)
+    if classifiers:
+        classification_report.write(classifiers, args.out)
+        return
     runs = [read_run(folder) for folder in args.runs]
     args.out.mkdir(parents=True, exist_ok=True)
     about = circumstances()

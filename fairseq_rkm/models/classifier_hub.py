@@ -100,7 +100,10 @@ class ClassifierHubInterface(nn.Module):
             RKMError: a split that is missing, empty or without labels.
         """
         dataset = self.task.load_dataset(split)
-        iterator = self.task.get_batch_iterator(dataset, max_sentences=batch_size).next_epoch_itr(shuffle=False)
+        (lengths,) = dataset.sizes
+        iterator = self.task.get_batch_iterator(
+            dataset, max_tokens=max(MAX_TOKENS, lengths.max()), max_sentences=batch_size
+        ).next_epoch_itr(shuffle=False)
         counts = torch.zeros(len(self.classes) ** 2, dtype=torch.int64)
         for sample in iterator:
             predicted = self._logits(sample["net_input"]["src_tokens"].to(self.device)).argmax(dim=1).cpu()

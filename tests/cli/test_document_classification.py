@@ -74,7 +74,8 @@ def held_out() -> list[tuple[int, str, str]]:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("csv")
+    folder = tmp_path_factory.mktemp("csv") / "news"
+    folder.mkdir()
     write(folder / "train.csv", news(400, 0))
     write(folder / "test.csv", held_out())
     (folder / "classes.txt").write_text("\n".join(NAMES) + "\n")
@@ -222,3 +223,38 @@ def test_long_documents_may_be_cut_and_word_vectors_frozen(data, tmp_path):
     assert "1 of the dictionary's" in result.output
     weight = torch.load(tmp_path / "checkpoint_last.pt", weights_only=True)["model"]["embed_tokens.weight"]
     assert weight.eq(0.5).all(dim=1).sum() == 1
+
+
+def test_the_configuration_for_hydra_trains_the_same_model(data, tmp_path):
+    result = succeed(
+        "hydra_train", "--config-dir", "examples/document_classification/config", "--config-name", "agnews",
+        f"hydra.run.dir={tmp_path}", f"common.user_dir={ROOT / 'fairseq_rkm'}", f"task.data={data}", "common.cpu=true",
+        f"checkpoint.save_dir={tmp_path / 'run'}", "task.num_classes=3", "model.cell=ran", "+model.layer_norm=false",
+        "+model.encoder_embed_dim=16", "+model.encoder_hidden_size=16", "optimization.max_update=3",
+    )  # fmt: skip
+    log = result.output + "".join(path.read_text() for path in tmp_path.glob("*.log"))
+    assert '"num_updates": "3"' in log or '"train_num_updates": "3"' in log
+    classifier = RKMClassifier.from_pretrained(tmp_path / "run")
+    assert (classifier.model.rkm.cell, classifier.model.rkm.layer_norm) == ("ran", False)
+
+
+def test_the_table_goes_on_where_it_stopped(files, tmp_path):
+    command = [
+        "examples/document_classification/table.py", "--data", files.parent, "--datasets", "news", "--out", tmp_path,
+        "--models", "rkm_cifg", "logistic_regression", "torch_lstm", "--ngrams", 3, "--epochs", 3, "--cpu",
+    ]  # fmt: skip
+    small = ["--", "--encoder-embed-dim", 16, "--encoder-hidden-size", 16, "--lr", 0.02]
+    first = run(*command, "--models", "logistic_regression")
+    assert first.status == 0, first.output
+    assert "0 of 1 classifiers are done" in first.output
+    second = run(*command, "--jobs", 2, *small)
+    assert second.status == 0, second.output
+    assert "1 of 3 classifiers are done" in second.output
+    results = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("news/*/result.json")}
+    assert set(results) == {"rkm_cifg-3gram-seed1", "logistic_regression-1gram-seed1", "torch_lstm-1gram-seed1"}
+    for result in results.values():
+        assert sum(map(sum, result["confusion"])) == 104
+        assert result["accuracy"] > 80
+        assert result["classes"] == NAMES
+    assert len(results["rkm_cifg-3gram-seed1"]["curve"]) == 3
+    assert not list(tmp_path.glob("news/*/*.pt"))

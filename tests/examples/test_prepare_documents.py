@@ -1,14 +1,11 @@
 import csv
-import sys
 from pathlib import Path
 
 import pytest
 from fairseq.data import Dictionary, data_utils
+from helpers import ROOT, load_script
 
-FOLDER = Path(__file__).parents[2] / "examples" / "document_classification"
-sys.path.insert(0, str(FOLDER))
-
-import prepare
+prepare = load_script(ROOT / "examples" / "document_classification" / "prepare.py")
 
 ROWS = [("2", "one two two"), ("1", "three"), ("2", ""), ("10", "four four one one")] * 5
 
