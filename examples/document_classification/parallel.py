@@ -31,16 +31,28 @@ class Running(NamedTuple):
     start: float
 
 
-def gpus() -> list[str | None]:
-    """What ``CUDA_VISIBLE_DEVICES`` may be for a task; one None on a machine without GPUs.
+def hide_gpus() -> str | None:
+    """Hide this process's GPUs from itself, before anything is imported that looks at them (fairseq does).
 
-    Another process counts them, since one that has looked at its GPUs cannot be forked.
+    A process that has looked at its GPUs cannot be forked into others that use them.
+
+    Returns:
+        What ``CUDA_VISIBLE_DEVICES`` was, for :func:`gpus`.
     """
-    code = "import torch; print(torch.cuda.device_count())"
-    command = [sys.executable, "-c", code]
-    count = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)  # noqa: S603
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return list(visible.split(",") if visible else map(str, range(count))) or [None]
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    return visible
+
+
+def gpus(visible: str | None) -> list[str | None]:
+    """What ``CUDA_VISIBLE_DEVICES`` may be for a task; one None on a machine without GPUs."""
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    if visible is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = visible
+    command = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
+    counted = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)  # noqa: S603
+    numbers = range(int(counted.stdout))
+    return [visible.split(",")[i] if visible else str(i) for i in numbers] or [None]
 
 
 def run_all(

@@ -23,11 +23,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from parallel import Task, gpus, hide_gpus, run_all
+
+VISIBLE_GPUS = hide_gpus()
+
 import baselines
 import prepare
 import torch
 from fairseq_cli import train as fairseq_train
-from parallel import Task, gpus, run_all
 
 import fairseq_rkm
 from fairseq_rkm import CELLS, RKMError
@@ -37,8 +40,8 @@ from fairseq_rkm.models import RKMClassifier
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "scripts"))
 
-from classification_report import RESULT, read_log  # noqa: E402
-from report import circumstances  # noqa: E402
+from classification_report import RESULT, read_log
+from report import circumstances
 
 PAPER_CELLS = [cell for cell in CELLS if cell != "ran"]
 BASELINES = ["logistic_regression", "torch_lstm"]
@@ -95,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ready = [job for job in waiting if (args.out / "data" / job.dataset).exists()]
     print(f"{len(jobs) - len(waiting)} of {len(jobs)} classifiers are done; {args.jobs} at a time now", flush=True)
     tasks = [Task(job.name, run_job, (args, job)) for job in ready]
-    failed += run_all(tasks, args.out, args.jobs, [None] if args.cpu else gpus(), deadline, outcome)
+    failed += run_all(tasks, args.out, args.jobs, [None] if args.cpu else gpus(VISIBLE_GPUS), deadline, outcome)
     if failed:
         sys.exit("failed: " + ", ".join(f"{name} (see {args.out / name}.log)" for name in failed))
 
@@ -231,6 +234,7 @@ def train_flags(args: argparse.Namespace, job: Job, folder: Path, data: Path, ep
         "--clip-norm", 1, "--batch-size", batch_size, "--required-batch-size-multiple", 1, "--max-epoch", epochs,
         "--best-checkpoint-metric", "accuracy", "--maximize-best-checkpoint-metric", "--no-epoch-checkpoints", "--seed",
         job.seed, "--save-dir", folder, "--log-format", "json", "--log-interval", 100,
+        "--distributed-world-size", 1,
     ]  # fmt: skip
     return [*map(str, flags), *(["--cpu", "--num-workers", "0"] if args.cpu else []), *args.extra]
 

@@ -1,5 +1,6 @@
 import math
 import os
+import subprocess
 import time
 from pathlib import Path
 
@@ -33,6 +34,19 @@ def test_tasks_run_with_a_log_and_a_gpu_each(tmp_path, capsys):
     assert "[4/4]" in output
     assert "outcome of 3" in output
     assert "to the log" not in output
+
+
+def test_gpus_are_hidden_from_the_process_that_is_forked(monkeypatch):
+    for visible in (None, "3,5"):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert parallel.hide_gpus() == visible
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+        for count, wanted in ((0, [None]), (2, ["0", "1"] if visible is None else ["3", "5"])):
+            counted = subprocess.CompletedProcess([], 0, f"{count}\n")
+            monkeypatch.setattr(parallel.subprocess, "run", lambda *_args, counted=counted, **_kwargs: counted)
+            assert parallel.gpus(visible) == wanted
 
 
 def test_what_fails_is_named_and_does_not_stop_the_rest(tmp_path, capfd):
