@@ -120,6 +120,9 @@ def read_documents(path: Path, skip_broken: bool) -> list[Document]:
     broken: list[BrokenRow] = []
     for row in read_rows(path):
         (documents if isinstance(row, Document) else broken).append(row)  # type: ignore[arg-type]
+    if len(documents) > 1 and [d.label.isdecimal() for d in documents] == [False] + [True] * (len(documents) - 1):
+        header = documents.pop(0)
+        broken.insert(0, BrokenRow(header.line, f"class {header.label!r}, where all others are numbers: a header?"))
     report_broken(path, broken, skip_broken)
     if not documents:
         raise RKMError(f"{path} has no labelled documents")
@@ -157,7 +160,7 @@ def drop_unknown(documents: list[Document], classes: list[str], path: Path, skip
     """The documents of known classes.
 
     Raises:
-        RKMError: others, if they are not to be skipped.
+        RKMError: others, if they are not to be skipped, or none.
     """
     known = set(classes)
     shown = ", ".join(classes[:SHOWN]) + (", ..." if len(classes) > SHOWN else "")
@@ -170,7 +173,10 @@ def drop_unknown(documents: list[Document], classes: list[str], path: Path, skip
         ],
         skip_broken,
     )
-    return [document for document in documents if document.label in known]
+    kept = [document for document in documents if document.label in known]
+    if not kept:
+        raise RKMError(f"{path} has no documents of the classes {shown}")
+    return kept
 
 
 def hold_out(given: dict[str, list[Document]], fraction: float, seed: int) -> dict[str, list[Document]]:

@@ -78,6 +78,8 @@ def test_sentencepiece(tmp_path, capsys):
     [
         ([*ROWS, ("3",)], [], "train.csv: 1 broken rows:\n  line 21: one field only"),
         ([*ROWS] + [("", "x")] * 30, [], "line 30: no class before the first comma\n  and 20 more\nCorrect them"),
+        ([("label", "text"), *ROWS], [], "line 1: class 'label', where all others are numbers: a header?"),
+        ([("3", "a"), ("4", "b")], ["--classes", "names", "--skip-broken"], "has no documents of the classes 1, 2"),
         ([("1", "a"), ("1", "b")], [], "all training documents are of the class '1'"),
         ([], [], "has no labelled documents"),
         ([("1", "a"), ("2", "b")], ["--valid-fraction", 0.9], "2 training documents cannot be divided"),
@@ -97,7 +99,7 @@ def test_what_cannot_be_used_is_told_and_leaves_nothing(tmp_path, monkeypatch, r
 
 
 def test_broken_rows_may_be_left_out_and_nothing_is_overwritten(tmp_path, capsys):
-    data = run(tmp_path, [*ROWS, ("3",), ("", "x")], "--skip-broken")
+    data = run(tmp_path, [("class", "text"), *ROWS, ("3",), ("", "x")], "--skip-broken")
     assert "left out of" in capsys.readouterr().err
     assert len(split(data, "label", "train")) == 19
     with pytest.raises(SystemExit, match="is there already: delete it"):
