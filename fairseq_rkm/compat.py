@@ -11,6 +11,7 @@
 6. Under ``--amp`` fairseq divides each gradient by the loss scale twice, the second time after clipping, since it
    shows PyTorch's scaler two objects for one optimizer: SGD would take steps 128 and more times too small.
 7. What the translation commands need besides stands in :mod:`fairseq_rkm.compat_translation`.
+8. The task ``sentence_prediction`` checks its data before training (see ``tasks/sentence_prediction_checks.py``).
 """
 
 import argparse
@@ -34,6 +35,7 @@ from fairseq.optim import AMPOptimizer
 
 from fairseq_rkm import compat_translation
 from fairseq_rkm.errors import RKMError
+from fairseq_rkm.tasks import sentence_prediction_checks
 
 _reconstruct = np.ndarray(0).__reduce__()[0]
 
@@ -67,6 +69,7 @@ def adapt() -> None:
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator")
     if not hasattr(np, "compat"):
         np.compat = types.SimpleNamespace(long=int)  # type: ignore[attr-defined]  # noqa: NPY201
+    sentence_prediction_checks.adapt()
     if not hasattr(checkpoint_utils.load_checkpoint_to_cpu, "__wrapped__"):
         checkpoint_utils.load_checkpoint_to_cpu = _explain(checkpoint_utils.load_checkpoint_to_cpu)
     if utils.xm is None:

@@ -11,6 +11,8 @@ table.
     python scripts/report.py --circumstances RUN --config NAME
 
 before training notes in RUN/circumstances.json on which machine and commit the run is made, and what it is called.
+
+Folders with results of examples/document_classification/table.py give its tables: see classification_report.py.
 """
 
 import argparse
@@ -26,6 +28,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import classification_report
 import torch
 
 PAPER = {
@@ -337,6 +340,10 @@ def main() -> None:
         return
     if not args.runs or not args.out:
         parser.error("give runs, and --out for the results")
+    classifiers = classification_report.find(args.runs)
+    if classifiers:
+        classification_report.write(classifiers, args.out)
+        return
     print(
         f"{report(args.runs, args.out)}Table, JSON and learning curves: {args.out}/results.md, results.json, curves.png"
     )

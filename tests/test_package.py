@@ -52,6 +52,14 @@ def test_the_readme_s_flags_are_the_configurations():
         assert not missing
 
 
+def test_the_classifier_s_flags_are_in_its_readme():
+    from fairseq_rkm.models.rkm_classifier import RKMClassifierConfig
+
+    readme = (ROOT / "examples" / "document_classification" / "README.md").read_text()
+    flags = {f"--{f.name.replace('_', '-')}" for f in fields(RKMClassifierConfig) if not f.name.startswith("_")}
+    assert not flags - set(re.findall(r"--[a-z0-9-]+", readme))
+
+
 def test_the_readme_s_example_runs():
     example = re.search(r"```python\n(.*?)```", README, re.S)[1]
     assert len(example.strip().splitlines()) <= 12

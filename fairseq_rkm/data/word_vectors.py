@@ -26,22 +26,28 @@ def load_word_vectors(embedding: nn.Embedding, path: str, dictionary: Dictionary
     """
     if not Path(path).is_file():
         raise RKMError(f"no file of word vectors at {path}")
+    size, first = embedding.embedding_dim, 1
     vectors = {}
     with open(path, encoding="utf-8", errors="replace", newline="\n") as lines:
         for number, line in enumerate(lines, 1):
             fields = line.rstrip().split(" ")
             if number == 1 and len(fields) == 2:
+                first = 2
                 continue
-            vectors[fields[0]] = _vector(fields[1:], embedding.embedding_dim, f"{path}, line {number}")
+            where = f"{path}, line {number}"
+            if len(fields) <= size or (number == first and len(fields) > size + 1):
+                raise RKMError(f"{where}: {len(fields) - 1} numbers, but the embedding has {size} dimensions")
+            # GloVe's largest file has a few words with spaces in them.
+            word = " ".join(fields[:-size])
+            if word in dictionary:
+                vectors[word] = _vector(fields[-size:], where)
     utils.load_embedding(vectors, dictionary, embedding)
-    known = sum(word in vectors for word in dictionary.symbols)
-    logger.info(f"word vectors from {path}: {known:,} of the dictionary's {len(dictionary):,} types")
+    known, types = len(vectors), len(dictionary)
+    logger.info(f"word vectors from {path}: {known:,} of the dictionary's {types:,} types ({100 * known / types:.1f}%)")
 
 
-def _vector(fields: list[str], size: int, where: str) -> torch.Tensor:
-    if len(fields) != size:
-        raise RKMError(f"{where}: {len(fields)} numbers, but the embedding has {size} dimensions")
+def _vector(fields: list[str], where: str) -> torch.Tensor:
     try:
         return torch.tensor([float(value) for value in fields])
     except ValueError:
-        raise RKMError(f"{where}: not a word and {size} numbers separated by spaces") from None
+        raise RKMError(f"{where}: not a word and {len(fields)} numbers separated by spaces") from None

@@ -1,6 +1,7 @@
 """fairseq models; importing this registers them."""
 
-from fairseq_rkm.models import rkm, rkm_lm, rkm_lm_presets
+from fairseq_rkm.models import rkm, rkm_classifier, rkm_lm, rkm_lm_presets
 from fairseq_rkm.models.rkm import RKMModel
+from fairseq_rkm.models.rkm_classifier import RKMClassifier
 
-__all__ = ["RKMModel", "rkm", "rkm_lm", "rkm_lm_presets"]
+__all__ = ["RKMClassifier", "RKMModel", "rkm", "rkm_classifier", "rkm_lm", "rkm_lm_presets"]

@@ -44,7 +44,7 @@ class RKMOptions(FairseqDataclass):
 
 
 def build_rkm(options: RKMOptions, input_size: int, hidden_size: int, **arguments: Any) -> RKM:
-    """An RKM of the given sizes as the flags say; further arguments are the module's own and go before them."""
+    """An RKM of the given sizes as the flags say; further arguments are the module's own, and override the flags."""
     flags = {
         "cell": str(options.cell),
         "ngram": options.ngram,

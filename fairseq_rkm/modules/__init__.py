@@ -2,7 +2,10 @@
 
 from fairseq_rkm.modules.attention import GlobalAttention
 from fairseq_rkm.modules.dropout import LockedDropout, dropped_embedding
+from fairseq_rkm.modules.pooling import POOLINGS, pool
 from fairseq_rkm.modules.rkm import RKM, RKMState
 from fairseq_rkm.modules.stepping import Stepper
 
-__all__ = ["RKM", "GlobalAttention", "LockedDropout", "RKMState", "Stepper", "dropped_embedding"]
+__all__ = [
+    "POOLINGS", "RKM", "GlobalAttention", "LockedDropout", "RKMState", "Stepper", "dropped_embedding", "pool",
+]  # fmt: skip

@@ -33,6 +33,8 @@ def test_rows_of_known_words_are_overwritten_and_coverage_is_logged(tmp_path, di
     ("text", "message"),
     [
         ("cat 1 2 3\ndog 1 2\n", "line 2: 2 numbers, but the embedding has 3 dimensions"),
+        ("cat 1 2 3 4\n", "line 1: 4 numbers, but the embedding has 3 dimensions"),
+        ("1 4\ncat 1 2 3 4\n", "line 2: 4 numbers, but the embedding has 3 dimensions"),
         ("cat 1 2 x\n", "line 1: not a word and 3 numbers"),
     ],
 )
@@ -43,3 +45,13 @@ def test_a_file_that_does_not_fit_is_refused_with_its_line(tmp_path, dictionary,
         load_word_vectors(nn.Embedding(len(dictionary), 3), str(file), dictionary)
     with pytest.raises(RKMError, match=r"no file of word vectors at .*none.txt"):
         load_word_vectors(nn.Embedding(len(dictionary), 3), str(tmp_path / "none.txt"), dictionary)
+
+
+def test_words_with_spaces_are_passed_over(tmp_path, dictionary, caplog):
+    file = tmp_path / "vectors.txt"
+    file.write_text("cat 1 2 3\nat name@domain.com 4 5 6\ndog 7 8 9\n")
+    embedding = nn.Embedding(len(dictionary), 3)
+    with caplog.at_level("INFO"):
+        load_word_vectors(embedding, str(file), dictionary)
+    assert embedding.weight[dictionary.index("dog")].tolist() == [7, 8, 9]
+    assert f"2 of the dictionary's {len(dictionary)} types ({200 / len(dictionary):.1f}%)" in caplog.text

@@ -1,0 +1,88 @@
+"""Labelled documents in the format of Zhang et al. (2015): a CSV row is a class and the text in one or more fields."""
+
+import csv
+import gzip
+import lzma
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from fairseq_rkm.errors import RKMError
+
+OPENERS: dict[str, Callable[..., IO[str]]] = {".xz": lzma.open, ".gz": gzip.open}
+"""How compressed files are read, by the end of their names."""
+
+NOT_UTF8 = re.compile("[\udc80-\udcff]")
+"""What Python's ``surrogateescape`` makes of bytes that are not UTF-8."""
+
+
+class Document(NamedTuple):
+    """A row."""
+
+    line: int
+    label: str
+    text: str
+
+
+class BrokenRow(NamedTuple):
+    """A row that is no labelled document."""
+
+    line: int
+    reason: str
+
+
+def read_rows(path: Path) -> Iterator[Document | BrokenRow]:
+    """The rows of a file, blank lines left out.
+
+    A row's line is the first that it stands on. A text's fields are joined by spaces; the backslash escapes of the
+    format (backslash n for the end of a line) and line ends within quotes become spaces. Lines may end in any mixture
+    of LF, CRLF and CR.
+
+    Args:
+        path: of UTF-8 text, which a name in .xz or .gz says is compressed.
+
+    Raises:
+        RKMError: no such file, or one that is not compressed as its name says.
+    """
+    if not path.is_file():
+        raise RKMError(f"no file of labelled documents at {path}")
+    csv.field_size_limit(sys.maxsize)
+    try:
+        with _open(path) as lines:
+            yield from _rows(csv.reader((line.replace("\0", " ") for line in lines), strict=True))
+    except (lzma.LZMAError, gzip.BadGzipFile, EOFError) as error:
+        raise RKMError(f"{path} is not compressed as its name says, or is cut off: {error}") from None
+
+
+def _open(path: Path) -> IO[str]:
+    opener = OPENERS.get(path.suffix, open)
+    # utf-8-sig: spreadsheets put a byte order mark before the first class.
+    return opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+def _rows(reader: Iterator[list[str]]) -> Iterator[Document | BrokenRow]:
+    while True:
+        line = reader.line_num + 1  # type: ignore[attr-defined]
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield BrokenRow(line, f"broken quotes: {error}")
+            continue
+        if fields:
+            yield _row(line, fields)
+
+
+def _row(line: int, fields: list[str]) -> Document | BrokenRow:
+    label, *text = (" ".join(field.replace("\\n", " ").replace("\\", " ").split()) for field in fields)
+    if not text:
+        return BrokenRow(line, "one field only: a row is a class and a text, separated by a comma")
+    if not label:
+        return BrokenRow(line, "no class before the first comma")
+    joined = " ".join(filter(None, text))
+    if NOT_UTF8.search(label) or NOT_UTF8.search(joined):
+        return BrokenRow(line, "not UTF-8: convert the file (iconv -f latin1 -t utf-8, say)")
+    return Document(line, label, joined)

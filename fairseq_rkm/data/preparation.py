@@ -1,0 +1,92 @@
+"""How raw text became the tokens that a classifier was trained on, kept with the data for the text to come."""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fairseq.data import encoders
+from omegaconf import OmegaConf
+
+from fairseq_rkm.errors import RKMError
+
+FILE = "preparation.json"
+SENTENCEPIECE_MODEL = "sentencepiece.bpe.model"
+"""The name under which fairseq's hub looks for it, too."""
+TOKENIZERS = ("moses", "space")
+"""Of fairseq's tokenizers, those that need nothing further."""
+
+
+@dataclass
+class Preparation:
+    """Text to tokens, and classes to names.
+
+    Attributes:
+        classes: their names; the k-th (from 1) has the symbol k in ``label/dict.txt``.
+        tokenizer: one of :data:`TOKENIZERS`.
+        language: whose rules the tokenizer follows.
+        lowercase: whether case is dropped.
+        sentencepiece: whether tokens are cut into the pieces of ``sentencepiece.bpe.model``, instead of a tokenizer.
+        folder: where that is.
+    """
+
+    classes: list[str]
+    tokenizer: str = "moses"
+    language: str = "en"
+    lowercase: bool = False
+    sentencepiece: bool = False
+    folder: Path = field(default=Path(), repr=False)
+
+    def tokens(self, text: str) -> str:
+        """A document as tokens separated by spaces; of white space, only that it separates counts."""
+        text = self.normalize(text)
+        return str(self._encoder.encode(text)) if text else ""
+
+    def normalize(self, text: str) -> str:
+        """What the tokenizer sees of a text."""
+        text = " ".join(text.split())
+        return text.lower() if self.lowercase else text
+
+    @cached_property
+    def _encoder(self) -> Any:
+        if self.sentencepiece:
+            model = self.folder / SENTENCEPIECE_MODEL
+            if not model.is_file():
+                raise RKMError(f"{self.folder / FILE} asks for {model}, which is missing: copy it there")
+            return encoders.build_bpe(OmegaConf.create({"_name": "sentencepiece", "sentencepiece_model": str(model)}))
+        if self.tokenizer == "space":
+            return encoders.build_tokenizer(OmegaConf.create({"_name": "space"}))
+        flags = {"source_lang": self.language, "target_lang": self.language, "moses_no_escape": True}
+        return encoders.build_tokenizer(OmegaConf.create({"_name": "moses", **flags}))
+
+    def save(self) -> None:
+        """Write ``preparation.json``."""
+        values = {name: value for name, value in asdict(self).items() if name != "folder"}
+        (self.folder / FILE).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> "Preparation":
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            RKMError: no such file, or one that does not hold what it should.
+        """
+        path = folder / FILE
+        if not path.is_file():
+            raise RKMError(
+                f"no {path}: it tells how text is tokenised and what the classes are called. Give the folder that "
+                "examples/document_classification/prepare.py wrote"
+            )
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RKMError(f"{path} is not JSON: {error}") from None
+        kinds = {f.name: f.type for f in fields(cls) if f.name != "folder"}
+        if not isinstance(values, dict) or set(values) != set(kinds):
+            raise RKMError(f"{path} must have the keys {', '.join(kinds)}")
+        names = values["classes"]
+        right = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        if not right or values["tokenizer"] not in TOKENIZERS:
+            raise RKMError(f"{path}: classes must be a list of names, and tokenizer one of {', '.join(TOKENIZERS)}")
+        return cls(**values, folder=folder)

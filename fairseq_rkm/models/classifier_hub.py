@@ -1,0 +1,135 @@
+"""Trained classifiers of raw text, and their errors counted class by class."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from fairseq import checkpoint_utils
+from fairseq.data import data_utils
+from torch import Tensor, nn
+
+import fairseq_rkm
+from fairseq_rkm.data.preparation import FILE, Preparation
+from fairseq_rkm.errors import RKMError
+
+MAX_TOKENS = 16384
+"""Tokens of a batch, padding included: what bounds the memory that long documents take."""
+
+
+class Prediction(NamedTuple):
+    """A document's likeliest class."""
+
+    label: str
+    probability: float
+
+
+class ClassifierHubInterface(nn.Module):
+    """A classifier of raw text: the counterpart of fairseq's ``GeneratorHubInterface``.
+
+    Args:
+        task: fairseq's ``sentence_prediction``.
+        model: with a head of the name that the task has.
+
+    Raises:
+        RKMError: no ``preparation.json`` with the task's data, or one of another number of classes.
+    """
+
+    def __init__(self, task: Any, model: nn.Module) -> None:
+        super().__init__()
+        self.task, self.model = task, model.eval()
+        self.preparation = Preparation.load(Path(task.cfg.data))
+        if len(self.classes) != task.cfg.num_classes:
+            raise RKMError(
+                f"{Path(task.cfg.data, FILE)} has {len(self.classes)} classes and the model {task.cfg.num_classes}: "
+                "give the data that it was trained on"
+            )
+
+    @property
+    def classes(self) -> list[str]:
+        """The classes' names."""
+        return self.preparation.classes
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    def encode(self, text: str) -> Tensor:
+        """A document's tokens, ``(length,)`` int64, the end-of-sentence symbol the last."""
+        dictionary = self.task.source_dictionary
+        return dictionary.encode_line(self.preparation.tokens(text), add_if_not_exist=False).long()
+
+    def predict(self, texts: Sequence[str], batch_size: int = 64) -> list[Prediction]:
+        """The likeliest class of each text.
+
+        Args:
+            texts: any number, of any length; an empty one too is a document.
+            batch_size: at most so many at a time; the results do not depend on it.
+
+        Raises:
+            RKMError: one string in place of a list of them, or a batch size below 1.
+        """
+        if isinstance(texts, str):
+            raise RKMError("predict takes a list of texts: [text] for one")
+        probabilities, numbers = self.probabilities([self.encode(text) for text in texts], batch_size).max(dim=1)
+        pairs = zip(numbers.tolist(), probabilities.tolist(), strict=True)
+        return [Prediction(self.classes[k], probability) for k, probability in pairs]
+
+    @torch.inference_mode()
+    def probabilities(self, documents: Sequence[Tensor], batch_size: int = 64) -> Tensor:
+        """The probabilities of all classes, ``(documents, classes)`` float32 on the CPU, of encoded documents."""
+        if batch_size < 1:
+            raise RKMError(f"the batch size must be at least 1, not {batch_size}")
+        results = torch.empty(len(documents), len(self.classes))
+        lengths = np.array([len(document) for document in documents], dtype=np.int64)
+        by_length = np.argsort(lengths, kind="stable")
+        for rows in data_utils.batch_by_size(
+            by_length, lengths.__getitem__, lengths[by_length], max(MAX_TOKENS, lengths.max(initial=0)), batch_size
+        ):
+            tokens = data_utils.collate_tokens([documents[i] for i in rows], self.task.source_dictionary.pad())
+            results[rows] = self._logits(tokens.to(self.device)).float().softmax(dim=1).cpu()
+        return results
+
+    @torch.inference_mode()
+    def confusion(self, split: str, batch_size: int = 64) -> Tensor:
+        """How many documents of a binarized split of class i were taken for class j: ``(classes, classes)`` int64.
+
+        Raises:
+            RKMError: a split that is missing, empty or without labels.
+        """
+        dataset = self.task.load_dataset(split)
+        (lengths,) = dataset.sizes
+        iterator = self.task.get_batch_iterator(
+            dataset, max_tokens=max(MAX_TOKENS, lengths.max()), max_sentences=batch_size
+        ).next_epoch_itr(shuffle=False)
+        counts = torch.zeros(len(self.classes) ** 2, dtype=torch.int64)
+        for sample in iterator:
+            predicted = self._logits(sample["net_input"]["src_tokens"].to(self.device)).argmax(dim=1).cpu()
+            pairs = sample["target"].view(-1) * len(self.classes) + predicted
+            counts += pairs.bincount(minlength=len(counts))
+        return counts.view(len(self.classes), -1)
+
+    def _logits(self, tokens: Tensor) -> Tensor:
+        return self.model(tokens, classification_head_name=self.task.cfg.classification_head_name)[0]
+
+
+def load(
+    folder: str | Path, checkpoint_file: str, data: str | Path | None, overrides: dict[str, Any]
+) -> ClassifierHubInterface:
+    """See :meth:`fairseq_rkm.models.rkm_classifier.RKMClassifier.from_pretrained`."""
+    fairseq_rkm.register()
+    path = Path(folder, checkpoint_file)
+    if not path.is_file():
+        raise RKMError(f"no checkpoint at {path}: give the --save-dir of a training run and the checkpoint's name")
+    if data is None and Path(folder, FILE).is_file():
+        data = folder
+    if data is not None:
+        overrides = {**overrides, "data": str(data)}
+    state = checkpoint_utils.load_checkpoint_to_cpu(str(path), overrides)
+    model = (state.get("cfg") or {}).get("model") or {}
+    if model.get("_name") != "rkm_classifier":
+        raise RKMError(f"{path} is of a model {model.get('_name')!r}, not of an rkm_classifier")
+    models, _, task = checkpoint_utils.load_model_ensemble_and_task([str(path)], overrides, state=state)
+    return ClassifierHubInterface(task, models[0])

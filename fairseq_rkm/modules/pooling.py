@@ -1,0 +1,40 @@
+"""One vector for a sequence of them."""
+
+import torch
+from torch import Tensor
+
+from fairseq_rkm.errors import RKMError
+
+POOLINGS = ("mean", "max", "last")
+
+
+def pool(kind: str, output: Tensor, hidden: Tensor, padding_mask: Tensor) -> Tensor:
+    """A recurrence's outputs as one vector for each sequence; padding has no part in it.
+
+    Args:
+        kind: ``"mean"`` or ``"max"`` over the real steps, or ``"last"``: what each direction ends with.
+        output: ``(T, B, d * directions)``, the last layer's.
+        hidden: ``(layers * directions, B, d)``, the final hidden state.
+        padding_mask: ``(B, T)`` bool, True at padding.
+
+    Returns:
+        ``(B, d * directions)``; zeros for a sequence without real steps.
+
+    Raises:
+        RKMError: an unknown kind.
+    """
+    if kind == "last":
+        directions = output.size(2) // hidden.size(2)
+        return hidden[-directions:].transpose(0, 1).flatten(1)
+    padding = padding_mask.t().unsqueeze(-1)
+    if kind == "mean":
+        # Sums over thousands of steps are beyond 16 bits.
+        total = output.masked_fill(padding, 0).sum(0, dtype=_accumulator(output.dtype))
+        return (total / (~padding).sum(0).clamp(min=1)).to(output.dtype)
+    if kind == "max":
+        return output.masked_fill(padding, -torch.inf).amax(0).masked_fill(padding.all(0), 0)
+    raise RKMError(f"unknown pooling {kind!r}; choose one of {', '.join(POOLINGS)}")
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype.itemsize < 4 else dtype

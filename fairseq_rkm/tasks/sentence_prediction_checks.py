@@ -1,0 +1,101 @@
+"""fairseq's task ``sentence_prediction`` with its data checked before training, and mistakes told in a sentence.
+
+The task itself ends in bare assertions where a flag or a file is missing, leaves out training documents that are longer
+than ``--max-positions``, and trains on labels outside its dictionary until the loss fails.
+"""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from fairseq.data import Dictionary, data_utils
+from fairseq.tasks.sentence_prediction import SentencePredictionTask
+
+from fairseq_rkm.errors import RKMError
+
+
+def adapt() -> None:
+    """Check what the task is given; a second call changes nothing."""
+    if hasattr(SentencePredictionTask.load_dataset, "__wrapped__"):
+        return
+    SentencePredictionTask.setup_task = classmethod(_check_flags(SentencePredictionTask.setup_task.__func__))
+    SentencePredictionTask.load_dataset = _check_split(SentencePredictionTask.load_dataset)
+
+
+def _check_flags(setup_task: Any) -> Any:
+    @functools.wraps(setup_task)
+    def checked(cls: type, cfg: Any, **kwargs: Any) -> Any:
+        kinds = ["input0"] if cfg.regression_target else ["input0", "label"]
+        for path in (Path(cfg.data, kind, "dict.txt") for kind in kinds):
+            if not path.is_file():
+                raise RKMError(
+                    f"no dictionary at {path}: give the folder that examples/document_classification/prepare.py wrote, "
+                    "in which fairseq-preprocess has left input0 and label"
+                )
+        if cfg.num_classes < 1:
+            labels = "" if cfg.regression_target else f"; {Path(cfg.data, 'label', 'dict.txt')} has {_classes(cfg)}"
+            raise RKMError(f"--task sentence_prediction needs --num-classes, the number of classes{labels}")
+        return setup_task(cls, cfg, **kwargs)
+
+    return checked
+
+
+def _classes(cfg: Any) -> int:
+    dictionary = Dictionary.load(str(Path(cfg.data, "label", "dict.txt")))
+    return len(dictionary) - dictionary.nspecial
+
+
+def _check_split(load_dataset: Any) -> Any:
+    @functools.wraps(load_dataset)
+    def checked(task: SentencePredictionTask, split: str, *args: Any, **kwargs: Any) -> Any:
+        for kind in ("input0",) if task.cfg.regression_target else ("input0", "label"):
+            binary = Path(task.cfg.data, kind, f"{split}.bin")
+            if not binary.is_file():
+                raise RKMError(f"no binarized split {split!r} at {binary}: was it given to fairseq-preprocess?")
+            if not binary.stat().st_size:
+                raise RKMError(f"the split {split!r} at {binary} is empty")
+        if not task.cfg.regression_target:
+            check_labels(task, split)
+        dataset = load_dataset(task, split, *args, **kwargs)
+        check_lengths(task, split)
+        return dataset
+
+    return checked
+
+
+def check_labels(task: SentencePredictionTask, split: str) -> None:
+    """Raises RKMError unless each document of a split has one label, of a class within ``--num-classes``."""
+    dictionary, classes = task.label_dictionary, task.cfg.num_classes
+    documents, labels = (
+        data_utils.load_indexed_dataset(str(Path(task.cfg.data, kind, split)), dictionary)
+        for kind in ("input0", "label")
+    )
+    where = f"the split {split!r} in {Path(task.cfg.data, 'label')}"
+    if len(documents) != len(labels):
+        raise RKMError(f"{where} has {len(labels):,} labels for {len(documents):,} documents")
+    for i in range(len(labels)):
+        label = [symbol for symbol in labels[i].tolist() if symbol != dictionary.eos()]
+        if len(label) != 1:
+            raise RKMError(f"{where}: document {i + 1} has {len(label)} labels; a label is one word a line")
+        if label[0] < dictionary.nspecial:
+            raise RKMError(
+                f"{where}: the label of document {i + 1} is not in label/dict.txt: binarize the labels with that "
+                "dictionary (--srcdict), and leave out documents of other classes"
+            )
+        if label[0] >= dictionary.nspecial + classes:
+            raise RKMError(
+                f"{where}: document {i + 1} is of class {label[0] - dictionary.nspecial + 1} of label/dict.txt, but "
+                f"--num-classes is {classes}"
+            )
+
+
+def check_lengths(task: SentencePredictionTask, split: str) -> None:
+    """Raises RKMError for documents longer than ``--max-positions``, which would be left out."""
+    (sizes,) = getattr(task.datasets[split], "sizes", [[]])
+    longer = [int(size) for size in sizes if size > task.max_positions()]
+    if longer:
+        raise RKMError(
+            f"the split {split!r} has {len(longer):,} documents of more than --max-positions {task.max_positions()} "
+            f"tokens, the longest of {max(longer):,}: raise it (--max-positions {max(longer)} takes all), or cut them "
+            "with --shorten-method truncate"
+        )

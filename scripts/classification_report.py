@@ -1,0 +1,265 @@
+"""The report of document classifiers: tables beside the paper's, confusion matrices and learning curves.
+
+``report.py`` calls :func:`write` for folders that hold ``result.json`` files, as
+``examples/document_classification/table.py`` leaves them.
+"""
+
+import json
+import re
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+RESULT = "result.json"
+
+PAPER: dict[str, dict[str, tuple[float, float]]] = {
+    "agnews": {
+        "lstm": (91.82, 92.46), "rkm_lstm": (91.76, 92.28), "rkm_cifg": (92.29, 92.39),
+        "linear_kernel_gated": (92.07, 91.49), "linear_kernel": (91.62, 91.50), "gated_cnn": (91.54, 91.78),
+        "cnn": (91.20, 91.53),
+    },
+    "dbpedia": {
+        "lstm": (98.98, 98.97), "rkm_lstm": (98.97, 99.00), "rkm_cifg": (98.99, 99.05),
+        "linear_kernel_gated": (98.96, 98.94), "linear_kernel": (98.65, 98.77), "gated_cnn": (98.37, 98.77),
+        "cnn": (98.17, 98.52),
+    },
+    "yelp_full": {
+        "lstm": (66.27, 66.37), "rkm_lstm": (65.92, 66.43), "rkm_cifg": (65.93, 65.92),
+        "linear_kernel_gated": (65.35, 65.94), "linear_kernel": (61.18, 62.11), "gated_cnn": (60.25, 64.30),
+        "cnn": (59.77, 62.08),
+    },
+}  # fmt: skip
+"""Accuracies of Table 2 (Liang et al. 2019), 1-gram and 3-gram, on the full training sets."""
+
+TITLES = {
+    "agnews": "AG News", "dbpedia": "DBpedia", "yelp_full": "Yelp Full", "lstm": "LSTM", "rkm_lstm": "RKM-LSTM",
+    "rkm_cifg": "RKM-CIFG", "linear_kernel_gated": "Linear Kernel w/ o_t", "linear_kernel": "Linear Kernel",
+    "gated_cnn": "Gated CNN", "cnn": "CNN", "ran": "RAN", "torch_lstm": "torch.nn.LSTM, plain",
+    "logistic_regression": "TF-IDF, logistic regression",
+}  # fmt: skip
+
+
+@dataclass
+class Row:
+    """The runs of a data set, model and n-gram that differ in their seed."""
+
+    dataset: str
+    model: str
+    ngram: int
+    runs: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def accuracies(self) -> list[float]:
+        """One for each seed."""
+        return [run["accuracy"] for run in self.runs]
+
+    @property
+    def mean(self) -> float:
+        """Accuracy over the seeds."""
+        return statistics.fmean(self.accuracies)
+
+    @property
+    def paper(self) -> float | None:
+        """What the paper has for it."""
+        column = {1: 0, 3: 1}.get(self.ngram)
+        cells = PAPER.get(self.dataset, {})
+        return cells[self.model][column] if self.model in cells and column is not None else None
+
+    @property
+    def label(self) -> str:
+        """The model's name, and its n-gram where it knows any."""
+        known = TITLES.get(self.model, self.model)
+        return known if self.model in {"torch_lstm", "logistic_regression"} else f"{known}, {self.ngram}-gram"
+
+
+def read_log(path: Path) -> dict[str, Any]:
+    """What fairseq-train's log (``--log-format json``) tells of validation and time; resumed runs follow each other.
+
+    Returns:
+        ``curve``: pairs of an epoch and the validation accuracy after it; ``training_curve``: the same while training;
+        ``seconds_per_epoch``: the mean, without validation, of epochs that were not cut off; None without any.
+    """
+    from report import parse_line
+
+    curve, training, durations, started = {}, {}, [], None
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        time = re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", line)
+        if "| Start iterating over samples" in line and time:
+            started = datetime.fromisoformat(time[0])
+        elif '| begin validation on "' in line and time and started:
+            durations.append((datetime.fromisoformat(time[0]) - started).total_seconds())
+            started = None
+        kind, entry = parse_line(line)
+        if kind == "valid":
+            curve[int(entry["epoch"])] = float(entry["valid_accuracy"])
+        elif kind == "train":
+            training[int(entry["epoch"])] = float(entry["train_accuracy"])
+    return {
+        "curve": sorted(curve.items()),
+        "training_curve": sorted(training.items()),
+        "seconds_per_epoch": statistics.fmean(durations) if durations else None,
+    }
+
+
+def find(folders: Iterable[Path]) -> list[Row]:
+    """All results in folders and what is below them, as rows in the order of the paper's table."""
+    rows: dict[tuple, Row] = {}
+    order = list(TITLES)
+    for path in sorted({path for folder in folders for path in folder.rglob(RESULT)}):
+        run = json.loads(path.read_text(encoding="utf-8"))
+        key = run["dataset"], run["model"], run["ngram"]
+        rows.setdefault(key, Row(*key)).runs.append(run)
+
+    def place(row: Row) -> tuple:
+        return *(order.index(n) if n in order else len(order) for n in (row.dataset, row.model)), row.dataset, row.ngram
+
+    return sorted(rows.values(), key=place)
+
+
+def markdown(rows: list[Row]) -> str:
+    """A table for each data set, and how far its cells' order is the paper's."""
+    parts = []
+    for dataset in dict.fromkeys(row.dataset for row in rows):
+        of_dataset = [row for row in rows if row.dataset == dataset]
+        parts += [f"### {TITLES.get(dataset, dataset)}\n", *_table(of_dataset), "", *_orders(of_dataset)]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _table(rows: list[Row]) -> list[str]:
+    lines = [
+        "| model | weights | accuracy, % | seeds | paper, % | training time |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        figure = f"{row.mean:.2f}"
+        if len(row.runs) > 1:
+            figure += f" ± {statistics.stdev(row.accuracies):.2f}"
+        paper = "" if row.paper is None else f"{row.paper:.2f}"
+        weights = f"{row.runs[0]['weights']:,}"
+        lines.append(f"| {row.label} | {weights} | {figure} | {len(row.runs)} | {paper} | {_time(row.runs)} |")
+    return lines
+
+
+def _time(runs: list[dict[str, Any]]) -> str:
+    """Epochs and the mean seconds of one, or seconds in all for a model that has no epochs."""
+    seconds = [run["seconds_per_epoch"] or 0 for run in runs]
+    epochs = max(len(run["curve"]) for run in runs)
+    return f"{epochs} x {statistics.fmean(seconds):.1f} s" if epochs else f"{statistics.fmean(seconds):.1f} s"
+
+
+def _orders(rows: list[Row]) -> list[str]:
+    """Sentences that compare the order of the cells with the paper's, for each n-gram that has at least three."""
+    from scipy.stats import spearmanr
+
+    sentences = []
+    for ngram in sorted({row.ngram for row in rows}):
+        cells = [row for row in rows if row.ngram == ngram and row.paper is not None]
+        if len(cells) > 2:
+            agreement = spearmanr([row.mean for row in cells], [row.paper for row in cells]).statistic
+            best = ", ".join(row.model for row in sorted(cells, key=lambda row: -row.mean))
+            order = f"{ngram}-gram, best first: {best}."
+            sentences.append(f"{order} Spearman's rank correlation with the paper's order: {agreement:.2f}.\n")
+    return sentences
+
+
+def circumstances(rows: list[Row]) -> str:
+    """Hardware, versions, commits and seeds, each named once."""
+    runs = [run for row in rows for run in row.runs]
+
+    def all_of(name: str) -> str:
+        return ", ".join(sorted({str(run["circumstances"][name]) for run in runs}))
+
+    seeds = ", ".join(map(str, sorted({run["seed"] for run in runs})))
+    return (
+        f"{all_of('hardware')}; torch {all_of('torch')}; Python {all_of('python')}; commit {all_of('commit')}; seeds "
+        f"{seeds}. Accuracy: mean and standard deviation over the seeds, of the epoch that was best in validation. The "
+        "paper's figures are for the full training sets, of 120,000 to 650,000 documents."
+    )
+
+
+def plot_curves(rows: list[Row], path: Path) -> None:
+    """Validation accuracy after each epoch, the mean over seeds; a data set a panel."""
+    plt = _pyplot()
+    drawn = [row for row in rows if any(run["curve"] for run in row.runs)]
+    datasets = list(dict.fromkeys(row.dataset for row in drawn))
+    figure, panels = plt.subplots(
+        1, len(datasets), figsize=(6 * len(datasets), 4.5), layout="constrained", squeeze=False
+    )
+    models = list(dict.fromkeys(row.model for row in drawn))
+    for axes, dataset in zip(panels[0], datasets, strict=True):
+        for row in (row for row in drawn if row.dataset == dataset):
+            epochs, values = _mean_curve([run["curve"] for run in row.runs if run["curve"]])
+            style = {1: "-", 3: "--"}.get(row.ngram, ":")
+            axes.plot(epochs, values, style, color=f"C{models.index(row.model)}", marker=".", label=row.label)
+        axes.set(title=TITLES.get(dataset, dataset), xlabel="epochs", ylabel="validation accuracy, %")
+        axes.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _mean_curve(curves: list[list[list[float]]]) -> tuple[list[int], list[float]]:
+    """The mean over curves, of the epochs that all of them have."""
+    tables = [{int(epoch): value for epoch, value in curve} for curve in curves]
+    epochs = sorted(set.intersection(*map(set, tables)))
+    return epochs, [statistics.fmean(table[epoch] for table in tables) for epoch in epochs]
+
+
+def plot_confusion(rows: list[Row], path: Path) -> None:
+    """For each model of one data set, how the documents of a class (row) were classified, in per cent of the class."""
+    plt = _pyplot()
+    columns = min(4, len(rows))
+    lines = -(-len(rows) // columns)
+    figure, panels = plt.subplots(
+        lines, columns, figsize=(3.6 * columns, 3.6 * lines), layout="constrained", squeeze=False
+    )
+    for axes in panels.flat[len(rows) :]:
+        axes.axis("off")
+    classes = rows[0].runs[0]["classes"]
+    for axes, row in zip(panels.flat, rows, strict=False):
+        counts = [[sum(cells) for cells in zip(*lines_, strict=True)] for lines_ in zip(*_matrices(row), strict=True)]
+        shares = [[100 * count / max(1, sum(line)) for count in line] for line in counts]
+        axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+        axes.set_title(f"{row.label}: {row.mean:.2f}%", fontsize=9)
+        small = len(classes) > 6
+        ticks = range(len(classes))
+        axes.set_xticks(ticks, [k + 1 for k in ticks] if small else classes, fontsize=6, rotation=0 if small else 30)
+        axes.set_yticks(ticks, classes, fontsize=5 if small else 6)
+        for i, j in ((i, j) for i in ticks for j in ticks if shares[i][j] >= (1 if small else 0)):
+            colour = "white" if shares[i][j] > 50 else "black"
+            axes.text(j, i, f"{shares[i][j]:.0f}" if small else f"{shares[i][j]:.1f}", ha="center", va="center",
+                      fontsize=4 if small else 7, color=colour)  # fmt: skip
+    figure.supxlabel("classified as", fontsize=9)
+    figure.supylabel("class", fontsize=9)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _matrices(row: Row) -> list[list[list[int]]]:
+    return [run["confusion"] for run in row.runs]
+
+
+def _pyplot() -> Any:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt
+
+
+def write(rows: list[Row], out: Path) -> None:
+    """``results.md``, ``results.json``, ``curves.png`` and ``confusion-DATASET.png``; print the tables."""
+    out.mkdir(parents=True, exist_ok=True)
+    text = f"{markdown(rows)}\n{circumstances(rows)}\n"
+    (out / "results.md").write_text(text, encoding="utf-8")
+    runs = [run for row in rows for run in row.runs]
+    (out / "results.json").write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
+    plot_curves(rows, out / "curves.png")
+    for dataset in dict.fromkeys(row.dataset for row in rows):
+        plot_confusion([row for row in rows if row.dataset == dataset], out / f"confusion-{dataset}.png")
+    print(f"{text}\nTables, JSON, learning curves and confusion matrices: {out}")
