@@ -16,8 +16,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fairseq_rkm.compat import CHECKPOINT_CLASSES
-
 
 def last_checkpoints(folder: Path, count: int) -> list[Path]:
     """The checkpoints of the last ``count`` epochs that a folder has, the oldest first.
@@ -59,6 +57,8 @@ def average(paths: list[Path]) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    from fairseq_rkm.compat import CHECKPOINT_CLASSES
+
     try:
         with torch.serialization.safe_globals(CHECKPOINT_CLASSES):
             state = torch.load(path, map_location="cpu", weights_only=True)

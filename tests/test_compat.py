@@ -1,5 +1,6 @@
 import traceback
 
+import numpy as np
 import pytest
 import torch
 from fairseq import utils
@@ -7,6 +8,7 @@ from fairseq.optim import AMPOptimizer
 from omegaconf import OmegaConf
 
 import fairseq_rkm
+from fairseq_rkm import compat
 
 
 def test_seeding_is_torch_s_without_its_stack_traces(monkeypatch):
@@ -39,3 +41,10 @@ def test_mixed_precision_unscales_gradients_once():
         expected = before if scaled > 1 else before - 0.5 * torch.tensor([0.6, 0.8])
         torch.testing.assert_close(weight.detach(), expected)
     assert optimizer.optimizer.param_groups[0]["updates"] == 1, "an overflow is no update"
+
+
+def test_what_training_that_watches_bleu_leaves_in_a_checkpoint_is_read(tmp_path):
+    """``translation --eval-bleu`` sums counts of n-grams as numpy's arrays."""
+    torch.save({"counts": np.array([3, 1, 0, 0])}, tmp_path / "checkpoint.pt")
+    with torch.serialization.safe_globals(compat.CHECKPOINT_CLASSES):
+        assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["counts"].tolist() == [3, 1, 0, 0]

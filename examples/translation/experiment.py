@@ -202,7 +202,7 @@ class Run:
         found = dict(re.findall(r"^D-(\d+)\t\S+\t(.*)$", output, re.M))
         translations = [found[str(i)] for i in range(len(found))]
         (self.folder / f"{split}.txt").write_text("".join(line + "\n" for line in translations), encoding="utf-8")
-        path = self.bench.args.data / "references" / f"{split}.{self.bench.target}"
+        path = self.bench.args.data / "raw" / f"{split}.{self.bench.target}"
         references = path.read_text(encoding="utf-8").splitlines()
         if len(references) != len(translations):
             raise SystemExit(f"experiment: {len(translations)} translations of {len(references)} sentences of {split}")

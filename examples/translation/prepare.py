@@ -8,7 +8,7 @@ TEXT holds train.de, train.en and so on, a sentence a line, plain or as .gz or .
     bin/                        binarised splits train, valid, test (test1, ... of further --test), and dict.*.txt
     sentencepiece.bpe.model     one for both languages, learnt on train
     text/                       the splits in subwords
-    references/                 the target sides of valid and the test sets as they were
+    raw/                        valid and the test sets as they were
     data.json                   the languages, and which file became which split; written last
 
 Tokenisation is fairseq's own (--tokenizer moses, --bpe sentencepiece), so that fairseq-interactive with these flags
@@ -142,7 +142,8 @@ def prepare(args: argparse.Namespace, files: dict[str, str]) -> None:
     }
     for split, pairs in splits.items():
         if split != "train":
-            write_lines(args.out / "references" / f"{split}.{languages[1]}", [target for _, target in pairs])
+            for side, language in enumerate(languages):
+                write_lines(args.out / "raw" / f"{split}.{language}", [pair[side] for pair in pairs])
     tokenised = {split: tokenise(pairs, languages, split) for split, pairs in splits.items()}
     print(f"learning a vocabulary of {args.vocabulary:,} subwords")
     pieces = learn_pieces(

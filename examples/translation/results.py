@@ -1,9 +1,10 @@
 """Tabulate what experiment.py left: Markdown, JSON and a picture.
 
-    python examples/translation/results.py OUT [OUT ...] --to FOLDER
+    python examples/translation/results.py OUT [OUT ...] --to FOLDER [--samples DATA]
 
 Writes FOLDER/results.md, results.json and bleu.png, and prints the table: a row for each model and pair of languages,
-the mean over its seeds.
+the mean over its seeds. With --samples, results.md also has sentences of the first test set of DATA (prepare.py's) as
+each model translates them.
 """
 
 import argparse
@@ -94,6 +95,36 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:,.0f}"
 
 
+def samples(data: Path, out: Path, models: list[str], count: int = 5) -> str:
+    """Sentences spread over the first test set: source, reference, and the translations of the models' first seeds.
+
+    Args:
+        data: prepare.py's folder.
+        out: experiment.py's.
+        models: in order.
+        count: how many sentences.
+
+    Raises:
+        SystemExit: a file that is not there.
+    """
+    try:
+        languages = json.loads((data / "data.json").read_text(encoding="utf-8"))["languages"]
+        columns = {language: _lines(data / "raw" / f"test.{language}") for language in languages}
+        columns |= {f"`{model}`": _lines(min(out.glob(f"{model}-[0-9]*")) / "test.txt") for model in models}
+    except (OSError, ValueError, KeyError) as error:
+        raise SystemExit(f"results: no sample translations of {data} in {out}: {error}") from error
+    size = len(columns[languages[0]])
+    blocks = [
+        "\n".join(f"- {name}: {lines[size * k // count]}" for name, lines in columns.items())
+        for k in range(min(count, size))
+    ]
+    return "\n\n".join(f"Sentence {k}\n\n{block}" for k, block in enumerate(blocks, 1))
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines()
+
+
 def caption(runs: list[dict[str, Any]]) -> str:
     """What the figures must be read with."""
     about = sorted({f"{c['hardware']}, torch {c['torch']}, commit {c['commit']}" for c in _circumstances(runs)})
@@ -129,11 +160,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", nargs="+", type=Path, metavar="OUT", help="experiment.py's --out")
     parser.add_argument("--to", type=Path, required=True, help="where results.md, results.json and bleu.png go")
+    parser.add_argument("--samples", type=Path, metavar="DATA", help="show translations of its first test set")
     args = parser.parse_args()
     runs = read(args.out)
     rows = group(runs)
     args.to.mkdir(parents=True, exist_ok=True)
     text = f"{markdown(rows)}\n\n{caption(runs)}\n"
+    if args.samples:
+        text += f"\n{samples(args.samples, args.out[0], [row['model'] for row in rows])}\n"
     (args.to / "results.md").write_text(text, encoding="utf-8")
     (args.to / "results.json").write_text(json.dumps({"rows": rows, "runs": runs}, indent=2) + "\n", encoding="utf-8")
     plot(rows, args.to / "bleu.png")

@@ -19,4 +19,4 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONWARNINGS=ignore
 "$PYTHON" examples/translation/prepare.py "$text" -s "$source" -t "$target" --out "$out/data" \
   --vocabulary "${VOCABULARY:-8000}"
 "$PYTHON" examples/translation/experiment.py "$out/data" --out "$out" "$@"
-"$PYTHON" examples/translation/results.py "$out" --to "$out/results"
+"$PYTHON" examples/translation/results.py "$out" --to "$out/results" --samples "$out/data"
