@@ -12,6 +12,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -127,15 +128,34 @@ def recurrence(
     return _Native.apply(cell, keep, inputs, hidden, memory, *weights)
 
 
+HUGE_PAGE, MADV_HUGEPAGE = 2**21, 14
+
+
+def _buffer(like: Tensor, *shape: int) -> Tensor:
+    """An uninitialised tensor, in huge pages if it is of several.
+
+    Memory of this size is new at each call, and 4 kB a page fault would take a tenth of a pass's time.
+    """
+    tensor = like.new_empty(shape)
+    first = -(-tensor.data_ptr() // HUGE_PAGE) * HUGE_PAGE
+    length = (tensor.data_ptr() + tensor.nbytes - first) // HUGE_PAGE * HUGE_PAGE
+    if length >= 4 * HUGE_PAGE and sys.platform == "linux":
+        # Advice: where it is not taken, pages are small.
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), MADV_HUGEPAGE)
+    return tensor
+
+
 class _Native(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, cell: Cell, keep: Tensor | None, inputs: Tensor, hidden: Tensor, memory: Tensor, *tensors: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         weights = Weights(*tensors)
-        gates = project(inputs, weights.input, weights.bias)
-        steps, (batch, size) = gates.size(0), hidden.shape
-        hiddens, memories = (gates.new_empty(steps + 1, batch, size) for _ in range(2))
+        ngram, (batch, size) = weights.input.size(1) // inputs.size(2), hidden.shape
+        steps = inputs.size(0) - ngram + 1
+        out = _buffer(inputs, steps * batch, weights.input.size(0))
+        gates = project(inputs, weights.input, weights.bias, out)
+        hiddens, memories = (_buffer(inputs, steps + 1, batch, size) for _ in range(2))
         hiddens[0], memories[0] = hidden, memory
         moments = gates.new_empty(steps, batch, 2) if weights.norm_weight is not None else None
         call = {"gates": gates, "hidden": hiddens, "memory": memories, "moments": moments}
@@ -151,7 +171,7 @@ class _Native(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor, grad_hidden: Tensor, grad_memory: Tensor) -> tuple[Any, ...]:
         keep, inputs, gates, hiddens, memories, moments, *tensors = ctx.saved_tensors
         cell, weights = ctx.cell, Weights(*tensors)._replace(**ctx.numbers)
-        grad_gates, row = torch.empty_like(gates), memories[0]
+        grad_gates, row = _buffer(gates, *gates.shape), memories[0]
         # Of the layer norm's gain and bias, each row's share.
         norm = None if moments is None else (torch.zeros_like(row), torch.zeros_like(row))
         grad_hidden, grad_memory = grad_hidden.contiguous().clone(), grad_memory.contiguous().clone()

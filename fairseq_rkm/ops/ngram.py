@@ -66,13 +66,14 @@ def last_real_step(keep: Tensor) -> Tensor:
     return torch.cat([numbers.new_zeros(1, keep.size(1)), numbers * keep]).amax(0)
 
 
-def project(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def project(inputs: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
     """``W X_t + b`` for all steps: one matrix product over time for each of the n inputs of a window.
 
     Args:
         inputs: extended inputs, ``(T + n - 1, B, m)``.
         weight: ``(G, n * m)``.
         bias: ``(G,)`` or None.
+        out: where the result goes, ``(T * B, G)`` and contiguous; None makes it.
 
     Returns:
         ``(T, B, G)``, contiguous.
@@ -80,7 +81,7 @@ def project(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if inputs.is_cuda:  # a CPU's products want only their results aligned
         inputs, weight = align(inputs, weight)
     (newest, taps), *older = _taps(inputs, weight)
-    result = newest @ taps.t() if bias is None else torch.addmm(bias, newest, taps.t())
+    result = torch.mm(newest, taps.t(), out=out) if bias is None else torch.addmm(bias, newest, taps.t(), out=out)
     for window, taps in older:
         result.addmm_(window, taps.t())
     ngram = weight.size(1) // inputs.size(2)
