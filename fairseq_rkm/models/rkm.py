@@ -196,7 +196,8 @@ def _flag(name: str) -> str:
 
 
 def _fill(args: argparse.Namespace, **values: Any) -> None:
-    """Set the flags that the user has not given."""
+    """Set the flags that the user has not given; the memory is normalised unless it is clipped."""
+    values["layer_norm"] = getattr(args, "memory_clip", None) is None
     for name, value in values.items():
         setattr(args, name, getattr(args, name, value))
 
@@ -205,7 +206,7 @@ def _fill(args: argparse.Namespace, **values: Any) -> None:
 def rkm_tiny(args: argparse.Namespace) -> None:
     """For tests and first tries: trains in a minute on a CPU."""
     _fill(
-        args, layer_norm=True, encoder_embed_dim=64, encoder_hidden_size=64, encoder_bidirectional=True,
+        args, encoder_embed_dim=64, encoder_hidden_size=64, encoder_bidirectional=True,
         decoder_embed_dim=64, decoder_hidden_size=64, dropout=0.0,
     )  # fmt: skip
 
@@ -214,7 +215,7 @@ def rkm_tiny(args: argparse.Namespace) -> None:
 def rkm_iwslt_de_en(args: argparse.Namespace) -> None:
     """For corpora of some 30,000 to 300,000 sentence pairs with a subword vocabulary of some 10,000."""
     _fill(
-        args, layer_norm=True, ngram_padding="same", encoder_ngram=None if hasattr(args, "ngram") else 3,
+        args, ngram_padding="same", encoder_ngram=None if hasattr(args, "ngram") else 3,
         encoder_embed_dim=256, encoder_hidden_size=256, encoder_layers=2, encoder_bidirectional=True,
         decoder_embed_dim=256, decoder_hidden_size=512, decoder_layers=2, attention_layer=1, dropout=0.3,
         share_decoder_input_output_embed=getattr(args, "adaptive_softmax_cutoff", None) is None,

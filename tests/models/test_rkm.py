@@ -320,9 +320,10 @@ def test_presets_fill_what_is_not_given_and_are_idempotent(preset):
 
 
 def test_a_preset_yields_to_flags_that_it_would_contradict():
-    args = SimpleNamespace(ngram=1, adaptive_softmax_cutoff="10,20")
+    args = SimpleNamespace(ngram=1, adaptive_softmax_cutoff="10,20", memory_clip=2.0)
     rkm_iwslt_de_en(args)
     model = build(**vars(args))
+    assert not model.encoder.layers[0].layer_norm
     assert {layer.ngram for layer in model.encoder.layers} == {1}
     assert model.decoder.adaptive_softmax is not None
     args = SimpleNamespace()

@@ -31,6 +31,16 @@ def test_steps_equal_the_layer(cell, ngram, layer_norm, bias):
             assert_close(state.context[0], final.context[0])
 
 
+def test_a_clipped_memory_is_clipped_at_each_step():
+    rkm = RKM(5, 7, memory_clip=0.05, dtype=torch.float64)
+    x = torch.randn(2, 3, 5).double()
+    whole, final = rkm(x)
+    output, state = Stepper(rkm)(x[1:], rkm(x[:1])[1])
+    assert_close(output[0], whole[1])
+    assert_close(state.cell, final.cell)
+    assert final.cell.abs().max() == 0.05
+
+
 def test_a_missing_context_is_zero():
     rkm = RKM(5, 7, ngram=3, dtype=torch.float64)
     x, hidden, memory = torch.randn(1, 2, 5).double(), *torch.randn(2, 1, 2, 7).double()
