@@ -11,15 +11,22 @@
 6. Under ``--amp`` fairseq divides each gradient by the loss scale twice, the second time after clipping, since it
    shows PyTorch's scaler two objects for one optimizer: SGD would take steps 128 and more times too small.
 7. What the translation commands need besides stands in :mod:`fairseq_rkm.compat_translation`.
-8. The task ``sentence_prediction`` checks its data before training (see ``tasks/sentence_prediction_checks.py``).
+8. A run that ends in the middle of an epoch leaves fairseq's thread that prepares batches at work, which Python then
+   kills wherever it is: within PyTorch that aborts the process, with status 134 after "done training". It is stopped.
+9. The task ``sentence_prediction`` checks its data before training (see ``tasks/sentence_prediction_checks.py``).
 """
 
 import argparse
+import atexit
 import collections
+import contextlib
 import functools
 import pickle
+import queue
 import re
 import sys
+import threading
+import time
 import types
 import typing
 import warnings
@@ -30,6 +37,7 @@ import numpy as np
 import omegaconf
 import torch
 from fairseq import checkpoint_utils, utils
+from fairseq.data import iterators
 from fairseq.distributed.utils import _TensorPlaceholder
 from fairseq.optim import AMPOptimizer
 
@@ -75,6 +83,8 @@ def adapt() -> None:
     if utils.xm is None:
         utils.set_torch_seed = _SetTorchSeed
     AMPOptimizer.step = _step_once_unscaled
+    atexit.unregister(_stop_preparing_batches)
+    atexit.register(_stop_preparing_batches)
     compat_translation.adapt()
     if _in_fairseq_command() and sys.excepthook is sys.__excepthook__:
         sys.excepthook = _print_error
@@ -88,6 +98,18 @@ class _SetTorchSeed(utils.set_torch_seed):
         torch.default_generator.manual_seed(seed)
         if torch.cuda.is_available():
             torch.cuda.manual_seed_all(seed)
+
+
+def _stop_preparing_batches() -> None:
+    """Let each thread finish the batch that it is at: nobody will take it. One that takes 10 seconds is left alone."""
+    for thread in threading.enumerate():
+        if not isinstance(thread, iterators.BackgroundConsumer):
+            continue
+        thread._max_len = 0
+        stop = time.monotonic() + 10
+        while thread.is_alive() and time.monotonic() < stop:
+            with contextlib.suppress(queue.Empty):  # room for what it waits to hand over
+                thread._queue.get(timeout=0.02)
 
 
 def _step_once_unscaled(optimizer: AMPOptimizer) -> None:

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import traceback
 
 import numpy as np
@@ -20,6 +22,24 @@ def test_seeding_is_torch_s_without_its_stack_traces(monkeypatch):
     with utils.set_torch_seed(5):
         assert torch.equal(torch.rand(3), wanted)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_process_ends_well_while_batches_are_prepared():
+    """Without the repair it is aborted (status 134): the thread is in PyTorch nearly all of the time."""
+    code = """
+import torch, fairseq, fairseq_rkm
+from fairseq.data.iterators import BufferedIterator
+class Endless:
+    def __len__(self):
+        return 10**9
+    def __iter__(self):
+        while True:
+            yield torch.randn(300, 300) @ torch.randn(300, 300)
+next(BufferedIterator(10**6, Endless()))
+print("done")
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert (result.returncode, result.stdout) == (0, "done\n"), result.stderr
 
 
 def test_mixed_precision_unscales_gradients_once():
