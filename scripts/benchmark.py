@@ -117,10 +117,11 @@ def kept_memory(module: nn.Module, x: Tensor) -> int | None:
 
 def measure(module: nn.Module, x: Tensor, args: argparse.Namespace) -> dict[str, Any]:
     """Times and memory of a module."""
+    inputs = x.detach()  # nn.LSTM takes another way for inputs that want a gradient, even where there is none
 
     def forward() -> None:
         with torch.no_grad():
-            module(x)
+            module(inputs)
 
     grad = torch.randn_like(module(x)[0])
 
