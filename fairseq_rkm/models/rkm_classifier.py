@@ -28,7 +28,7 @@ class RKMClassifierConfig(RKMOptions):
         default="same", metadata={"help": "whether an n-gram ends at its step or is centred there (odd n)"}
     )
     layer_norm: Optional[bool] = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "layer normalisation of the memory; on unless --no-layer-norm"}
+        default=None, metadata={"help": "layer normalisation of the memory; on unless --no-layer-norm or --memory-clip"}
     )
     no_layer_norm: bool = field(default=False, metadata={"help": "leave the memory as it is"})
     encoder_embed_dim: int = field(default=300, metadata={"help": "size of the word embeddings"})
@@ -156,8 +156,10 @@ class RKMClassifier(BaseFairseqModel):
 
 
 def has_layer_norm(cfg: RKMClassifierConfig) -> bool:
-    """Whether the memory is normalised: unless the flags, or a configuration's ``layer_norm: false``, say otherwise."""
-    return cfg.layer_norm is not False and not cfg.no_layer_norm
+    """Whether the memory is normalised: unless it is clipped, or the flags or ``layer_norm: false`` say otherwise."""
+    if cfg.layer_norm is None:
+        return not cfg.no_layer_norm and cfg.memory_clip is None
+    return cfg.layer_norm and not cfg.no_layer_norm
 
 
 def check_flags(cfg: RKMClassifierConfig) -> None:

@@ -90,6 +90,7 @@ def test_layer_norm_is_on_unless_a_flag_or_a_configuration_says_otherwise():
         ({"layer_norm": True}, True),
         ({"layer_norm": False}, False),
         ({"no_layer_norm": True}, False),
+        ({"memory_clip": 1.0}, False),
     ]
     for flags, wanted in settings_:
         assert has_layer_norm(RKMClassifierConfig(**flags)) == wanted
@@ -126,6 +127,7 @@ def test_word_vectors_may_be_frozen(tmp_path, caplog):
         ({"ngram": 2}, "for --ngram 2 use causal"),
         ({"ngram": 0, "ngram_padding": "causal"}, "ngram must be at least 1, not 0"),
         ({"layer_norm": True, "no_layer_norm": True}, "exclude each other"),
+        ({"layer_norm": True, "memory_clip": 1.0}, "memory_clip and layer_norm both bound the memory"),
         ({"encoder_layers": 0}, "--encoder-layers must be at least 1, not 0"),
         ({"classifier_hidden_size": 0}, "--classifier-hidden-size must be at least 1"),
         ({"dropout": 1.0}, r"--dropout must lie within \[0, 1\), not be 1.0"),
