@@ -8,7 +8,6 @@ from typing import Any, Optional
 
 from fairseq import hub_utils
 from fairseq.models import FairseqEncoderDecoderModel, register_model, register_model_architecture
-from omegaconf import II
 
 import fairseq_rkm
 from fairseq_rkm.compat_translation import check_pieces
@@ -17,14 +16,14 @@ from fairseq_rkm.models.hub import TranslationHub
 from fairseq_rkm.models.options import CELL_CHOICES, RKMOptions
 from fairseq_rkm.models.rkm_decoder import RKMAttentionDecoder
 from fairseq_rkm.models.rkm_encoder import RKMEncoder
-from fairseq_rkm.models.word_layers import build_embedding
+from fairseq_rkm.models.word_layers import SoftmaxOptions, build_embedding, check_softmax
 from fairseq_rkm.modules.dropout import check_probability
 
 DROPOUTS = ("encoder_dropout_in", "encoder_dropout_out", "decoder_dropout_in", "decoder_dropout_out")
 
 
 @dataclass
-class RKMConfig(RKMOptions):
+class RKMConfig(SoftmaxOptions, RKMOptions):
     """Flags of ``--arch rkm``."""
 
     encoder_cell: Optional[CELL_CHOICES] = field(default=None, metadata={"help": "the encoder's cell, if not --cell"})
@@ -71,13 +70,6 @@ class RKMConfig(RKMOptions):
     decoder_dropout_out: Optional[float] = field(
         default=None, metadata={"help": "on each decoder layer's output, or what attention makes of it"}
     )
-    adaptive_softmax_cutoff: Optional[str] = field(
-        default=None,
-        metadata={"help": "comma-separated cutoffs of an adaptive softmax; needs --criterion adaptive_loss"},
-    )
-    adaptive_softmax_dropout: float = field(default=0.0, metadata={"help": "on the adaptive softmax's projections"})
-    adaptive_softmax_factor: float = field(default=4.0, metadata={"help": "how the adaptive softmax's sizes shrink"})
-    criterion_name: Optional[str] = II("criterion._name")
 
 
 @register_model("rkm", dataclass=RKMConfig)
@@ -151,8 +143,7 @@ def check_flags(cfg: RKMConfig, joined: bool) -> None:
             f"--attention-layer must name a decoder layer, 1 to {cfg.decoder_layers}, or be 0 for the last, "
             f"not {cfg.attention_layer}"
         )
-    if cfg.criterion_name == "adaptive_loss" and not cfg.adaptive_softmax_cutoff:
-        raise RKMError("--criterion adaptive_loss needs --adaptive-softmax-cutoff")
+    check_softmax(cfg)
     _check_sharing(cfg, joined)
 
 

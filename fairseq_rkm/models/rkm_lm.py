@@ -7,14 +7,13 @@ from typing import Any, Optional
 
 from fairseq.data import Dictionary
 from fairseq.models import FairseqIncrementalDecoder, FairseqLanguageModel, register_model
-from omegaconf import II
 from torch import Tensor, nn
 
 from fairseq_rkm.data.dictionary import check_fingerprint, fingerprint
 from fairseq_rkm.errors import RKMError
 from fairseq_rkm.models.carried_state import CarriedState
 from fairseq_rkm.models.options import NO_LIMIT, RKMOptions, build_rkm
-from fairseq_rkm.models.word_layers import build_embedding, build_softmax
+from fairseq_rkm.models.word_layers import SoftmaxOptions, build_embedding, build_softmax, check_softmax
 from fairseq_rkm.modules import LockedDropout, RKMState, dropped_embedding
 from fairseq_rkm.modules.continuous_cache import CacheMemory, ContinuousCache
 from fairseq_rkm.modules.dropout import check_probability
@@ -26,7 +25,7 @@ States = list[RKMState]
 
 
 @dataclass
-class RKMLanguageModelConfig(RKMOptions):
+class RKMLanguageModelConfig(SoftmaxOptions, RKMOptions):
     """Flags of ``--arch rkm_lm``."""
 
     decoder_embed_dim: int = field(default=400, metadata={"help": "size of the word embeddings"})
@@ -42,13 +41,6 @@ class RKMLanguageModelConfig(RKMOptions):
     dropout_hidden: float = field(default=0.0, metadata={"help": "between layers, one mask for all steps"})
     dropout_words: float = field(default=0.0, metadata={"help": "on whole words of the vocabulary"})
     dropout_weights: float = field(default=0.0, metadata={"help": "on the recurrent weights (DropConnect)"})
-    adaptive_softmax_cutoff: Optional[str] = field(
-        default=None,
-        metadata={"help": "comma-separated cutoffs of an adaptive softmax; needs --criterion adaptive_loss"},
-    )
-    adaptive_softmax_dropout: float = field(default=0.0, metadata={"help": "on the adaptive softmax's projections"})
-    adaptive_softmax_factor: float = field(default=4.0, metadata={"help": "how the adaptive softmax's sizes shrink"})
-    criterion_name: Optional[str] = II("criterion._name")
 
 
 @register_model("rkm_lm", dataclass=RKMLanguageModelConfig)
@@ -83,8 +75,7 @@ def check_flags(cfg: RKMLanguageModelConfig, source_types: int, target_types: in
                 "with --share-decoder-input-output-embed a single layer ends at the embedding's size: make --decoder-"
                 f"hidden-size ({cfg.decoder_hidden_size}) and --decoder-embed-dim ({cfg.decoder_embed_dim}) equal"
             )
-    if cfg.criterion_name == "adaptive_loss" and not cfg.adaptive_softmax_cutoff:
-        raise RKMError("--criterion adaptive_loss needs --adaptive-softmax-cutoff")
+    check_softmax(cfg)
     if cfg.decoder_layers < 1 or cfg.decoder_embed_dim < 1:
         raise RKMError("--decoder-layers and --decoder-embed-dim must be at least 1")
 

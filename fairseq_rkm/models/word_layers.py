@@ -1,10 +1,13 @@
 """The layers at a model's two ends, which all word-level models share: words to vectors, vectors to words' scores."""
 
+from dataclasses import dataclass, field
 from typing import Any, Optional
 
 import torch
 from fairseq.data import Dictionary
+from fairseq.dataclass import FairseqDataclass
 from fairseq.modules import AdaptiveSoftmax
+from omegaconf import II
 from torch import nn
 
 from fairseq_rkm.data.word_vectors import load_word_vectors
@@ -35,11 +38,30 @@ def build_embedding(
     return embedding
 
 
+@dataclass
+class SoftmaxOptions(FairseqDataclass):
+    """The flags of :func:`build_softmax`."""
+
+    adaptive_softmax_cutoff: Optional[str] = field(
+        default=None,
+        metadata={"help": "comma-separated cutoffs of an adaptive softmax; needs --criterion adaptive_loss"},
+    )
+    adaptive_softmax_dropout: float = field(default=0.0, metadata={"help": "on the adaptive softmax's projections"})
+    adaptive_softmax_factor: float = field(default=4.0, metadata={"help": "how the adaptive softmax's sizes shrink"})
+    criterion_name: Optional[str] = II("criterion._name")
+
+
+def check_softmax(cfg: SoftmaxOptions) -> None:
+    """Raises RKMError if the criterion asks for an adaptive softmax and no flag does."""
+    if cfg.criterion_name == "adaptive_loss" and not cfg.adaptive_softmax_cutoff:
+        raise RKMError("--criterion adaptive_loss needs --adaptive-softmax-cutoff")
+
+
 def build_softmax(cfg: Any, features: int, types: int, tied: Optional[nn.Embedding] = None) -> nn.Module:
     """What turns features into scores of words: an adaptive softmax if ``cfg`` asks for one, else a linear layer.
 
     Args:
-        cfg: with ``adaptive_softmax_cutoff``, ``adaptive_softmax_dropout`` and ``adaptive_softmax_factor``.
+        cfg: :class:`SoftmaxOptions`, or what has their names.
         features: size of the features.
         types: size of the vocabulary.
         tied: an embedding ``(types, features)`` whose weight the linear layer takes, or None.
