@@ -4,6 +4,7 @@
 registers its models, tasks, criterions and optimizers; elsewhere :func:`register` does.
 """
 
+import logging
 import sys
 
 from fairseq_rkm.errors import RKMError
@@ -12,6 +13,10 @@ from fairseq_rkm.ops import CELLS
 
 __version__ = "0.1.0"
 __all__ = ["CELLS", "RKM", "RKMError", "RKMState", "register"]
+
+# fairseq says at its import that tensorboardX is not installed, which is no matter here: it would stand among what
+# fairseq_rkm.predict and the hub print.
+logging.getLogger("fairseq.tasks.text_to_speech").setLevel(logging.WARNING)
 
 
 def register() -> None:
