@@ -7,7 +7,7 @@ import torch
 from helpers import assert_close, forward_and_gradients, join_scales, random_mask, randomized, training_losses
 
 from fairseq_rkm import CELLS, RKM
-from fairseq_rkm.ops import BACKENDS
+from fairseq_rkm.ops import BACKENDS, reference
 
 FAST = [name for name in BACKENDS if name not in {"reference", "native", "persistent", "scan"}]
 NGRAMS = [(1, "causal"), (3, "causal"), (3, "same"), (5, "causal"), (5, "same")]
@@ -32,12 +32,12 @@ def compare(
     """A backend in a dtype against the reference in float64 with the same (rounded) weights and inputs."""
     torch.manual_seed(0)
     fast = randomized(RKM(*sizes, backend=backend, dtype=dtype, **arguments))
-    reference = RKM(*sizes, backend="reference", dtype=torch.float64, **arguments)
-    reference.load_state_dict(fast.state_dict())
+    exact = RKM(*sizes, backend="reference", dtype=torch.float64, **arguments)
+    exact.load_state_dict(fast.state_dict())
     x, hidden, cell, context = problem(fast, steps, batch, dtype)
     padding = random_mask(mask, batch, steps)
     double = [c.double() for c in context] if context else None
-    wanted = forward_and_gradients(reference, x.double(), hidden.double(), cell.double(), double, padding)
+    wanted = forward_and_gradients(exact, x.double(), hidden.double(), cell.double(), double, padding)
     moved = [t.to(device) for t in context] if context else None
     padding = None if padding is None else padding.to(device)
     given = forward_and_gradients(fast.to(device), x.to(device), hidden.to(device), cell.to(device), moved, padding)
@@ -69,6 +69,29 @@ def test_learned_sigmas_and_two_layers(backend, cell, mask):
         compare(backend, mask=mask, cell=cell, learn_sigma=True, layer_norm=layer_norm, num_layers=2)
 
 
+def clear_bound(cell, steps, batch, sizes, dtype):
+    """For the problem of :func:`compare`, a ``memory_clip`` that clips, and that no value before it comes close to.
+
+    A value that rounding takes across the bound has another gradient, which no tolerance covers.
+    """
+
+    def distance(clip):
+        torch.manual_seed(0)
+        rkm = randomized(RKM(*sizes, dtype=dtype, cell=cell)).double()
+        x, hidden, memory, _ = problem(rkm, steps, batch, dtype)
+        weights, closest, clips = rkm._weights("l0", None), torch.inf, False
+        hidden, memory = hidden[0].double(), memory[0].double()
+        for window in x.double():
+            _, free = reference.step(CELLS[cell], window, weights, hidden, memory)
+            closest = min(closest, (free.abs() / clip - 1).abs().min().item())
+            clips = clips or bool((free.abs() > clip).any())
+            hidden, memory = reference.step(CELLS[cell].clipped(clip), window, weights, hidden, memory)
+        return closest if clips else 0.0
+
+    with torch.no_grad():
+        return max(torch.linspace(0.3, 1.5, 80).tolist(), key=distance)
+
+
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("cell", CELLS)
@@ -77,6 +100,14 @@ def test_clipped_memory(backend, cell, mask):
     """The bound is such that some of the memory is clipped and some is not."""
     for feedback in (None, False):
         compare(backend, mask=mask, cell=cell, feedback=feedback, memory_clip=0.4, learn_sigma=True, bidirectional=True)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_clipped_memory_in_other_dtypes(backend, cell, dtype):
+    shape = {"steps": 4, "batch": 2, "sizes": (6, 5)}
+    compare(backend, dtype=dtype, cell=cell, memory_clip=clear_bound(cell, dtype=dtype, **shape), **shape)
 
 
 @pytest.mark.parametrize("backend", FAST)
