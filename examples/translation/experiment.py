@@ -37,7 +37,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 from average_checkpoints import average, last_checkpoints, save
-from report import circumstances, parse_line
+from report import circumstances, parse_line, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -271,13 +271,6 @@ class Run:
 def training_seconds(epochs: list[dict[str, str]]) -> float:
     """Of all epochs together, whatever interruptions there were between them."""
     return sum(float(entry["train_train_wall"]) for entry in epochs)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def work(bench: Bench, runs: list[Run]) -> int:

@@ -85,7 +85,7 @@ class Cell:
 
     def clipped(self, clip: float | None) -> "Cell":
         """The same cell with ``c_t <- min(max(c_t, -clip), clip)`` (Sak et al. 2014), which bounds what is fed back."""
-        return replace(self, clip=clip)
+        return replace(self, clip=None if clip is None else float(clip))
 
     def equations(self) -> tuple[str, str]:
         """The memory's and the output's equation, as the README prints them."""

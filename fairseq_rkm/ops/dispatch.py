@@ -7,7 +7,6 @@ sentence, why it cannot take a given problem (None if it can), and add a row to 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from fairseq_rkm.errors import RKMError
@@ -92,11 +91,7 @@ def recurrence(
             f"the inputs are {inputs.dtype} but the weights {weights.input.dtype}; convert one, or use torch.autocast"
         )
     wide = memory_dtype(inputs.dtype)
-    weights = weights._replace(**{
-        name: value.to(wide)
-        for name, value in weights._asdict().items()
-        if name.startswith(("norm", "sigma")) and torch.is_tensor(value)
-    })  # fmt: skip
+    weights = weights.widen(wide)
     chosen = pick(backend, cell, inputs, weights)
     if not chosen.takes_none:
         zeros = inputs.new_zeros(inputs.size(1), size) if hidden is None or memory is None else None

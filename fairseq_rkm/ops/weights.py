@@ -29,6 +29,11 @@ class Weights(NamedTuple):
     sigma_i: Tensor | float = 0.5
     sigma_f: Tensor | float = 0.5
 
+    def widen(self, dtype: torch.dtype) -> "Weights":
+        """The same with the layer norm's and the scales' tensors, which act on the memory, in the memory's type."""
+        acting = ((name, v) for name, v in self._asdict().items() if name.startswith(("norm", "sigma")))
+        return self._replace(**{name: value.to(dtype) for name, value in acting if torch.is_tensor(value)})
+
     def numbers(self) -> dict[str, float]:
         """The fields that are plain numbers."""
         return {name: value for name, value in self._asdict().items() if isinstance(value, float)}

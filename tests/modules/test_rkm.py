@@ -80,7 +80,13 @@ def test_from_lstm_and_back_are_the_same_function(backend, layers, bidirectional
 def test_conversions_that_cannot_be_are_refused():
     with pytest.raises(RKMError, match="proj_size=2"):
         RKM.from_lstm(nn.LSTM(3, 5, proj_size=2))
-    for arguments in ({"cell": "rkm_lstm"}, {"ngram": 2}, {"feedback": False}, {"layer_norm": True}):
+    for arguments in (
+        {"cell": "rkm_lstm"},
+        {"ngram": 2},
+        {"feedback": False},
+        {"layer_norm": True},
+        {"memory_clip": 1.0},
+    ):
         with pytest.raises(RKMError, match=r"is an nn\.LSTM"):
             RKM(3, 5, **{"cell": "lstm", **arguments}).to_lstm()
 

@@ -55,6 +55,11 @@ def test_clipped_memory(cell):
 
 
 @compiled
+def test_a_whole_number_clips_as_well():
+    compare("native", dtype=torch.float32, memory_clip=1, sizes=(3, 19))
+
+
+@compiled
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_threads_do_not_change_the_result(threads):
     before = torch.get_num_threads()
