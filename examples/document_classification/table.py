@@ -10,38 +10,35 @@ again. Flags after ``--`` go to fairseq-train as they are.
 """
 
 import argparse
-import contextlib
 import itertools
 import json
-import logging
 import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from parallel import Task, gpus, hide_gpus, run_all
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "scripts"))
+
+from parallel import Task, fairseq_command, gpus, hide_gpus, run_all
 
 VISIBLE_GPUS = hide_gpus()
 
 import baselines
+import fairseq_cli.train  # noqa: F401  before tasks are forked, so that none has to import it
 import prepare
 import torch
-from fairseq_cli import train as fairseq_train
+from classification_report import RESULT, read_log
+from report import circumstances
 
 import fairseq_rkm
 from fairseq_rkm import CELLS, RKMError
 from fairseq_rkm.data.preparation import Preparation
 from fairseq_rkm.models import RKMClassifier
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "scripts"))
-
-from classification_report import RESULT, read_log
-from report import circumstances
 
 PAPER_CELLS = [cell for cell in CELLS if cell != "ran"]
 BASELINES = ["logistic_regression", "torch_lstm"]
@@ -204,13 +201,7 @@ def train_cell(args: argparse.Namespace, job: Job, folder: Path, data: Path, epo
     """``fairseq-train`` and the test set's confusion matrix."""
     flags = train_flags(args, job, folder, data, epochs)
     log = folder / "train.log"
-    # fairseq's own format, which read_log reads; an import may have set up another before.
-    logging.basicConfig(
-        format="%(asctime)s | %(levelname)s | %(name)s | %(message)s", datefmt="%Y-%m-%d %H:%M:%S", level="INFO",
-        stream=sys.stdout, force=True,
-    )  # fmt: skip
-    with _output_in(log), _argv(flags):
-        fairseq_train.cli_main()
+    fairseq_command("train", flags, log, append=True)
     classifier = RKMClassifier.from_pretrained(str(folder), data_name_or_path=str(data))
     if torch.cuda.is_available() and not args.cpu:
         classifier.cuda()
@@ -241,30 +232,6 @@ def train_flags(args: argparse.Namespace, job: Job, folder: Path, data: Path, ep
         "--save-dir", folder, "--log-format", "json", "--log-interval", 100,
     ]  # fmt: skip
     return [*map(str, flags), *(["--cpu", "--num-workers", "0"] if args.cpu else []), *args.extra]
-
-
-@contextlib.contextmanager
-def _argv(flags: list[str]) -> Iterator[None]:
-    saved, sys.argv = sys.argv, ["fairseq-train", *flags]
-    try:
-        yield
-    finally:
-        sys.argv = saved
-
-
-@contextlib.contextmanager
-def _output_in(log: Path) -> Iterator[None]:
-    """What this process writes goes to a file, and afterwards where it went before."""
-    saved = {stream: os.dup(stream) for stream in (1, 2)}
-    with log.open("a") as file:
-        for stream in saved:
-            os.dup2(file.fileno(), stream)
-    try:
-        yield
-    finally:
-        for stream, before in saved.items():
-            os.dup2(before, stream)
-            os.close(before)
 
 
 if __name__ == "__main__":

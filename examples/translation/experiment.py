@@ -17,29 +17,28 @@ OUT/MODEL-SEED/speed.json.
 import argparse
 import json
 import os
-import queue
 import re
 import shutil
-import signal
 import statistics
-import subprocess
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from parallel import Task, fairseq_command, gpus, hide_gpus, run_all
+
+VISIBLE_GPUS = hide_gpus()
+
+import fairseq_cli.generate
+import fairseq_cli.train  # noqa: F401  before tasks are forked, so that none has to import them
 import sacrebleu
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-
 from average_checkpoints import average, last_checkpoints, save
 from report import circumstances, parse_line, write_json
-
-ROOT = Path(__file__).resolve().parents[2]
 
 COMMON = (
     "--task translation --criterion label_smoothed_cross_entropy --label-smoothing 0.1 --optimizer adam "
@@ -68,141 +67,87 @@ MODELS = {
 """Flags of fairseq-train for each."""
 
 
-class OutOfTimeError(Exception):
-    """The time limit came before the work was done."""
-
-
 @dataclass
-class Bench:
-    """What all runs share.
-
-    Attributes:
-        args: the command line.
-        deadline: when to stop, by ``time.monotonic``.
-        devices: GPUs' numbers, one entry for each job that may run at once.
-        running: processes to be ended at the deadline.
-    """
+class Run:
+    """One model and seed."""
 
     args: argparse.Namespace
-    deadline: float
-    devices: "queue.Queue[int]" = field(default_factory=queue.Queue)
-    running: set[subprocess.Popen] = field(default_factory=set)
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    model: str
+    seed: int
 
     def __post_init__(self) -> None:
         about = json.loads((self.args.data / "data.json").read_text(encoding="utf-8"))
         self.source, self.target = about["languages"]
         self.tests = {split: name for split, name in about["splits"].items() if split.startswith("test")}
 
-    def fairseq(self, command: str, log: Path, device: int, *flags: object, append: bool = False) -> str:
-        """Run a fairseq command, its output in a file; return the output.
-
-        Raises:
-            OutOfTimeError: the deadline came first.
-            SystemExit: the command failed; with the end of what it said.
-        """
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(device), "PYTHONWARNINGS": "ignore"}
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
-        with log.open("a" if append else "w", encoding="utf-8") as output:
-            with self.lock:
-                if time.monotonic() > self.deadline:
-                    raise OutOfTimeError
-                process = subprocess.Popen(
-                    [sys.executable, "-m", f"fairseq_cli.{command}", str(self.args.data / "bin"), *map(str, flags)],
-                    stdout=output, stderr=subprocess.STDOUT, env=environment,
-                )  # fmt: skip
-                self.running.add(process)
-            process.wait()
-            with self.lock:
-                self.running.discard(process)
-        if process.returncode:
-            if time.monotonic() > self.deadline:
-                raise OutOfTimeError
-            end = "\n".join(log.read_text(encoding="utf-8").splitlines()[-15:])
-            raise SystemExit(f"experiment: fairseq's {command} failed, see {log}:\n{end}")
-        return log.read_text(encoding="utf-8")
-
-    def stop(self) -> None:
-        """End what runs; training goes on from its last checkpoint when it is started again."""
-        with self.lock:
-            self.deadline = time.monotonic()
-            for process in self.running:
-                process.send_signal(signal.SIGTERM)
-
-
-@dataclass
-class Run:
-    """One model and seed."""
-
-    bench: Bench
-    model: str
-    seed: int
-
     @property
     def folder(self) -> Path:
-        return self.bench.args.out / f"{self.model}-{self.seed}"
+        return self.args.out / f"{self.model}-{self.seed}"
+
+    @property
+    def result(self) -> Path:
+        """What :meth:`measure`, or with ``--speed`` :meth:`time`, writes last."""
+        return self.folder / ("speed.json" if self.args.speed else "result.json")
 
     def flags(self) -> list[str]:
         """fairseq-train's."""
         text = f"{COMMON} {MODELS[self.model]}".format(seed=self.seed, plugin=ROOT / "fairseq_rkm")
-        text += f" --source-lang {self.bench.source} --target-lang {self.bench.target} {self.bench.args.train_flags}"
+        text += f" --source-lang {self.source} --target-lang {self.target} {self.args.train_flags}"
         cpu = [] if torch.cuda.is_available() else ["--cpu"]
-        return [*text.split(), "--sentencepiece-model", str(self.pieces), *cpu]
+        return [str(self.args.data / "bin"), *text.split(), "--sentencepiece-model", str(self.pieces), *cpu]
 
     @property
     def pieces(self) -> Path:
-        return self.bench.args.data / "sentencepiece.bpe.model"
+        return self.args.data / "sentencepiece.bpe.model"
 
-    def measure(self, device: int) -> None:
-        """Train, choose, translate, score; what is there already is kept."""
-        if (self.folder / "result.json").is_file():
-            return
+    def measure(self) -> None:
+        """Train, choose, translate, score."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._train(device)
-        valid, chosen = self._choose(device)
+        self._train()
+        valid, chosen = self._choose()
         model = self.folder / "model.pt"
-        scores = {name: self._translate(device, model, split) for split, name in self.bench.tests.items()}
-        write_json(self.folder / "result.json", self._result(valid, chosen, scores))
+        scores = {name: self._translate(model, split) for split, name in self.tests.items()}
+        write_json(self.result, self._result(valid, chosen, scores))
         for path in (*self.folder.glob("checkpoint*.pt"), self.folder / "average.pt"):
             path.unlink()
 
-    def _train(self, device: int) -> None:
-        done = self.folder / "trained"
+    def _train(self) -> None:
+        done, args = self.folder / "trained", self.args
         if done.is_file():
             return
-        args = self.bench.args
-        self.bench.fairseq(
-            "train", self.folder / "train.log", device, *self.flags(), "--save-dir", self.folder, "--patience",
-            args.patience, "--stop-time-hours", args.minutes / 60, "--keep-last-epochs", args.average, append=True,
-        )  # fmt: skip
+        limits = [
+            "--patience", args.patience, "--stop-time-hours", args.minutes / 60, "--keep-last-epochs", args.average
+        ]  # fmt: skip
+        flags = [*self.flags(), "--save-dir", self.folder, *limits]
+        fairseq_command("train", flags, self.folder / "train.log", append=True)
         done.touch()
 
-    def _choose(self, device: int) -> tuple[dict[str, float], str]:
+    def _choose(self) -> tuple[dict[str, float], str]:
         """Make model.pt of the better of the best checkpoint and the average; BLEU on the validation set of both."""
         if not list(self.folder.glob("checkpoint[0-9]*.pt")):
-            minutes = self.bench.args.minutes
+            minutes = self.args.minutes
             raise SystemExit(
                 f"experiment: {self.folder.name} has no whole epoch after {minutes} minutes: give --minutes"
             )
-        save(average(last_checkpoints(self.folder, self.bench.args.average)), self.folder / "average.pt")
+        save(average(last_checkpoints(self.folder, self.args.average)), self.folder / "average.pt")
         valid = {
-            name: self._translate(device, self.folder / f"{name}.pt", "valid")["bleu"]
+            name: self._translate(self.folder / f"{name}.pt", "valid")["bleu"]
             for name in ("checkpoint_best", "average")
         }
         chosen = max(valid, key=lambda name: valid[name])
         shutil.copy(self.folder / f"{chosen}.pt", self.folder / "model.pt")
         shutil.copy(self.pieces, self.folder)
-        for language in (self.bench.source, self.bench.target):
-            shutil.copy(self.bench.args.data / "bin" / f"dict.{language}.txt", self.folder)
+        for language in (self.source, self.target):
+            shutil.copy(self.args.data / "bin" / f"dict.{language}.txt", self.folder)
         return valid, chosen
 
-    def _translate(self, device: int, checkpoint: Path, split: str) -> dict[str, Any]:
+    def _translate(self, checkpoint: Path, split: str) -> dict[str, Any]:
         """Translate a split: BLEU against the raw references, its signature, and sentences/s."""
-        output = self.generate(device, checkpoint, split, self.folder / f"{split}.log")
+        output = self.generate(checkpoint, split, self.folder / f"{split}.log")
         found = dict(re.findall(r"^D-(\d+)\t\S+\t(.*)$", output, re.M))
         translations = [found[str(i)] for i in range(len(found))]
         (self.folder / f"{split}.txt").write_text("".join(line + "\n" for line in translations), encoding="utf-8")
-        path = self.bench.args.data / "raw" / f"{split}.{self.bench.target}"
+        path = self.args.data / "raw" / f"{split}.{self.target}"
         references = path.read_text(encoding="utf-8").splitlines()
         if len(references) != len(translations):
             raise SystemExit(f"experiment: {len(translations)} translations of {len(references)} sentences of {split}")
@@ -210,16 +155,17 @@ class Run:
         score = metric.corpus_score(translations, [references]).score
         return {"bleu": score, "signature": str(metric.get_signature())}
 
-    def generate(self, device: int, checkpoint: Path, split: str, log: Path) -> str:
+    def generate(self, checkpoint: Path, split: str, log: Path) -> str:
         """fairseq-generate's output for a split."""
-        plugin = ["--user-dir", ROOT / "fairseq_rkm"]
         cpu = [] if torch.cuda.is_available() else ["--cpu"]
-        return self.bench.fairseq(
-            "generate", log, device, *plugin, *cpu, "--task", "translation", "--source-lang", self.bench.source,
-            "--target-lang", self.bench.target, "--path", checkpoint, "--gen-subset", split, "--batch-size", 128,
+        flags = [
+            self.args.data / "bin", "--user-dir", ROOT / "fairseq_rkm", *cpu, "--task", "translation", "--source-lang",
+            self.source, "--target-lang", self.target, "--path", checkpoint, "--gen-subset", split, "--batch-size", 128,
             "--beam", 5, "--max-len-a", 1.2, "--max-len-b", 10, "--required-batch-size-multiple", 1, "--tokenizer",
             "moses", "--bpe", "sentencepiece", "--sentencepiece-model", self.pieces, "--num-workers", 0,
-        )  # fmt: skip
+        ]  # fmt: skip
+        fairseq_command("generate", flags, log)
+        return log.read_text(encoding="utf-8")
 
     def _result(self, valid: dict[str, float], chosen: str, scores: dict[str, Any]) -> dict[str, Any]:
         log = (self.folder / "train.log").read_text(encoding="utf-8")
@@ -228,7 +174,7 @@ class Run:
         return {
             "model": self.model,
             "seed": self.seed,
-            "languages": f"{self.bench.source}-{self.bench.target}",
+            "languages": f"{self.source}-{self.target}",
             "parameters": int(re.search(r"num. shared model params: ([\d,]+)", log)[1].replace(",", "")),  # type: ignore[index]
             "bleu": {test: round(score["bleu"], 2) for test, score in scores.items()},
             "signature": next(iter(scores.values()))["signature"],
@@ -237,35 +183,30 @@ class Run:
             "epochs": int(epochs[-1]["epoch"]),
             "updates": int(epochs[-1]["train_num_updates"]),
             "minutes": round(training_seconds(epochs) / 60, 2),
-            "jobs_at_once": self.bench.args.jobs,
+            "jobs_at_once": self.args.jobs,
             "flags": " ".join(self.flags()),
             "circumstances": circumstances(),
         }
 
-    def time(self, device: int) -> None:
+    def time(self) -> None:
         """Tokens/s in training and sentences/s in generation, alone on the machine."""
-        path = self.folder / "speed.json"
-        if path.is_file():
-            return
         if not (self.folder / "model.pt").is_file():
             raise SystemExit(f"experiment: no {self.folder}/model.pt: train {self.model} first (without --speed)")
-        log = self.bench.fairseq(
-            "train", self.folder / "speed.log", device, *self.flags(), "--no-save", "--disable-validation",
-            "--max-update", self.bench.args.speed_updates, "--save-dir", self.folder / "speed",
-        )  # fmt: skip
+        log, updates = self.folder / "speed.log", self.args.speed_updates
+        flags = ["--no-save", "--disable-validation", "--max-update", updates, "--save-dir", self.folder / "speed"]
+        fairseq_command("train", [*self.flags(), *flags], log)
         shutil.rmtree(self.folder / "speed", ignore_errors=True)
-        entries = [entry for kind, entry in map(parse_line, log.splitlines()) if kind == "train_inner"]
+        lines = log.read_text(encoding="utf-8").splitlines()
+        entries = [entry for kind, entry in map(parse_line, lines) if kind == "train_inner"]
         rates = [float(entry["wps"]) for entry in entries[len(entries) // 3 :]]
-        output = [
-            self.generate(device, self.folder / "model.pt", "test", self.folder / "speed_test.log") for _ in range(3)
-        ]
+        output = [self.generate(self.folder / "model.pt", "test", self.folder / "speed_test.log") for _ in range(3)]
         sentences = [float(re.search(r"\(([\d.]+) sentences/s", text)[1]) for text in output]  # type: ignore[index]
         figures = {
             "training_tokens_per_second": round(statistics.median(rates)),
             "generation_sentences_per_second": round(statistics.median(sentences), 1),
             "circumstances": circumstances(),
         }
-        write_json(path, figures)
+        write_json(self.result, figures)
 
 
 def training_seconds(epochs: list[dict[str, str]]) -> float:
@@ -273,53 +214,24 @@ def training_seconds(epochs: list[dict[str, str]]) -> float:
     return sum(float(entry["train_train_wall"]) for entry in epochs)
 
 
-def work(bench: Bench, runs: list[Run]) -> int:
-    """Do all runs, ``--jobs`` at once; return how many are done."""
-    done = 0
-
-    def one(run: Run) -> bool:
-        device = bench.devices.get()
-        try:
-            (run.time if bench.args.speed else run.measure)(device)
-        except OutOfTimeError:
-            return False
-        finally:
-            bench.devices.put(device)
-        return True
-
-    started = time.monotonic()
-    with ThreadPoolExecutor(bench.args.jobs) as pool:
-        pending = {pool.submit(one, run) for run in runs}
-        try:
-            while pending:
-                finished, pending = wait(pending, timeout=min(20, max(1, bench.deadline - time.monotonic())))
-                done += sum(future.result() for future in finished)
-                print(
-                    f"{(time.monotonic() - started) / 60:5.1f} min  {done} of {len(runs)} done{_progress(runs)}",
-                    flush=True,
-                )
-                if pending and time.monotonic() > bench.deadline:
-                    bench.stop()
-        except BaseException:
-            bench.stop()
-            raise
-    return done
+def outcome(folder: Path) -> str:
+    """What a finished run has reached."""
+    result = folder / "result.json"
+    if not result.is_file():
+        return "done"
+    return ", ".join(f"{test} {bleu:.2f} BLEU" for test, bleu in json.loads(result.read_text())["bleu"].items())
 
 
-def _progress(runs: list[Run]) -> str:
-    """Where the unfinished runs are."""
-    states = []
-    for run in runs:
-        log = run.folder / "train.log"
-        if (run.folder / "result.json").is_file() or not log.is_file():
-            continue
-        with log.open("rb") as content:
-            content.seek(max(0, log.stat().st_size - 20_000))
-            tail = content.read().decode(errors="replace").splitlines()
-        valid = [entry for kind, entry in map(parse_line, tail) if kind == "valid"]
-        if valid:
-            states.append(f"{run.folder.name} epoch {valid[-1]['epoch']} valid ppl {valid[-1]['valid_ppl']}")
-    return "".join(f"; {state}" for state in states)
+def progress(folder: Path) -> str:
+    """Where a run in training is."""
+    log = folder / "train.log"
+    if not log.is_file():
+        return ""
+    with log.open("rb") as content:
+        content.seek(max(0, log.stat().st_size - 20_000))
+        tail = content.read().decode(errors="replace").splitlines()
+    valid = [entry for kind, entry in map(parse_line, tail) if kind == "valid"]
+    return f"epoch {valid[-1]['epoch']} valid ppl {valid[-1]['valid_ppl']}" if valid else ""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -352,15 +264,17 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Command line."""
     args = parse_arguments()
-    bench = Bench(args, time.monotonic() + 60 * args.time_limit)
-    gpus = max(1, torch.cuda.device_count())
-    for job in range(args.jobs):
-        bench.devices.put(job % gpus)
+    deadline = time.monotonic() + 60 * args.time_limit
+    # Several jobs must not each take all processors.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.jobs)))
     models = list(MODELS) if "all" in args.models else args.models
-    runs = [Run(bench, model, seed) for seed in args.seeds for model in models]
-    done = work(bench, runs)
-    if done < len(runs):
-        print(f"out of time with {done} of {len(runs)} done: the same command goes on")
+    runs = [Run(args, model, seed) for seed in args.seeds for model in models]
+    waiting = [run for run in runs if not run.result.is_file()]
+    print(f"{len(runs) - len(waiting)} of {len(runs)} models are done; {args.jobs} at a time now", flush=True)
+    tasks = [Task(run.folder.name, run.time if args.speed else run.measure, ()) for run in waiting]
+    failed = run_all(tasks, args.out, args.jobs, gpus(VISIBLE_GPUS), deadline, outcome, progress)
+    if failed:
+        sys.exit("failed: " + ", ".join(f"{name} (see {args.out / name}.log)" for name in failed))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,26 @@
-"""Several tasks at a time, each in a process of its own, shared out over GPUs, until they are done or time is up."""
+"""Several tasks at a time, each in a process of its own, shared out over GPUs, until they are done or time is up.
 
+What fairseq's commands do, a task does by :func:`fairseq_command`, in its own process: so it ends with the task.
+"""
+
+import contextlib
+import importlib
+import logging
 import multiprocessing
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+import fairseq_rkm
 from fairseq_rkm import RKMError
+
+PROGRESS_SECONDS = 20
 
 
 class Task(NamedTuple):
@@ -34,13 +43,14 @@ class Running(NamedTuple):
 def hide_gpus() -> str | None:
     """Hide this process's GPUs from itself, before anything is imported that looks at them (fairseq does).
 
-    A process that has looked at its GPUs cannot be forked into others that use them.
+    A process that has looked at its GPUs cannot be forked into others that use them. PyTorch must not even count them
+    with CUDA, which would remember, across forks, that there were none.
 
     Returns:
         What ``CUDA_VISIBLE_DEVICES`` was, for :func:`gpus`.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
     return visible
 
 
@@ -57,9 +67,9 @@ def gpus(visible: str | None) -> list[str | None]:
 
 def run_all(
     tasks: Sequence[Task], out: Path, jobs: int, devices: Sequence[str | None], deadline: float,
-    outcome: Callable[[Path], str],
+    outcome: Callable[[Path], str], progress: Callable[[Path], str] | None = None,
 ) -> list[str]:  # fmt: skip
-    """Run tasks, a line for each that ends; those still running at the deadline are stopped.
+    """Run tasks, a line for each that ends and now and then one for all; what still runs at the deadline is stopped.
 
     Args:
         tasks: in the order in which they begin.
@@ -68,6 +78,7 @@ def run_all(
         devices: shared out among these; several tasks may have the same.
         deadline: as ``time.monotonic()`` counts.
         outcome: what to say of a task that succeeded, from ``out/NAME``.
+        progress: what to say of one that runs, every 20 seconds; nothing if empty.
 
     Returns:
         The names of those that failed.
@@ -77,6 +88,7 @@ def run_all(
     waiting, free = list(tasks), [devices[i % len(devices)] for i in range(jobs)]
     running: list[Running] = []
     failed: list[str] = []
+    told = time.monotonic()
     try:
         while running or waiting:
             if time.monotonic() > deadline:
@@ -88,6 +100,10 @@ def run_all(
                 process.start()
                 running.append(Running(task, process, gpu, time.monotonic()))
             time.sleep(0.1)
+            if progress and time.monotonic() - told > PROGRESS_SECONDS:
+                told = time.monotonic()
+                states = [(one.task.name, progress(out / one.task.name)) for one in running]
+                print("  " + "; ".join(f"{name} {state}" for name, state in states if state), flush=True)
             for ended in [one for one in running if not one.process.is_alive()]:
                 running.remove(ended)
                 free.append(ended.gpu)
@@ -118,3 +134,51 @@ def _call(task: Task, log: Path, gpu: str | None) -> None:
         task.function(*task.arguments)
     except RKMError as error:
         sys.exit(f"error: {error}")
+
+
+def fairseq_command(name: str, flags: Sequence[object], log: Path, append: bool = False) -> None:
+    """Run one of fairseq's commands in this process.
+
+    Args:
+        name: of its module in ``fairseq_cli``: ``train``, ``generate``, ...
+        flags: the command's arguments.
+        log: the file that gets what it writes, to both streams.
+        append: after what the file holds.
+
+    Raises:
+        SystemExit: the command's own, for a user's mistake.
+    """
+    fairseq_rkm.register()  # --user-dir does so only where the package has not been imported yet
+    command = importlib.import_module(f"fairseq_cli.{name}")
+    # fairseq's own format, which report.py reads; an import may have set up another before.
+    logging.basicConfig(
+        format="%(asctime)s | %(levelname)s | %(name)s | %(message)s", datefmt="%Y-%m-%d %H:%M:%S", level="INFO",
+        stream=sys.stdout, force=True,
+    )  # fmt: skip
+    with _output_in(log, "a" if append else "w"), _argv([f"fairseq-{name}", *map(str, flags)]):
+        command.cli_main()
+
+
+@contextlib.contextmanager
+def _argv(arguments: list[str]) -> Iterator[None]:
+    saved, sys.argv = sys.argv, arguments
+    try:
+        yield
+    finally:
+        sys.argv = saved
+
+
+@contextlib.contextmanager
+def _output_in(log: Path, mode: str) -> Iterator[None]:
+    """What this process writes goes to a file, and afterwards where it went before."""
+    saved = {stream: os.dup(stream) for stream in (1, 2)}
+    with log.open(mode) as file:
+        for stream in saved:
+            os.dup2(file.fileno(), stream)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        for stream, before in saved.items():
+            os.dup2(before, stream)
+            os.close(before)

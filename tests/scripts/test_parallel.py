@@ -1,12 +1,13 @@
 import math
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 from helpers import ROOT, load_script
 
-parallel = load_script(ROOT / "examples" / "document_classification" / "parallel.py")
+parallel = load_script(ROOT / "scripts" / "parallel.py")
 from fairseq_rkm import RKMError  # noqa: E402
 
 
@@ -38,11 +39,14 @@ def test_tasks_run_with_a_log_and_a_gpu_each(tmp_path, capsys):
 
 def test_gpus_are_hidden_from_the_process_that_is_forked(monkeypatch):
     for visible in (None, "3,5"):
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        for name in ("CUDA_VISIBLE_DEVICES", "PYTORCH_NVML_BASED_CUDA_CHECK"):
+            monkeypatch.setenv(name, "")  # what the test sets is undone
+            monkeypatch.delenv(name)
         if visible:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert parallel.hide_gpus() == visible
         assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+        assert os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] == "1"
         for count, wanted in ((0, [None]), (2, ["0", "1"] if visible is None else ["3", "5"])):
             counted = subprocess.CompletedProcess([], 0, f"{count}\n")
             monkeypatch.setattr(parallel.subprocess, "run", lambda *_args, counted=counted, **_kwargs: counted)
@@ -65,3 +69,28 @@ def test_at_the_deadline_what_runs_is_stopped_and_the_rest_not_begun(tmp_path, c
     assert run(tasks, tmp_path, 1, deadline=time.monotonic() + 0.3) == []
     assert "out of time, 2 not done" in capsys.readouterr().out
     assert not (tmp_path / "never.txt").exists()
+
+
+def test_what_runs_says_where_it_is(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(parallel, "PROGRESS_SECONDS", 0.2)
+    tasks = [parallel.Task("long", time.sleep, (600,)), parallel.Task("silent", time.sleep, (600,))]
+    states = {"long": "epoch 3", "silent": ""}
+    parallel.run_all(tasks, tmp_path, 2, [None], time.monotonic() + 1, lambda _: "", lambda folder: states[folder.name])
+    assert "  long epoch 3\n" in capsys.readouterr().out
+
+
+def preprocess_thrice(log: Path) -> None:
+    before = list(sys.argv)
+    parallel.fairseq_command("preprocess", ["a"], log)
+    for flag in (1, 2):
+        parallel.fairseq_command("preprocess", [flag], log, append=True)
+    print("after", sys.argv == before)
+
+
+def test_a_fairseq_command_writes_to_its_log_and_leaves_streams_and_arguments_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("fairseq_cli.preprocess.cli_main", lambda: print("arguments", *sys.argv))
+    (tmp_path / "log").write_text("old")
+    assert run([parallel.Task("three", preprocess_thrice, (tmp_path / "log",))], tmp_path) == []
+    lines = [f"arguments fairseq-preprocess {flag}\n" for flag in ("a", 1, 2)]
+    assert (tmp_path / "log").read_text() == "".join(lines)
+    assert (tmp_path / "three.log").read_text() == "after True\n"
