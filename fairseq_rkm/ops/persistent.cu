@@ -1,9 +1,12 @@
 // Recurrences with feedback: one launch for a whole sequence, the recurrent weights in shared memory all along.
 //
 // The batch is cut into GROUPS that know nothing of each other; within a group each of SLICES blocks owns UNITS units
-// (their weights, their memory) for ROWS rows. A step is one product on the tensor cores with what all blocks of the
-// group published at the step before (h_{t-1} forward, the gates' gradients backward), a sum over warps, and the
+// (their weights, their memory) for at most ROWS rows. A step is one product on the tensor cores with what all blocks of
+// the group published at the step before (h_{t-1} forward, the gates' gradients backward), a sum over warps, and the
 // cell's pointwise equations, after which the block publishes its own part.
+//
+// How many rows a group has, perhaps none, is known at the launch (`rows_here`): one kernel serves batches of many sizes.
+// Other rows are neither waited for nor read or written, and count as zeros in the product.
 //
 // No barrier and no flag: a published vector of WORDS 32-bit words (2 or 4) is written and read whole, and one whose
 // first word is MISSING is not there yet. Published values rotate through RING buffers. Once a block has everything of
@@ -13,7 +16,8 @@
 //
 // ops/persistent.py compiles this with the sizes and the cell (a row of ops/cells.py) as macros. Indices:
 //   u unit in the block, j = slice * UNITS + u unit of the layer, n row in the group, b row of the batch (a batch too
-//   large for one launch is run in several, from row `first` on), g gate in stacking order, r = g - FIRST_RECURRENT.
+//   large for one launch is run in several, from row `first` on, `rows` a group), g gate in stacking order,
+//   r = g - FIRST_RECURRENT.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -262,7 +266,7 @@ __device__ __forceinline__ float total(const float* partial, int row, int column
 struct Exchange {
     float2 *pairs, *results;  // shared: [ROWS][UNITS], [ROWS]
     uint4* parts;             // global: [2][GROUPS][SLICES][ROWS]
-    int slice, group;
+    int slice, group, rows_here;
 
     __device__ __forceinline__ uint4* part(u32 step, int s) const {
         return parts + ((size_t(step % 2) * GROUPS + group) * SLICES + s) * ROWS;
@@ -273,7 +277,7 @@ struct Exchange {
         constexpr int rows = CEIL(ROWS, WARPS), per_lane = CEIL(SLICES, 32);
         const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
         __syncthreads();
-        for (int n = threadIdx.x; n < ROWS; n += THREADS) {
+        for (int n = threadIdx.x; n < rows_here; n += THREADS) {
             const float2 sum = local(pairs + n * UNITS);
             publish_whole(part(step, slice) + n, make_uint4(__float_as_uint(sum.x), __float_as_uint(sum.y), step, 0));
         }
@@ -283,7 +287,7 @@ struct Exchange {
         for (int r = 0; r < rows; ++r)
 #pragma unroll
             for (int i = 0; i < per_lane; ++i) {
-                const bool there = warp + r * WARPS < ROWS && lane + i * 32 < SLICES;
+                const bool there = warp + r * WARPS < rows_here && lane + i * 32 < SLICES;
                 got[r][i] = make_uint4(0, 0, there ? 0 : step, 0);
             }
         do {
@@ -313,7 +317,7 @@ struct Exchange {
                 other.y = __shfl_down_sync(~0u, sum.y, offset);
                 merge(sum, units, other, __shfl_down_sync(~0u, units, offset));
             }
-            if (lane == 0 && warp + r * WARPS < ROWS) results[warp + r * WARPS] = sum;
+            if (lane == 0 && warp + r * WARPS < rows_here) results[warp + r * WARPS] = sum;
         }
         __syncthreads();
     }
@@ -355,7 +359,7 @@ struct Product {};
 
 // What both kernels begin with: this block's place, its weights, and where its group publishes.
 struct Block {
-    int slice, group, rows_here;
+    int slice, group, first_row, rows_here;  // none if the batch ends before
     float* partial;
     Stored* published;
     size_t buffer;
@@ -364,10 +368,11 @@ struct Block {
 #endif
 
     template <int M, int K, typename At>
-    __device__ __forceinline__ Block(u32* workspace, int first, int batch, At weight, Product<M, K>) {
+    __device__ __forceinline__ Block(u32* workspace, int first, int rows, int batch, At weight, Product<M, K>) {
         slice = blockIdx.x % SLICES;
         group = blockIdx.x / SLICES;
-        rows_here = min(ROWS, batch - first - group * ROWS);
+        first_row = first + group * rows;
+        rows_here = min(rows, batch - first_row);
         const int slice_ = slice;
         stage_weights<M, K>(shared, [&](int row, int k) { return weight(slice_, row, k); });
         partial = (float*)(shared + M * WEIGHT_PITCH(K));
@@ -380,6 +385,7 @@ struct Block {
         exchange.parts = (uint4*)((Stored*)workspace + RING * buffer);
         exchange.slice = slice;
         exchange.group = group;
+        exchange.rows_here = rows_here;
 #endif
     }
 };
@@ -388,12 +394,12 @@ struct Block {
 struct Place {
     int u, n, j, b;
     bool real, in_rows;
-    __device__ __forceinline__ Place(int item, const Block& block, int first) {
+    __device__ __forceinline__ Place(int item, const Block& block) {
         const int i = item % PER_PASS * THREADS + threadIdx.x;
         u = i % UNITS;
         n = item / PER_PASS * PASS_ROWS + i / UNITS;
         j = block.slice * UNITS + u;
-        b = first + block.group * ROWS + n;
+        b = block.first_row + n;
         in_rows = i < UNITS * PASS_ROWS && n < block.rows_here;
         real = in_rows && j < SIZE;
     }
@@ -414,9 +420,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_forward(
     const u8* keep,         // [T][B]
     const float* gain, const float* shift,  // [SIZE]
     float* moments,         // [T][B][2]: out, mean and reciprocal deviation
-    const float* scale_f, const float* scale_i, int steps, int first, int batch) {
+    const float* scale_f, const float* scale_i, int steps, int first, int rows, int batch) {
     constexpr int mtiles = CEIL(FORWARD_M, 16), k_padded = CEIL(FORWARD_K, CHUNK) * CHUNK;
-    Block block(workspace, first, batch, [&](int slice, int row, int k) {
+    Block block(workspace, first, rows, batch, [&](int slice, int row, int k) {
         const int r = row / UNITS, j = slice * UNITS + row % UNITS;
         return j < SIZE && k < SIZE ? operand(widen(weights[size_t(r * SIZE + j) * SIZE + k])) : operand(0.f);
     }, Product<FORWARD_M, FORWARD_K>());
@@ -424,7 +430,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_forward(
     float before[ITEMS], before_h[ITEMS];
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i) {
-        const Place at(i, block, first);
+        const Place at(i, block);
         const size_t from = size_t(at.b) * SIZE + at.j;
         before[i] = at.real && first_memory ? first_memory[from] : 0.f;
         before_h[i] = at.real && first_hidden ? widen(first_hidden[from]) : 0.f;
@@ -439,7 +445,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_forward(
         bool real_step[ITEMS];
 #pragma unroll
         for (int i = 0; i < ITEMS; ++i) {
-            const Place at(i, block, first);
+            const Place at(i, block);
             const Stored* x = gates + (size_t(t) * batch + at.b) * (GATES * SIZE) + at.j;
 #pragma unroll
             for (int g = 0; g < GATES; ++g) a[i].value[g] = at.real ? widen(x[g * SIZE]) : 0.f;
@@ -456,7 +462,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_forward(
             share_sums<mtiles>(block.partial, sums, pass);
 #pragma unroll
             for (int i = pass * PER_PASS; i < (pass + 1) * PER_PASS; ++i) {
-                const Place at(i, block, first);
+                const Place at(i, block);
                 if (!at.real) continue;
 #pragma unroll
                 for (int r = 0; r < RECURRENT; ++r)
@@ -470,7 +476,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_forward(
 #if NORM
 #pragma unroll
         for (int i = 0; i < ITEMS; ++i) {
-            const Place at(i, block, first);
+            const Place at(i, block);
             if (at.real) block.exchange.pairs[at.n * UNITS + at.u].x = now[i];
         }
         const int units = min(UNITS, SIZE - block.slice * UNITS);
@@ -483,7 +489,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_forward(
         }, merge_moments);
 #pragma unroll
         for (int i = 0; i < ITEMS; ++i) {
-            const Place at(i, block, first);
+            const Place at(i, block);
             if (!at.real) continue;
             const float2 both = block.exchange.results[at.n];
             const float inverse = rsqrtf(both.y / SIZE + EPSILON);
@@ -496,7 +502,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_forward(
 #endif
 #pragma unroll
         for (int i = 0; i < ITEMS; ++i) {
-            const Place at(i, block, first);
+            const Place at(i, block);
             now_h[i] = at.real ? a[i].output() * (SQUASH_OUTPUT ? hyperbolic(now[i]) : now[i]) : 0.f;
             if (!real_step[i]) now[i] = before[i], now_h[i] = before_h[i];
             const uint4 vector = gather_lanes(now_h[i]);
@@ -512,7 +518,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_forward(
         // What only the backward pass needs is written while the others' values are on their way.
 #pragma unroll
         for (int i = 0; i < ITEMS; ++i) {
-            const Place at(i, block, first);
+            const Place at(i, block);
             if (!at.real) continue;
             const size_t row = size_t(t) * batch + at.b;
 #pragma unroll
@@ -523,7 +529,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_forward(
     }
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i) {
-        const Place at(i, block, first);
+        const Place at(i, block);
         if (!at.real) continue;
         last_hidden[size_t(at.b) * SIZE + at.j] = narrow(before_h[i]);
         last_memory[size_t(at.b) * SIZE + at.j] = before[i];
@@ -542,9 +548,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_backward(
     u32* workspace,             // as above
     const u8* keep, const float* gain, const float* shift, const float* moments,
     float* grad_gain, float* grad_shift, float* grad_scale_i, float* grad_scale_f,  // [B][SIZE]: out, a row's share
-    const float* scale_f, const float* scale_i, int steps, int first, int batch) {
+    const float* scale_f, const float* scale_i, int steps, int first, int rows, int batch) {
     constexpr int mtiles = CEIL(BACKWARD_M, 16), k_padded = CEIL(BACKWARD_K, CHUNK) * CHUNK, own = RECURRENT * UNITS;
-    Block block(workspace, first, batch, [&](int slice, int row, int k) {
+    Block block(workspace, first, rows, batch, [&](int slice, int row, int k) {
         const int r = k % own / UNITS, to = k / own * UNITS + k % UNITS, j = slice * UNITS + row;
         return j < SIZE && to < SIZE ? operand(widen(weights[size_t(r * SIZE + to) * SIZE + j])) : operand(0.f);
     }, Product<BACKWARD_M, BACKWARD_K>());
@@ -553,7 +559,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_backward(
     float to_scale_i[ITEMS], to_scale_f[ITEMS];
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i) {
-        const Place at(i, block, first);
+        const Place at(i, block);
         const size_t from = size_t(at.b) * SIZE + at.j;
         to_memory[i] = at.real && last_grad_memory ? last_grad_memory[from] : 0.f;
         to_hidden[i] = at.real && last_grad_hidden ? last_grad_hidden[from] : 0.f;
@@ -569,7 +575,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_backward(
         if (t >= 0) {
 #pragma unroll
             for (int i = 0; i < ITEMS; ++i) {
-                const Place at(i, block, first);
+                const Place at(i, block);
                 const size_t row = size_t(t) * batch + at.b;
 #pragma unroll
                 for (int g = 0; g < GATES; ++g)
@@ -591,7 +597,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_backward(
                 share_sums<mtiles>(block.partial, sums, pass);
 #pragma unroll
                 for (int i = pass * PER_PASS; i < (pass + 1) * PER_PASS; ++i) {
-                    const Place at(i, block, first);
+                    const Place at(i, block);
                     if (at.real) to_hidden[i] += total<mtiles>(block.partial, at.u, at.column());
                 }
             }
@@ -613,7 +619,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_backward(
         float normal[ITEMS];
 #pragma unroll
         for (int i = 0; i < ITEMS; ++i) {
-            const Place at(i, block, first);
+            const Place at(i, block);
             if (!at.real) continue;
             const size_t row = size_t(t) * batch + at.b;
             // From the memory, which is stored in full; where the gain has wiped it out, from the gates.
@@ -632,7 +638,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_backward(
         }, [](float2& sum, int&, float2 other, int) { sum.x += other.x, sum.y += other.y; });
 #pragma unroll
         for (int i = 0; i < ITEMS; ++i) {
-            const Place at(i, block, first);
+            const Place at(i, block);
             if (!at.real || !real_step[i]) continue;
             const float2 both = block.exchange.results[at.n];
             const float inverse = moments[(size_t(t) * batch + at.b) * 2 + 1];
@@ -642,7 +648,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_backward(
         float to_gate[ITEMS][GATES];
 #pragma unroll
         for (int i = 0; i < ITEMS; ++i) {
-            const Place at(i, block, first);
+            const Place at(i, block);
             const float forget = a[i].forget(), input = a[i].input();
             // `now` is the memory before the layer norm by now: more of the candidate than the stored gate keeps.
             const float candidate = HAS_SCALE_I ? (now[i] - forget * before[i]) / input : a[i].value[0];
@@ -674,7 +680,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_backward(
         __threadfence();
 #pragma unroll
         for (int i = 0; i < ITEMS; ++i) {
-            const Place at(i, block, first);
+            const Place at(i, block);
             if (!at.real) continue;
             Stored* to = grad_gates + (size_t(t) * batch + at.b) * (GATES * SIZE) + at.j;
 #pragma unroll
@@ -683,7 +689,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_backward(
     }
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i) {
-        const Place at(i, block, first);
+        const Place at(i, block);
         if (!at.real) continue;
         const size_t to = size_t(at.b) * SIZE + at.j;
         grad_hidden[to] = to_hidden[i];

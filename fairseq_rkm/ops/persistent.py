@@ -62,7 +62,7 @@ class Plan:
         words: of 32 bits that neighbouring units publish at once, 2 or 4.
         slices: blocks that share a layer's units.
         groups: independent parts of the batch in a launch.
-        rows: of the batch in a group.
+        rows: of the batch in a group, at most.
         forward: the forward kernel.
         backward: the backward kernel.
     """
@@ -83,6 +83,10 @@ class Plan:
         """The number of launches that a batch takes."""
         return -(-batch // (self.groups * self.rows))
 
+    def rows_for(self, batch: int) -> int:
+        """The rows of a batch that each group of each launch has; the last ones have fewer, or none."""
+        return -(-batch // (self.groups * self.launches(batch)))
+
 
 @functools.cache
 def make_plan(
@@ -93,7 +97,7 @@ def make_plan(
     Args:
         recurrent: the number of recurrent gates.
         size: d.
-        batch: B.
+        batch: B or more.
         element: bytes of an element.
         norm: whether the memory is normalised.
         multiprocessors: of the GPU.
@@ -158,8 +162,17 @@ def _plan_kernel(
     return best
 
 
+def round_up(batch: int) -> int:
+    """The batch that kernels are made for: a multiple of 8 (whole tiles), beyond 64 of 16, beyond 128 of 32, and so on.
+
+    A kernel takes a second or two to compile, so it has to serve many batches; it is told the true one at its launch.
+    """
+    step = max(8, 1 << (batch - 1).bit_length() >> 3)
+    return -(-batch // step) * step
+
+
 class Problem(NamedTuple):
-    """What plan and kernels depend on, apart from the number of steps."""
+    """What plan and kernels depend on: not the number of steps, and of the batch only what :func:`round_up` leaves."""
 
     cell: Cell
     size: int
@@ -172,7 +185,8 @@ class Problem(NamedTuple):
     def of(cls, cell: Cell, inputs: Tensor, weights: Weights) -> "Problem":
         """A recurrence with feedback on a GPU."""
         size = weights.recurrent.size(1) if weights.recurrent is not None else 0
-        return cls(cell, size, inputs.size(1), inputs.dtype, weights.norm_weight is not None, inputs.device.index)
+        batch = round_up(inputs.size(1))
+        return cls(cell, size, batch, inputs.dtype, weights.norm_weight is not None, inputs.device.index)
 
 
 @functools.cache
@@ -297,15 +311,15 @@ class _Launches:
 
     def forward(self, gates: Tensor, hidden: Tensor | None, memory: Tensor | None) -> _States:
         """Turn ``W X + b`` into activated gates, in place; an initial state that is None is zero."""
-        steps, batch, size = gates.size(0), self.problem.batch, self.problem.size
+        steps, batch, size = *gates.shape[:2], self.problem.size
         hiddens = gates.new_empty(steps + 1, batch, size)
         memories = gates.new_empty(steps + 1, batch, size, dtype=torch.float32)
         last_hidden, last_memory = gates.new_empty(batch, size), memories.new_empty(batch, size)
         moments = memories.new_empty(steps, batch, 2) if self.problem.norm else None
         first = (None if h is None else h.contiguous() for h in (hidden, memory))
-        given = (gates, self.recurrent, *first, last_hidden, last_memory, hiddens, memories)
+        given = (self.recurrent, *first, last_hidden, last_memory, hiddens, memories)
         norm = (self.weights.norm_weight, self.weights.norm_bias, moments)
-        self._launch("forward", steps, given, norm)
+        self._launch("forward", gates, given, norm)
         return _States(hiddens, memories, last_hidden, last_memory, moments)
 
     def backward(
@@ -319,26 +333,26 @@ class _Launches:
         grad_gates = torch.empty_like(gates)
         wanted = (self.problem.norm, self.problem.norm, self.scale_i is not None, self.scale_f is not None)
         shares = [torch.empty_like(first[0]) if want else None for want in wanted]
-        given = (gates, self.recurrent, memory, grad_output, *last, *first, grad_gates)
+        given = (self.recurrent, memory, grad_output, *last, *first, grad_gates)
         norm = (self.weights.norm_weight, self.weights.norm_bias, moments, *shares)
-        self._launch("backward", gates.size(0), given, norm)
+        self._launch("backward", gates, given, norm)
         return _Gradients(grad_gates, first[0], first[1], *shares)
 
     def _launch(
-        self, direction: str, steps: int, given: tuple[Tensor | None, ...], norm: tuple[Tensor | None, ...]
+        self, direction: str, gates: Tensor, given: tuple[Tensor | None, ...], norm: tuple[Tensor | None, ...]
     ) -> None:
         """Run a kernel on as many parts of the batch as it takes."""
         plan = self.plan
         kernel, threads, words = prepare(self.problem, self.keep is not None, direction)
-        batch = self.problem.batch
-        launches = plan.launches(batch)
+        steps, batch, _ = gates.shape
+        launches, rows = plan.launches(batch), plan.rows_for(batch)
         # All ones: nothing is there yet.
         workspace = torch.full((launches, words), -1, dtype=torch.int32, device=self.device)
         for i in range(launches):
             part = workspace if launches == 1 else workspace[i]
             kernel.launch(
-                plan.blocks, threads, *given, part, self.keep, *norm, self.scale_f, self.scale_i, steps,
-                i * plan.groups * plan.rows, batch,
+                plan.blocks, threads, gates, *given, part, self.keep, *norm, self.scale_f, self.scale_i, steps,
+                i * plan.groups * rows, rows, batch,
             )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from helpers import assert_close, training_losses
 
 from fairseq_rkm import CELLS, RKM, RKMError
 from fairseq_rkm.ops import persistent
+from fairseq_rkm.ops.weights import Weights
 from ops.test_backends import clear_bound, compare
 
 HAS_GPU = torch.cuda.is_available()
@@ -52,6 +53,41 @@ def test_odd_sizes(steps, batch, size, dtype, layer_norm):
         "persistent", device="cuda", dtype=dtype, steps=steps, batch=batch, sizes=(5, size), layer_norm=layer_norm,
         tf32=True,
     )  # fmt: skip
+
+
+@pytest.fixture
+def spread(monkeypatch):
+    """Have plans of so many groups, each of up to so many rows, whatever the batch."""
+
+    def force(groups, rows):
+        def plan_for(problem):
+            return persistent.make_plan.__wrapped__(
+                len(problem.cell.recurrent_gates), problem.size, 8 * groups, problem.dtype.itemsize, problem.norm,
+                multiprocessors=80, shared=99_000,
+            )  # fmt: skip
+
+        monkeypatch.setattr(persistent, "plan_for", plan_for)
+        monkeypatch.setattr(persistent, "_row_choices", lambda _, tried: [rows] if tried == groups else [])
+        persistent.prepare.cache_clear()
+
+    yield force
+    persistent.prepare.cache_clear()
+
+
+@gpu
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(("groups", "rows"), [(3, 8), (7, 20)])
+@pytest.mark.parametrize(("cell", "mask"), [("rkm_lstm", "none"), ("linear_kernel_gated", "mixed")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_a_plan_takes_any_batch(spread, groups, rows, cell, mask, dtype, layer_norm):
+    """Among them such that leave groups without rows, and such that take up to four launches."""
+    spread(groups, rows)
+    for batch in (*range(1, 10), 15, 17, 33, 49, 65, 81):
+        compare(
+            "persistent", device="cuda", dtype=dtype, cell=cell, layer_norm=layer_norm, mask=mask, steps=6, batch=batch,
+            sizes=(4, 21), learn_sigma=True, tf32=True,
+        )  # fmt: skip
 
 
 @gpu
@@ -111,3 +147,23 @@ def test_plans_never_ask_for_more_than_the_chip_has(element, norm):
         assert plan.units * element % (4 * plan.words) == 0
         assert plan.rows * plan.groups * plan.launches(batch) >= batch
     assert planned > 40
+
+
+def test_batches_share_few_plans():
+    weights, problems = Weights(torch.empty(20, 3), torch.empty(20, 5)), {}
+    for batch in range(1, 2001):
+        problem = persistent.Problem.of(CELLS["rkm_lstm"], torch.empty(1, batch, 3), weights)
+        problems[problem] = problem.batch
+        assert problem.batch % 8 == 0
+        assert batch <= problem.batch < batch + max(8, batch / 4)
+        assert persistent.round_up(problem.batch) == problem.batch
+    assert len(problems) == 28
+    assert list(problems.values())[6:13] == [56, 64, 80, 96, 112, 128, 160]
+
+
+def test_groups_have_rows_for_the_whole_batch_and_no_launch_is_empty():
+    for groups, rows, batch in itertools.product((1, 2, 3, 7), (1, 8, 20), range(1, 300)):
+        plan = persistent.Plan(4, 2, 1, groups, rows, None, None)
+        launches, share = plan.launches(batch), plan.rows_for(batch)
+        assert share <= rows
+        assert (launches - 1) * groups * share < batch <= launches * groups * share
