@@ -84,7 +84,9 @@ class Run:
 
     @property
     def paper(self) -> tuple[float, float] | None:
-        """The paper's figures for this corpus and cell."""
+        """The paper's figures for this corpus and cell, which has feedback there."""
+        if "no feedback" in self.variant:
+            return None
         return PAPER.get(self.corpus or "", {}).get(self.cell)
 
     @property
@@ -179,6 +181,8 @@ def _from_json(path: Path) -> Run:
 
 def _variant(model: dict[str, Any]) -> str:
     parts = [text for key, text in (("layer_norm", "layer norm"), ("no_feedback", "no feedback")) if model.get(key)]
+    if model.get("memory_clip"):
+        parts.append(f"memory clip {model['memory_clip']:g}")
     if model.get("ngram", 1) > 1:
         parts.append(f"{model['ngram']}-gram")
     return ", ".join(parts)
@@ -287,6 +291,8 @@ def plot(runs: list[Run], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, (by_update, by_time) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
+    for axes in (by_update, by_time):
+        axes.set_prop_cycle(color=mpl.colormaps["tab20" if len(runs) > 10 else "tab10"].colors)
     for run in runs:
         values = [point.perplexity for point in run.curve]
         by_update.plot([p.updates for p in run.curve], values, marker=".", label=f"{run.name} ({run.label})")

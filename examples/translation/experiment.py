@@ -163,6 +163,7 @@ class Run:
             self.source, "--target-lang", self.target, "--path", checkpoint, "--gen-subset", split, "--batch-size", 128,
             "--beam", 5, "--max-len-a", 1.2, "--max-len-b", 10, "--required-batch-size-multiple", 1, "--tokenizer",
             "moses", "--bpe", "sentencepiece", "--sentencepiece-model", self.pieces, "--num-workers", 0,
+            "--scoring", "sacrebleu",  # not counted here; fairseq's own scorer wants its C extension
         ]  # fmt: skip
         fairseq_command("generate", flags, log)
         return log.read_text(encoding="utf-8")
