@@ -292,7 +292,7 @@ def plot(runs: list[Run], path: Path) -> None:
 
     figure, (by_update, by_time) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
     for axes in (by_update, by_time):
-        axes.set_prop_cycle(color=mpl.colormaps["tab20" if len(runs) > 10 else "tab10"].colors)
+        axes.set_prop_cycle(color=[mpl.colormaps["tab20" if len(runs) > 10 else "tab10"](i) for i in range(len(runs))])
     for run in runs:
         values = [point.perplexity for point in run.curve]
         by_update.plot([p.updates for p in run.curve], values, marker=".", label=f"{run.name} ({run.label})")

@@ -6,14 +6,12 @@ compiler the backend refuses, saying so once, and ``"auto"`` falls back to :mod:
 
 import ctypes
 import functools
-import hashlib
 import logging
 import os
 import platform
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fairseq_rkm.ops.batched import parameter_gradients, recurrent_slice
+from fairseq_rkm.ops.build_cache import built
 from fairseq_rkm.ops.cells import FORGET, INPUT, OUTPUT, Cell
 from fairseq_rkm.ops.ngram import project
 from fairseq_rkm.ops.weights import Weights
@@ -57,22 +56,17 @@ def library(cell: Cell) -> ctypes.CDLL:
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise OSError("no C compiler is installed")
-    macros = [f"-D{name}={value}" for name, value in _macros(cell).items()]
-    command = [compiler, *FLAGS, *macros]
-    key = hashlib.sha256("\n".join([*command, SOURCE.read_text(), _processor()]).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fairseq_rkm"
-    target = cache / f"native-{cell.name}-{key}.so"
-    if not target.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            built = Path(folder) / target.name
-            result = subprocess.run(  # noqa: S603 - the user's compiler
-                [*command, "-o", str(built), str(SOURCE), "-lm"], capture_output=True, text=True, check=False
-            )
-            if result.returncode:
-                raise OSError(f"{compiler} cannot compile {SOURCE.name}: {result.stderr.strip().splitlines()[-1:]}")
-            built.replace(target)  # at once, whoever else compiles the same
-    return ctypes.CDLL(str(target))
+    command = [compiler, *FLAGS, *(f"-D{name}={value}" for name, value in _macros(cell).items())]
+
+    def build(path: Path) -> None:
+        result = subprocess.run(  # noqa: S603 - the user's compiler
+            [*command, "-o", str(path), str(SOURCE), "-lm"], capture_output=True, text=True, check=False
+        )
+        if result.returncode:
+            raise OSError(f"{compiler} cannot compile {SOURCE.name}: {result.stderr.strip().splitlines()[-1:]}")
+
+    inputs = [*command, SOURCE.read_text(encoding="utf-8"), _processor()]
+    return ctypes.CDLL(str(built(f"native-{cell.name}.so", inputs, build)))
 
 
 def _processor() -> str:

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fairseq_rkm.ops.build_cache import built
+
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
@@ -87,24 +89,31 @@ def compile_kernel(
 
 @functools.cache
 def compile_image(source: Path, macros: tuple[tuple[str, int | str], ...], capability: tuple[int, int]) -> bytes:
-    """Machine code of a file for a compute capability; needs no GPU.
+    """Machine code of a file for a compute capability, from the user's cache or compiled now; needs no GPU.
 
     Raises:
         RuntimeError: the compiler's log, if it fails.
     """
-    compiler, program = _compiler(), ctypes.c_void_p()
     options = [f"-arch=sm_{capability[0]}{capability[1]}", "-std=c++17", "-default-device"]
     options += [f"-D{name}={value}" for name, value in macros]
+    text, version = source.read_bytes(), (ctypes.c_int(), ctypes.c_int())
+    _compiler().nvrtcVersion(*map(ctypes.byref, version))
+    inputs = [text.decode(), *options, *(str(number.value) for number in version)]
+    path = built(f"{source.stem}.cubin", inputs, lambda path: path.write_bytes(_compile(source.name, text, options)))
+    return path.read_bytes()
+
+
+def _compile(name: str, text: bytes, options: list[str]) -> bytes:
+    compiler, program = _compiler(), ctypes.c_void_p()
     encoded = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
-    text = source.read_bytes()
-    compiler.nvrtcCreateProgram(ctypes.byref(program), text, source.name.encode(), 0, None, None)
+    compiler.nvrtcCreateProgram(ctypes.byref(program), text, name.encode(), 0, None, None)
     failed = compiler.nvrtcCompileProgram(program, len(options), encoded)
     size = ctypes.c_size_t()
     if failed:
         compiler.nvrtcGetProgramLogSize(program, ctypes.byref(size))
         log = ctypes.create_string_buffer(size.value)
         compiler.nvrtcGetProgramLog(program, log)
-        raise RuntimeError(f"{source.name} does not compile with {options}:\n{log.value.decode()}")
+        raise RuntimeError(f"{name} does not compile with {options}:\n{log.value.decode()}")
     compiler.nvrtcGetCUBINSize(program, ctypes.byref(size))
     image = ctypes.create_string_buffer(size.value)
     compiler.nvrtcGetCUBIN(program, image)
