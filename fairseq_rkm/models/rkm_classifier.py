@@ -45,7 +45,10 @@ class RKMClassifierConfig(RKMOptions):
     dropout_input: float = field(default=0.0, metadata={"help": "on the embeddings, one mask for all steps"})
     dropout_hidden: float = field(default=0.0, metadata={"help": "between RKM layers, one mask for all steps"})
     dropout_words: float = field(default=0.0, metadata={"help": "on whole words of the vocabulary"})
-    dropout_weights: float = field(default=0.0, metadata={"help": "on the recurrent weights (DropConnect)"})
+    dropout_weights: float = field(
+        default=0.0,
+        metadata={"help": "on the recurrent weights (DropConnect); without feedback on the inputs' weights"},
+    )
     max_positions: int = II("task.max_positions")
 
 

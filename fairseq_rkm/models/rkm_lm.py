@@ -40,7 +40,10 @@ class RKMLanguageModelConfig(SoftmaxOptions, RKMOptions):
     dropout_input: float = field(default=0.0, metadata={"help": "on the embeddings, one mask for all steps"})
     dropout_hidden: float = field(default=0.0, metadata={"help": "between layers, one mask for all steps"})
     dropout_words: float = field(default=0.0, metadata={"help": "on whole words of the vocabulary"})
-    dropout_weights: float = field(default=0.0, metadata={"help": "on the recurrent weights (DropConnect)"})
+    dropout_weights: float = field(
+        default=0.0,
+        metadata={"help": "on the recurrent weights (DropConnect); without feedback on the inputs' weights"},
+    )
 
 
 @register_model("rkm_lm", dataclass=RKMLanguageModelConfig)

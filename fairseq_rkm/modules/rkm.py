@@ -71,7 +71,8 @@ class RKM(nn.Module):
             unit. Cells whose scales are gates have none to learn.
         forget_bias: what the forget gate's bias starts at; None draws it as the other biases, as ``nn.LSTM`` does.
         dropout: on the output of every layer but the last, one mask for all steps (locked dropout).
-        weight_dropout: on the elements of ``weight_hh``, one mask for all steps (DropConnect).
+        weight_dropout: on the elements of ``weight_hh``, one mask for all steps (DropConnect); without feedback on
+            those of ``weight_ih``, as in the QRNN of Merity et al. (2018).
         bidirectional: run a second recurrence backward in time and concatenate the outputs.
         batch_first: take and give ``(B, T, ...)`` in place of ``(T, B, ...)``.
         backend: ``"auto"`` or one of :data:`fairseq_rkm.ops.BACKENDS`: obeyed or refused, never replaced.
@@ -264,20 +265,16 @@ class RKM(nn.Module):
 
     def _weights(self, name: str, dtype: torch.dtype | None) -> Weights:
         """The tensors of one layer and direction; matrices and biases in ``dtype``, autocast's, if there is one."""
-
-        def parameter(kind: str) -> Tensor | None:
-            value: Tensor | None = getattr(self, f"{kind}_{name}", None)
-            return value if value is None else value.to(dtype or value.dtype)
-
-        matrix: Tensor = getattr(self, f"weight_ih_{name}")
-        recurrent = parameter("weight_hh")
-        if recurrent is not None and self.weight_dropout:
-            recurrent = F.dropout(recurrent, self.weight_dropout, self.training)
+        given = {kind: getattr(self, f"{kind}_{name}", None) for kind in ("weight_ih", "weight_hh", "bias")}
+        tensors = {kind: value.to(dtype or value.dtype) for kind, value in given.items() if value is not None}
+        if self.weight_dropout:
+            dropped = "weight_hh" if "weight_hh" in tensors else "weight_ih"
+            tensors[dropped] = F.dropout(tensors[dropped], self.weight_dropout, self.training)
         sigma_i, sigma_f = getattr(self, f"sigma_i_logit_{name}", None), getattr(self, f"sigma_f_logit_{name}", None)
         return Weights(
-            input=matrix.to(dtype or matrix.dtype),
-            recurrent=recurrent,
-            bias=parameter("bias"),
+            input=tensors["weight_ih"],
+            recurrent=tensors.get("weight_hh"),
+            bias=tensors.get("bias"),
             norm_weight=getattr(self, f"norm_weight_{name}", None),
             norm_bias=getattr(self, f"norm_bias_{name}", None),
             sigma_i=self.sigma_i2 if sigma_i is None else torch.sigmoid(sigma_i),

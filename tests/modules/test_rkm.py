@@ -186,6 +186,22 @@ def test_weight_dropout_reaches_the_recurrent_weights_and_these_alone(backend, m
     assert torch.equal(used[-1].recurrent, rkm.weight_hh_l0)
 
 
+@pytest.mark.parametrize("arguments", [{"cell": "rkm_lstm", "feedback": False}, {"cell": "gated_cnn"}])
+def test_without_feedback_weight_dropout_reaches_the_inputs_weights(arguments, monkeypatch):
+    rkm = RKM(20, 3, weight_dropout=0.5, **arguments)
+    used = []
+    run = rkm_module.recurrence
+    monkeypatch.setattr(rkm_module, "recurrence", lambda *args: used.append(args[2]) or run(*args))
+    for _ in range(2):
+        rkm(torch.randn(9, 2, 20))
+    dropped = used[0].input.eq(0)
+    assert 0.3 < dropped.float().mean() < 0.7
+    torch.testing.assert_close(used[0].input[~dropped], 2 * rkm.weight_ih_l0[~dropped])
+    assert not torch.equal(used[0].input, used[1].input), "a mask for each pass"
+    rkm.eval()(torch.randn(1, 1, 20))
+    assert torch.equal(used[-1].input, rkm.weight_ih_l0)
+
+
 def test_same_padding_and_backward_windows():
     """A cell that passes its newest, middle and oldest input through: what each window holds."""
     x = torch.arange(1.0, 6.0).view(5, 1, 1)
