@@ -3,7 +3,7 @@
 #   bash examples/language_model/train.sh CONFIG DATA RUN [KEY=VALUE ...]
 # CONFIG is a file of config/ without its ending, DATA what prepare.sh wrote, RUN a folder for the results. What follows
 # changes the configuration; a key that the file lacks begins with +:
-#   bash examples/language_model/train.sh ptb_fast runs/ptb runs/ptb-rkm_lstm-1 model.cell=rkm_lstm +model.memory_clip=1 \
+#   bash examples/language_model/train.sh ptb_fast runs/ptb runs/ptb-rkm_lstm-1 model.cell=rkm_lstm \
 #       common.seed=1 common.bf16=true
 # A run that was interrupted goes on where it stopped. RUN/run.json is all that is kept of it in results/.
 set -euo pipefail

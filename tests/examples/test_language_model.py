@@ -43,7 +43,7 @@ def command(arguments) -> dict:
 
 @pytest.mark.parametrize(
     ("number", "name", "changes"),
-    [(0, "ptb", ["model.cell=lstm"]), (1, "ptb_fast", ["model.cell=rkm_lstm", "+model.memory_clip=1"])],
+    [(0, "ptb", ["model.cell=lstm"]), (1, "ptb_fast", ["model.cell=rkm_lstm"])],
 )
 def test_the_readme_s_command_line_is_the_configuration_s_run(number, name, changes):
     one, other = configuration(name, *changes), command(command_lines()[number])

@@ -1,4 +1,5 @@
 from argparse import SUPPRESS, ArgumentParser
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -76,3 +77,27 @@ def test_the_initial_biases_are_awd_lstm_s():
             assert weight.mean().abs() < 0.15 * bound
     assert built.output_projection.bias.eq(0).all()
     assert built.embed_tokens.weight.abs().max() <= 0.1
+
+
+@pytest.mark.parametrize(
+    ("flags", "clip"),
+    [
+        ({"cell": "rkm_lstm"}, 1.0),
+        ({"cell": "linear_kernel_gated"}, 1.0),
+        ({"cell": "linear_kernel"}, None),
+        ({"cell": "rkm_cifg", "memory_clip": 2.0}, 2.0),
+        ({"cell": "rkm_lstm", "layer_norm": True}, None),
+        ({"cell": "rkm_lstm", "no_feedback": True}, None),
+        ({"cell": "gated_cnn"}, None),
+        ({"cell": "lstm"}, None),
+    ],
+)
+def test_a_memory_that_nothing_else_bounds_is_clipped(flags, clip):
+    dictionary = Dictionary()
+    small = {"decoder_embed_dim": 4, "decoder_hidden_size": 4, "decoder_layers": 1, "criterion_name": None}
+    cfg = OmegaConf.structured(presets.PTBConfig(**small, **flags))
+    given = cfg.memory_clip
+    task = SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary, output_dictionary=dictionary)
+    model = presets.PTBLanguageModel.build_model(cfg, task)
+    assert model.decoder.layers[0].memory_clip == clip
+    assert cfg.memory_clip == given, "the flags remain as they were given"
