@@ -8,6 +8,7 @@ from typing import Any, Optional
 
 from fairseq import hub_utils
 from fairseq.models import FairseqEncoderDecoderModel, register_model, register_model_architecture
+from torch import nn
 
 import fairseq_rkm
 from fairseq_rkm.compat_translation import check_pieces
@@ -94,7 +95,9 @@ class RKMModel(FairseqEncoderDecoderModel):
                 target, cfg.decoder_embed_dim, cfg.decoder_embed_path, cfg.decoder_freeze_embed
             )
         encoder = RKMEncoder(cfg, source, source_embedding)
-        return cls(encoder, RKMAttentionDecoder(cfg, target, target_embedding, encoder.output_size))
+        model = cls(encoder, RKMAttentionDecoder(cfg, target, target_embedding, encoder.output_size))
+        initialize(model)
+        return model
 
     @classmethod
     def from_pretrained(
@@ -120,6 +123,18 @@ class RKMModel(FairseqEncoderDecoderModel):
         hub = TranslationHub(loaded["args"], loaded["task"], loaded["models"])
         check_pieces(hub.bpe, hub.src_dict)
         return hub
+
+
+def initialize(model: RKMModel) -> None:
+    """Draw the weights of recurrences, attention and bridges from U(-0.1, 0.1), as Luong et al. (2015), section 4.1.
+
+    Attention is found sooner than from the smaller weights that a wide layer begins with by itself.
+    """
+    decoder = model.decoder
+    for part in (model.encoder.layers, decoder.layers, decoder.attention, decoder.bridges):
+        for parameter in part.parameters():
+            if parameter.dim() == 2:
+                nn.init.uniform_(parameter, -0.1, 0.1)
 
 
 def check_flags(cfg: RKMConfig, joined: bool) -> None:

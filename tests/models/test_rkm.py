@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from fairseq_rkm import CELLS, RKM, RKMError
-from fairseq_rkm.models.rkm import RKMConfig, RKMModel, check_flags, rkm_iwslt_de_en, rkm_tiny
+from fairseq_rkm.models.rkm import RKMConfig, RKMModel, check_flags, initialize, rkm_iwslt_de_en, rkm_tiny
 
 
 def dictionary(words):
@@ -39,6 +39,9 @@ def build(source=SOURCE, target=TARGET, **flags):
     for module in model.modules():
         if isinstance(module, RKM):
             randomized(module)
+    for part in (model.decoder.attention, model.decoder.bridges):  # a source is to make a difference
+        for parameter in part.parameters():
+            torch.nn.init.uniform_(parameter, -1, 1)
     return model.eval()
 
 
@@ -204,6 +207,21 @@ def test_no_step_sees_the_target_ahead_but_each_sees_all_of_the_source():
             changed[:, position] = (source[:, position] - 3) % 30 + 4
             other, _ = model(changed, None, tokens)
             assert all(not torch.allclose(other[:, t], output[:, t], atol=1e-12) for t in range(7))
+
+
+def test_initial_weights_are_luong_s():
+    sizes = {"encoder_hidden_size": 300, "decoder_hidden_size": 300, "encoder_bidirectional": True}
+    task = SimpleNamespace(source_dictionary=SOURCE, target_dictionary=TARGET)
+    model = RKMModel.build_model(OmegaConf.structured(RKMConfig(**{**SMALL, **sizes})), task)
+    encoder, decoder = model.encoder, model.decoder
+    matrices = [encoder.layers[0].weight_hh_l0_reverse, decoder.layers[0].weight_ih_l0, decoder.attention.score.weight]
+    for matrix in matrices:
+        assert 0.099 < matrix.abs().max() <= 0.1
+    assert decoder.layers[0].bias_l0.max() == 1, "the forget gate's bias remains"
+    others = (decoder.embed_tokens.weight, decoder.output_projection.weight)
+    before = [weight.clone() for weight in others]
+    initialize(model)
+    assert all(map(torch.equal, others, before))
 
 
 def test_shared_embeddings():
