@@ -85,7 +85,7 @@ def test_the_fast_configuration_in_bfloat16_saves_the_average_it_validated(data,
                    "optimization.max_update=10", "lr_scheduler.warmup_updates=2")  # fmt: skip
     state = load(tmp_path / "checkpoint_last.pt")
     group = state["last_optimizer_state"]["param_groups"][0]
-    assert (group["updates"], group["averaged_updates"], group["average_is_in"]) == (10, 2, True)
+    assert (group["updates"], group["averaged_updates"], group["average_is_in"]) == (10, 4, True)
     assert group["betas"] == (0.8, 0.99)
     weights = [value for name, value in state["model"].items() if "fingerprint" not in name]
     assert all(torch.equal(value, value.bfloat16().to(value.dtype)) for value in weights)
