@@ -103,7 +103,8 @@ def run_all(
             if progress and time.monotonic() - told > PROGRESS_SECONDS:
                 told = time.monotonic()
                 states = [(one.task.name, progress(out / one.task.name)) for one in running]
-                print("  " + "; ".join(f"{name} {state}" for name, state in states if state), flush=True)
+                if told_of := [f"{name} {state}" for name, state in states if state]:
+                    print("  " + "; ".join(told_of), flush=True)
             for ended in [one for one in running if not one.process.is_alive()]:
                 running.remove(ended)
                 free.append(ended.gpu)

@@ -19,9 +19,12 @@ import argparse
 import json
 import platform
 import re
+import shlex
 import statistics
 import subprocess
 import sys
+from argparse import Namespace
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from itertools import groupby
@@ -31,6 +34,7 @@ from typing import Any
 import classification_report
 import torch
 
+ROOT = Path(__file__).resolve().parents[1]
 PAPER = {
     "Penn Treebank": {
         "lstm": (61.2, 58.9),
@@ -179,13 +183,24 @@ def _from_json(path: Path) -> Run:
         raise SystemExit(f"report: {path} is not a run.json of this script: {error}") from error
 
 
-def _variant(model: dict[str, Any]) -> str:
+def _variant(flags: dict[str, Any]) -> str:
+    model = vars(_as_built(flags))
     parts = [text for key, text in (("layer_norm", "layer norm"), ("no_feedback", "no feedback")) if model.get(key)]
     if model.get("memory_clip"):
         parts.append(f"memory clip {model['memory_clip']:g}")
     if model.get("ngram", 1) > 1:
         parts.append(f"{model['ngram']}-gram")
     return ", ".join(parts)
+
+
+def _as_built(flags: dict[str, Any]) -> Namespace:
+    """A model's flags with what its preset adds to them: a bound for a memory that has none."""
+    cfg = Namespace(**{"no_feedback": False, "layer_norm": False, "memory_clip": None, **flags})
+    if not str(flags.get("_name")).startswith("rkm_lm_"):
+        return cfg
+    from fairseq_rkm.models.rkm_lm_presets import bound_memory  # fairseq's import takes seconds
+
+    return bound_memory(cfg)
 
 
 def _evaluation(log: Path) -> tuple[int, float | None]:
@@ -266,6 +281,19 @@ def circumstances(config: str | None = None) -> dict[str, Any]:
 def _processor() -> str:
     names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else []
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def portable(flags: Iterable[object], **folders: Path) -> str:
+    """A command without this machine's paths: these folders by their names, and the repository as ``.``."""
+    named = sorted(({".": ROOT} | folders).items(), key=lambda pair: -len(str(pair[1])))
+
+    def short(flag: str) -> str:
+        for name, folder in named:
+            if flag == str(folder) or flag.startswith(f"{folder}/"):
+                return name + flag[len(str(folder)) :]
+        return flag
+
+    return shlex.join(short(str(flag)) for flag in flags)
 
 
 def caption(runs: list[Run]) -> str:

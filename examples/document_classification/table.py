@@ -14,7 +14,6 @@ import itertools
 import json
 import math
 import os
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -34,7 +33,8 @@ import fairseq_cli.train  # noqa: F401  before tasks are forked, so that none ha
 import prepare
 import torch
 from classification_report import RESULT, read_log
-from report import circumstances
+from fairseq.data import data_utils
+from report import circumstances, portable
 
 import fairseq_rkm
 from fairseq_rkm import CELLS, RKMError
@@ -215,7 +215,7 @@ def train_cell(args: argparse.Namespace, job: Job, folder: Path, data: Path, epo
         "confusion": classifier.confusion("test").tolist(),
         "weights": classifier.model.rkm.num_weights(),
         "parameters": sum(parameter.numel() for parameter in classifier.model.parameters()),
-        "command": shlex.join(["fairseq-train", *flags]),
+        "command": portable(["fairseq-train", *flags], DATA=data, OUT=args.out),
         **read_log(log),
     }
     if not args.keep_checkpoints:
@@ -228,14 +228,14 @@ def train_flags(args: argparse.Namespace, job: Job, folder: Path, data: Path, ep
     """The arguments of ``fairseq-train``."""
     classes = len(Preparation.load(data).classes)
     settings = SETTINGS.get(job.dataset, Settings())
-    updates = epochs * math.ceil(len(baselines.Split(data, "train").labels) / settings.batch_size)
+    documents = len(data_utils.load_indexed_dataset(str(data / "label" / "train")))
     flags: list[Any] = [
         data, "--user-dir", Path(fairseq_rkm.__file__).parent, "--task", "sentence_prediction", "--criterion",
         "sentence_prediction", "--num-classes", classes, "--max-positions", 1_000_000, "--no-shuffle",
         "--arch", "rkm_classifier", "--cell", job.model, "--ngram", job.ngram, "--dropout-input", 0.5,
         "--dropout-words", settings.dropout_words, "--optimizer", "adam", "--lr", 0.003, "--clip-norm", 1,
         "--batch-size", settings.batch_size,
-        "--lr-scheduler", "polynomial_decay", "--total-num-update", updates,
+        "--lr-scheduler", "polynomial_decay", "--total-num-update", epochs * math.ceil(documents / settings.batch_size),
         "--required-batch-size-multiple", 1, "--max-epoch", epochs, "--seed", job.seed, "--distributed-world-size", 1,
         "--best-checkpoint-metric", "accuracy", "--maximize-best-checkpoint-metric", "--no-epoch-checkpoints",
         "--save-dir", folder, "--log-format", "json", "--log-interval", 100,

@@ -38,7 +38,7 @@ import fairseq_cli.train  # noqa: F401  before tasks are forked, so that none ha
 import sacrebleu
 import torch
 from average_checkpoints import average, last_checkpoints, save
-from report import circumstances, parse_line, write_json
+from report import circumstances, parse_line, portable, write_json
 
 COMMON = (
     "--task translation --criterion label_smoothed_cross_entropy --label-smoothing 0.1 --optimizer adam "
@@ -185,7 +185,7 @@ class Run:
             "updates": int(epochs[-1]["train_num_updates"]),
             "minutes": round(training_seconds(epochs) / 60, 2),
             "jobs_at_once": self.args.jobs,
-            "flags": " ".join(self.flags()),
+            "command": portable(["fairseq-train", *self.flags()], DATA=self.args.data, OUT=self.args.out),
             "circumstances": circumstances(),
         }
 

@@ -34,8 +34,12 @@ class Preset(RKMLanguageModel):
         return super().build_model(bound_memory(cfg), task)
 
 
-def bound_memory(cfg: RKMLanguageModelConfig) -> RKMLanguageModelConfig:
-    """The flags, with :data:`MEMORY_CLIP` for a cell that feeds back a memory without squashing or normalising it."""
+def bound_memory(cfg: Any) -> Any:
+    """The flags, with :data:`MEMORY_CLIP` for a cell that feeds back a memory without squashing or normalising it.
+
+    Args:
+        cfg: :class:`RKMLanguageModelConfig`, or what has its names; it is not changed.
+    """
     cell = resolve_cell(str(cfg.cell), False if cfg.no_feedback else None)
     if cell.squash_output or not cell.has_feedback or cfg.layer_norm or cfg.memory_clip is not None:
         return cfg

@@ -31,12 +31,12 @@ def built(name: str, inputs: Iterable[str], build: Callable[[Path], object]) -> 
 
 def _folder() -> Path:
     """The user's cache; where it cannot be written, a folder that goes with this process."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fairseq_rkm"
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fairseq_rkm"
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return folder
-    except OSError:
+    except (OSError, RuntimeError):  # the second where a user has no home
         return _temporary_folder()
 
 

@@ -247,5 +247,8 @@ def test_the_table_goes_on_where_it_stopped(files, tmp_path):
         assert sum(map(sum, result["confusion"])) == 104
         assert result["accuracy"] > 80
         assert result["classes"] == NAMES
-    assert len(results["rkm_cifg-3gram-seed1"]["curve"]) == 5
+    trained = results["rkm_cifg-3gram-seed1"]
+    assert len(trained["curve"]) == 5
+    assert trained["command"].startswith("fairseq-train DATA --user-dir ./fairseq_rkm ")
+    assert str(tmp_path) not in trained["command"], "a command is for other machines as well"
     assert not list(tmp_path.glob("news/*/*.pt"))

@@ -60,6 +60,8 @@ def test_from_raw_text_to_bleu_by_one_command_and_again_to_what_is_there(tmp_pat
     result = json.loads((out / "rkm_lstm-1/result.json").read_text())
     assert result["bleu"].keys() == {"test_b"}
     assert result["epochs"] == 2
+    assert result["command"].startswith("fairseq-train DATA/bin ")
+    assert str(tmp_path) not in result["command"]
     assert len((out / "rkm_lstm-1/test.txt").read_text().splitlines()) == 15
     assert (out / "data/raw/test.en").read_text().splitlines() == sentences(15, 3), "not what went through"
     assert f"- de: {sentences(15, 3)[0]}" in (out / "results/results.md").read_text()

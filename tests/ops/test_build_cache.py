@@ -59,6 +59,15 @@ def test_a_cache_that_cannot_be_written_is_replaced_while_the_process_lives(tmp_
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_user_without_a_home_has_a_cache_while_the_process_lives(monkeypatch):
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", home)
+    assert build_cache.built("a.txt", ["x"], lambda path: path.write_text("built")).read_text() == "built"
+
+
 class Compiler:
     """NVRTC's functions; the machine code is the options and the text."""
 

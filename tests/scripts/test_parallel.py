@@ -77,6 +77,8 @@ def test_what_runs_says_where_it_is(tmp_path, capsys, monkeypatch):
     states = {"long": "epoch 3", "silent": ""}
     parallel.run_all(tasks, tmp_path, 2, [None], time.monotonic() + 1, lambda _: "", lambda folder: states[folder.name])
     assert "  long epoch 3\n" in capsys.readouterr().out
+    parallel.run_all(tasks[1:], tmp_path, 1, [None], time.monotonic() + 1, lambda _: "", lambda _: "")
+    assert capsys.readouterr().out.startswith("out of time"), "nothing is said of what has nothing to say"
 
 
 def preprocess_thrice(log: Path) -> None:

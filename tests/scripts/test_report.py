@@ -97,3 +97,32 @@ def test_another_file_is_refused(tmp_path, content):
 def test_an_unfinished_run_is_refused(tmp_path):
     with pytest.raises(SystemExit, match=r"train\.log is missing"):
         report.report([tmp_path], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("flags", "cell"),
+    [
+        ({"_name": "rkm_lm_ptb_fast"}, "rkm_lstm, memory clip 1"),
+        ({"_name": "rkm_lm_ptb_fast", "memory_clip": 2.5}, "rkm_lstm, memory clip 2.5"),
+        ({"_name": "rkm_lm_ptb_fast", "layer_norm": True}, "rkm_lstm, layer norm"),
+        ({"_name": "rkm_lm"}, "rkm_lstm"),
+    ],
+)
+def test_what_a_preset_adds_is_told(run, tmp_path, flags, cell):
+    assert f"| {cell} |" in report.report([run("a", **flags)], tmp_path / "out")
+
+
+def test_a_command_is_told_without_this_machine_s_paths():
+    flags = [
+        "fairseq-train",
+        "/x/data/news",
+        "--user-dir",
+        report.ROOT / "fairseq_rkm",
+        "--save-dir",
+        "/x/a b",
+        "--lr",
+        3,
+    ]
+    told = report.portable(flags, DATA=Path("/x/data/news"), OUT=Path("/x"))
+    assert told == "fairseq-train DATA --user-dir ./fairseq_rkm --save-dir 'OUT/a b' --lr 3"
+    assert report.portable(["runs", "runsome", "runs/1"], OUT=Path("runs")) == "OUT runsome OUT/1"
