@@ -16,14 +16,43 @@ from torch import Tensor
 from fairseq_rkm.ops.build_cache import built
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_COOPERATIVE, _CLUSTER = 2, 4  # CU_LAUNCH_ATTRIBUTE_COOPERATIVE, CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+
+
+class _Attribute(ctypes.Structure):
+    """``CUlaunchAttribute``."""
+
+    _fields_ = (("kind", ctypes.c_int), ("_pad", ctypes.c_int), ("value", ctypes.c_uint * 16))
+
+
+class _Configuration(ctypes.Structure):
+    """``CUlaunchConfig``."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(_Attribute)), ("count", ctypes.c_uint),
+    )  # fmt: skip
 
 
 class Kernel:
     """A compiled kernel on one device."""
 
-    def __init__(self, function: ctypes.c_void_p, shared_bytes: int, device: int) -> None:
-        self.function, self.shared_bytes, self.device = function, shared_bytes, device
+    def __init__(self, function: ctypes.c_void_p, shared_bytes: int, device: int, cluster: int) -> None:
+        self.function, self.shared_bytes, self.device, self.cluster = function, shared_bytes, device, cluster
         _check(_driver().cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, shared_bytes))
+        one, size = (ctypes.c_uint * 16)(1), (ctypes.c_uint * 16)(cluster, 1, 1)
+        self._attributes = (_Attribute * 2)(_Attribute(_COOPERATIVE, 0, one), _Attribute(_CLUSTER, 0, size))
+        self._count = 2 if cluster > 1 else 1
+
+    def _configuration(self, blocks: int, threads: int, stream: int = 0) -> _Configuration:
+        grid, block = (ctypes.c_uint * 3)(blocks, 1, 1), (ctypes.c_uint * 3)(threads, 1, 1)
+        return _Configuration(grid, block, self.shared_bytes, stream, self._attributes, self._count)
+
+    def most_clusters(self, threads: int) -> int:
+        """How many of the kernel's clusters, of blocks of so many threads, the device can hold at a time."""
+        count, configuration = ctypes.c_int(), self._configuration(self.cluster, threads)
+        _check(_driver().cuOccupancyMaxActiveClusters(ctypes.byref(count), self.function, ctypes.byref(configuration)))
+        return count.value
 
     def launch(self, blocks: int, threads: int, *arguments: Tensor | int | None) -> None:
         """Launch on the device's current stream; a tensor is passed as its address, None as the null pointer.
@@ -36,10 +65,10 @@ class Kernel:
         values = [a if isinstance(a, int) else 0 if a is None else a.data_ptr() for a in arguments]
         block = _arguments(len(values))
         block.values[:] = values  # type: ignore[assignment]
-        stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
-        size = (blocks, 1, 1, threads, 1, 1, self.shared_bytes)
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        configuration = ctypes.byref(self._configuration(blocks, threads, stream))
         with nullcontext() if torch.cuda.current_device() == self.device else torch.cuda.device(self.device):
-            _check(_driver().cuLaunchCooperativeKernel(self.function, *size, stream, block.pointers))
+            _check(_driver().cuLaunchKernelEx(configuration, self.function, block.pointers, None))
 
 
 class _Arguments:
@@ -64,7 +93,7 @@ def _arguments(count: int) -> _Arguments:
 
 @functools.cache
 def compile_kernel(
-    source: Path, name: str, macros: tuple[tuple[str, int | str], ...], shared: int, device: int
+    source: Path, name: str, macros: tuple[tuple[str, int | str], ...], shared: int, device: int, cluster: int = 1
 ) -> Kernel:
     """Compile one ``extern "C"`` kernel of a file for a device; compiled once in a process.
 
@@ -74,6 +103,7 @@ def compile_kernel(
         macros: names and values to define.
         shared: bytes of dynamic shared memory that its launches take.
         device: index of the CUDA device.
+        cluster: blocks that run side by side and reach each other's shared memory.
 
     Raises:
         RuntimeError: the compiler's log, if it fails.
@@ -84,7 +114,7 @@ def compile_kernel(
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
         _check(_driver().cuModuleLoadData(ctypes.byref(module), image))
         _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()))
-        return Kernel(function, shared, device)
+        return Kernel(function, shared, device, cluster)
 
 
 @functools.cache

@@ -14,6 +14,12 @@
 // next at step t + 3, by blocks that have seen step t + 2 of this one, which is published after a fence behind the
 // marking.
 //
+// Backward, a block would have to read the gates' gradients of all units: RECURRENT times as much as h. So the blocks of a
+// group work in clusters of CLUSTER. Each block of a cluster reads a CLUSTER-th of those gradients, of the slices of its
+// `part`, and multiplies them for the units of all blocks of its cluster; then each hands the others their sums, from
+// shared memory to shared memory. A block that has all the sums of a step knows that all blocks of the group have
+// published that step, since each part was read by one block of its cluster: the argument above holds.
+//
 // ops/persistent.py compiles this with the sizes and the cell (a row of ops/cells.py) as macros. Indices:
 //   u unit in the block, j = slice * UNITS + u unit of the layer, n row in the group, b row of the batch (a batch too
 //   large for one launch is run in several, from row `first` on, `rows` a group), g gate in stacking order,
@@ -34,7 +40,6 @@ typedef unsigned char u8;
 #define PASS_TILES (TILES < MAX_PASS_TILES ? TILES : MAX_PASS_TILES)
 #define PASSES CEIL(TILES, PASS_TILES)
 #define PASS_ROWS (PASS_TILES * 8)
-#define PITCH (PASS_ROWS + 1)              // odd: no bank conflicts
 #define PER_PASS CEIL(UNITS * PASS_ROWS, THREADS)
 #define ITEMS (PASSES * PER_PASS)          // (unit, row) pairs that a thread owns
 
@@ -44,8 +49,9 @@ typedef unsigned char u8;
 // Both products: M rows of weights in this block, K values published by the group for each row of the batch.
 #define FORWARD_M (RECURRENT * UNITS)
 #define FORWARD_K (SLICES * UNITS)
-#define BACKWARD_M UNITS                   // a multiple of VECTOR
-#define BACKWARD_K (SLICES * RECURRENT * UNITS)
+#define BACKWARD_M (CLUSTER * UNITS)
+#define PART_SLICES (SLICES / CLUSTER)     // CLUSTER divides SLICES; 1 forward
+#define BACKWARD_K (PART_SLICES * RECURRENT * UNITS)
 
 #if ELEMENT == 4
 typedef float Stored;
@@ -216,8 +222,11 @@ __device__ __forceinline__ void product(
 }
 
 #define SLOTS (FOLD ? WARPS / 2 : WARPS)   // warps whose sums are laid out at a time
+// From one row of a pass to the next in `partial`. Neither the lanes that lay out a tile meet in a bank, which hold 8 rows
+// of weights by 4 pairs of rows of the pass, nor those that add up sums, of neighbouring rows of weights.
+#define PITCH(MTILES) ((MTILES) * 16 + 4)
 
-// Give (or take and add) this warp's sums of one pass: partial[slot][row of weights][row of the pass].
+// Give (or take and add) this warp's sums of one pass: partial[slot][row of the pass][row of weights].
 template <bool ADD, int MTILES>
 __device__ __forceinline__ void lay_out(float* partial, float (&sums)[MTILES][TILES][4], int pass, int slot) {
     const int lane = threadIdx.x % 32;
@@ -227,10 +236,10 @@ __device__ __forceinline__ void lay_out(float* partial, float (&sums)[MTILES][TI
         for (int i = 0; i < PASS_TILES; ++i) {
             const int n = pass * PASS_TILES + i;
             if (n >= TILES) continue;
-            float* at = partial + ((slot * MTILES + m) * 16 + lane / 4) * PITCH + i * 8 + lane % 4 * 2;
+            float* at = partial + (slot * PASS_ROWS + i * 8 + lane % 4 * 2) * PITCH(MTILES) + m * 16 + lane / 4;
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                float& shared_sum = at[e / 2 * 8 * PITCH + e % 2];
+                float& shared_sum = at[e % 2 * PITCH(MTILES) + e / 2 * 8];
                 if (ADD) sums[m][n][e] += shared_sum;
                 else shared_sum = sums[m][n][e];
             }
@@ -256,9 +265,60 @@ template <int MTILES>
 __device__ __forceinline__ float total(const float* partial, int row, int column) {
     float sum = 0.f;
 #pragma unroll
-    for (int w = 0; w < SLOTS; ++w) sum += partial[((w * MTILES + row / 16) * 16 + row % 16) * PITCH + column];
+    for (int w = 0; w < SLOTS; ++w) sum += partial[(w * PASS_ROWS + column) * PITCH(MTILES) + row];
     return sum;
 }
+
+#if CLUSTER > 1
+// What the blocks of a cluster give each other, round by round, straight into shared memory. A round's values count
+// themselves at the barrier of the block that they are for. Of the two buffers that take turns a block writes to one again
+// after it has had, in the round between, what the other block sent when it had read it.
+struct Handover {
+    float* values;      // shared: [2][CLUSTER][columns][UNITS]
+    u32 barriers;       // shared address: two of 8 bytes
+    int size, part;     // CLUSTER * columns * UNITS
+    u32 round;
+
+    __device__ __forceinline__ void begin(float* room, int columns, int part_) {
+        size = CLUSTER * columns * UNITS;
+        values = room;
+        barriers = __cvta_generic_to_shared(room + 2 * size);
+        part = part_;
+        round = 0;
+        if (threadIdx.x == 0) {
+            for (int i = 0; i < 2; ++i) asm volatile("mbarrier.init.shared.b64 [%0], 1;" :: "r"(barriers + 8 * i));
+            asm volatile("fence.mbarrier_init.release.cluster;");
+        }
+        asm volatile("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;" ::: "memory");
+    }
+
+    __device__ __forceinline__ u32 barrier() const { return barriers + 8 * (round % 2); }
+
+    __device__ __forceinline__ float* place(int from, int column, int u) const {
+        return values + round % 2 * size + (from * (size / (CLUSTER * UNITS)) + column) * UNITS + u;
+    }
+
+    // Announce how many values will come from all blocks, this one included.
+    __device__ __forceinline__ void expect(int count) const {
+        if (threadIdx.x == 0)
+            asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" :: "r"(barrier()), "r"(4 * count) : "memory");
+    }
+
+    __device__ __forceinline__ void send(int to, int column, int u, float value) const {
+        asm volatile(
+            "{ .reg .b32 there, barrier; mapa.shared::cluster.u32 there, %0, %2; mapa.shared::cluster.u32 barrier, %1, %2;"
+            " st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [there], %3, [barrier]; }"
+            :: "r"(u32(__cvta_generic_to_shared(place(part, column, u)))), "r"(barrier()), "r"(to),
+               "r"(__float_as_uint(value)) : "memory");
+    }
+
+    __device__ __forceinline__ void wait() const {
+        asm volatile(
+            "{ .reg .pred there; AGAIN: mbarrier.try_wait.parity.shared.b64 there, [%0], %1; @!there bra AGAIN; }"
+            :: "r"(barrier()), "r"(round / 2 % 2) : "memory");
+    }
+};
+#endif
 
 #if NORM
 // Sums over a layer's units for each row of the group. Each block publishes its part, marked with the step; every block
@@ -359,10 +419,13 @@ struct Product {};
 
 // What both kernels begin with: this block's place, its weights, and where its group publishes.
 struct Block {
-    int slice, group, first_row, rows_here;  // none if the batch ends before
-    float* partial;
-    Stored* published;
-    size_t buffer;
+    int slice, group, part, first_row, rows_here;  // none if the batch ends before
+    float* partial;     // shared: sums of warps
+    Stored* published;  // [CLUSTER][ROWS][K]
+    size_t part_size, buffer;
+#if CLUSTER > 1
+    Handover handover;
+#endif
 #if NORM
     Exchange exchange;
 #endif
@@ -371,16 +434,22 @@ struct Block {
     __device__ __forceinline__ Block(u32* workspace, int first, int rows, int batch, At weight, Product<M, K>) {
         slice = blockIdx.x % SLICES;
         group = blockIdx.x / SLICES;
+        part = slice % CLUSTER;
         first_row = first + group * rows;
         rows_here = min(rows, batch - first_row);
         const int slice_ = slice;
         stage_weights<M, K>(shared, [&](int row, int k) { return weight(slice_, row, k); });
         partial = (float*)(shared + M * WEIGHT_PITCH(K));
-        const int k_padded = CEIL(K, CHUNK) * CHUNK;
-        buffer = size_t(GROUPS) * ROWS * k_padded;
-        published = (Stored*)workspace + size_t(group) * ROWS * k_padded;
+        float* rest = partial + SLOTS * PASS_ROWS * PITCH(CEIL(M, 16));
+        part_size = size_t(ROWS) * CEIL(K, CHUNK) * CHUNK;
+        buffer = GROUPS * CLUSTER * part_size;
+        published = (Stored*)workspace + group * CLUSTER * part_size;
+#if CLUSTER > 1
+        handover.begin(rest, PASS_ROWS, part);
+        rest += 2 * handover.size + 4;
+#endif
 #if NORM
-        exchange.pairs = (float2*)(partial + SLOTS * CEIL(M, 16) * 16 * PITCH);
+        exchange.pairs = (float2*)rest;
         exchange.results = exchange.pairs + ROWS * UNITS;
         exchange.parts = (uint4*)((Stored*)workspace + RING * buffer);
         exchange.slice = slice;
@@ -408,6 +477,20 @@ struct Place {
     __device__ __forceinline__ bool publishes() const { return in_rows && u % VECTOR == 0; }
 };
 
+#if CLUSTER > 1
+// Give each block of the cluster this one's sums of one pass for its units, and have theirs.
+template <int MTILES>
+__device__ __forceinline__ void exchange_sums(const Block& block, int pass) {
+    const int count = CLUSTER * UNITS * max(0, min(PASS_ROWS, block.rows_here - pass * PASS_ROWS));
+    block.handover.expect(count);
+    for (int i = threadIdx.x; i < count; i += THREADS) {
+        const int row = i % (CLUSTER * UNITS), column = i / (CLUSTER * UNITS);
+        block.handover.send(row / UNITS, column, row % UNITS, total<MTILES>(block.partial, row, column));
+    }
+    block.handover.wait();
+}
+#endif
+
 #if !BACKWARD
 extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_forward(
     Stored* gates,          // [T][B][GATES * SIZE]: in W X + b, out the activated gates
@@ -416,7 +499,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_forward(
     Stored* last_hidden, float* last_memory,                // [B][SIZE]: out
     Stored* hidden,         // [T + 1][B][SIZE]: out, the first included
     float* memory,          // [T + 1][B][SIZE]: likewise
-    u32* workspace,         // all MISSING: what is published, [RING][GROUPS][ROWS][K], then the layer norm's parts
+    u32* workspace,         // all MISSING: published, [RING][GROUPS][CLUSTER][ROWS][K], then the layer norm's parts
     const u8* keep,         // [T][B]
     const float* gain, const float* shift,  // [SIZE]
     float* moments,         // [T][B][2]: out, mean and reciprocal deviation
@@ -551,7 +634,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_backward(
     const float* scale_f, const float* scale_i, int steps, int first, int rows, int batch) {
     constexpr int mtiles = CEIL(BACKWARD_M, 16), k_padded = CEIL(BACKWARD_K, CHUNK) * CHUNK, own = RECURRENT * UNITS;
     Block block(workspace, first, rows, batch, [&](int slice, int row, int k) {
-        const int r = k % own / UNITS, to = k / own * UNITS + k % UNITS, j = slice * UNITS + row;
+        const int from = slice % CLUSTER * PART_SLICES + k / own, r = k % own / UNITS, to = from * UNITS + k % UNITS;
+        const int j = slice / CLUSTER * BACKWARD_M + row;
         return j < SIZE && to < SIZE ? operand(widen(weights[size_t(r * SIZE + to) * SIZE + j])) : operand(0.f);
     }, Product<BACKWARD_M, BACKWARD_K>());
 
@@ -566,6 +650,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_backward(
         to_gain[i] = to_shift[i] = to_scale_i[i] = to_scale_f[i] = 0.f;
     }
     __syncthreads();
+    const Stored* const read = block.published + block.part * block.part_size;
+    Stored* const own_part = block.published + block.slice / PART_SLICES * block.part_size;
 
     for (int done = 0; done <= steps; ++done) {
         const int t = steps - 1 - done;
@@ -591,15 +677,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_backward(
         if (done) {
             float sums[mtiles][TILES][4];
             product<BACKWARD_M, BACKWARD_K>(
-                sums, shared, block.published + done % RING * block.buffer, block.rows_here);
+                sums, shared, read + done % RING * block.buffer, block.rows_here);
 #pragma unroll
             for (int pass = 0; pass < PASSES; ++pass) {
                 share_sums<mtiles>(block.partial, sums, pass);
+#if CLUSTER > 1
+                exchange_sums<mtiles>(block, pass);
+#endif
 #pragma unroll
                 for (int i = pass * PER_PASS; i < (pass + 1) * PER_PASS; ++i) {
                     const Place at(i, block);
-                    if (at.real) to_hidden[i] += total<mtiles>(block.partial, at.u, at.column());
+                    if (!at.real) continue;
+#if CLUSTER > 1
+#pragma unroll
+                    for (int p = 0; p < CLUSTER; ++p) to_hidden[i] += *block.handover.place(p, at.column(), at.u);
+#else
+                    to_hidden[i] += total<mtiles>(block.partial, at.u, at.column());
+#endif
                 }
+#if CLUSTER > 1
+                ++block.handover.round;
+#endif
             }
         }
         if (t < 0) break;
@@ -668,7 +766,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_backward(
                 to_memory[i] = to_raw[i] * forget;
                 to_hidden[i] = 0.f;
             }
-            Stored* const to = block.published + at.n * k_padded + block.slice * own + at.u;
+            Stored* const to = own_part + at.n * k_padded + block.slice % PART_SLICES * own + at.u;
 #pragma unroll
             for (int r = 0; r < RECURRENT; ++r) {
                 const uint4 vector = gather_lanes(to_gate[i][FIRST_RECURRENT + r]);

@@ -22,6 +22,9 @@ from fairseq_rkm.ops.ngram import project
 from fairseq_rkm.ops.weights import LAYER_NORM_EPS, Weights
 
 SOURCE = Path(__file__).with_suffix(".cu")
+EMPTY = SOURCE.with_name("empty.cu")
+CLUSTERS = (2, 4, 8)
+"""Sizes of clusters to choose from, beside 1."""
 REGISTERS = {8: 255, 16: 128}
 """What a thread can have, by the number of warps in a block."""
 COST = {
@@ -40,6 +43,7 @@ class Launch(NamedTuple):
 
     Attributes:
         warps: in a block.
+        cluster: blocks that share what they read; 1 forward.
         vectors: of 16 bytes that a lane has on their way to it at a time.
         pass_tiles: tiles of 8 rows whose sums the warps exchange at a time.
         fold: whether half of the warps add the others' sums to their own first, which takes half the room.
@@ -47,6 +51,7 @@ class Launch(NamedTuple):
     """
 
     warps: int
+    cluster: int
     vectors: int
     pass_tiles: int
     fold: bool
@@ -90,7 +95,7 @@ class Plan:
 
 @functools.cache
 def make_plan(
-    recurrent: int, size: int, batch: int, element: int, norm: bool, multiprocessors: int, shared: int
+    recurrent: int, size: int, batch: int, element: int, norm: bool, room: tuple[tuple[int, int], ...], shared: int
 ) -> Plan | None:
     """The plan with the lowest estimated time, or None if a layer's weights do not fit on the chip.
 
@@ -100,23 +105,28 @@ def make_plan(
         batch: B or more.
         element: bytes of an element.
         norm: whether the memory is normalised.
-        multiprocessors: of the GPU.
+        room: sizes of clusters, and how many blocks in such clusters the GPU holds at a time.
         shared: bytes of shared memory that a block can have.
     """
     best, best_cost = None, float("inf")
     step = 8 // element
-    for units in range(step, size + step, step):
-        slices, words = -(-size // units), 2 if units * element % 16 else 4
-        slices += slices % 2 if words == 2 else 0  # all vectors of 16 bytes must be published whole
-        for groups in range(1, min(multiprocessors // slices, -(-batch // 8)) + 1):
+    for (cluster, blocks), units in itertools.product(room, range(step, size + step, step)):
+        if units * size * element > shared:
+            continue
+        words = 2 if units * element % 16 else 4
+        slices = -(-size // (units * cluster)) * cluster
+        # All vectors of 16 bytes must be published whole, of h as of the gates' gradients.
+        while slices * units * element % 16 or slices // cluster * recurrent * units * element % 16:
+            slices += cluster
+        for groups in range(1, min(blocks // slices, -(-batch // 8)) + 1):
             for rows in _row_choices(batch, groups):
                 shapes = {
-                    "forward": (recurrent * units, slices * units),
-                    "backward": (units, slices * recurrent * units),
+                    "forward": (1, recurrent * units, slices * units),
+                    "backward": (cluster, cluster * units, slices // cluster * recurrent * units),
                 }
                 kernels = [
-                    _plan_kernel(name, m, k, units, groups * slices, rows, element, norm, shared)
-                    for name, (m, k) in shapes.items()
+                    _plan_kernel(name, *shape, units, groups * slices, rows, element, norm, shared)
+                    for name, shape in shapes.items()
                 ]
                 if None in kernels:
                     continue
@@ -124,8 +134,6 @@ def make_plan(
                 plan = Plan(units, words, slices, groups, rows, forward, backward)
                 if (cost + more) * plan.launches(batch) < best_cost:
                     best, best_cost = plan, (cost + more) * plan.launches(batch)
-        if 2 * units * size * element > shared:
-            break
     return best
 
 
@@ -136,15 +144,17 @@ def _row_choices(batch: int, groups: int) -> list[int]:
 
 
 def _plan_kernel(
-    name: str, m: int, k: int, units: int, blocks: int, rows: int, element: int, norm: bool, shared: int
+    name: str, cluster: int, m: int, k: int, units: int, blocks: int, rows: int, element: int, norm: bool, shared: int
 ) -> tuple[Launch, float] | None:
     """The fastest way to run a kernel whose product is m by k by rows, and the microseconds its step should take."""
     tiles, chunks, m_tiles = -(-rows // 8), -(-k * element // 64), -(-m // 16)
     fixed = m * (chunks | 1) * 64 + ((rows * units + rows) * 8 if norm else 0)
     best = None
     for (warps, registers), fold in itertools.product(REGISTERS.items(), (False, True)):
-        slot = (warps // 2 if fold else warps) * m_tiles * 16 * 4
-        pass_tiles = next((p for p in range(tiles, 0, -1) if fixed + slot * (p * 8 + 1) <= shared), 0)
+        slots = warps // 2 if fold else warps
+        tile = (slots * (m_tiles * 16 + 4) + (2 * m if cluster > 1 else 0)) * 8 * 4
+        needs = {p: fixed + tile * p + (16 if cluster > 1 else 0) for p in range(1, tiles + 1)}
+        pass_tiles = max((p for p, bytes_ in needs.items() if bytes_ <= shared), default=0)
         if not pass_tiles:
             continue
         passes = -(-tiles // pass_tiles)
@@ -155,10 +165,11 @@ def _plan_kernel(
             continue
         fetched = rows * chunks * 64
         amounts = (1, share * m_tiles * tiles / 10, fetched / 1e4, m_tiles * tiles / 10, items, passes)
-        time = sum(c * a for c, a in zip(COST[name, warps], (*amounts, blocks * fetched / 1e6), strict=True))
-        time += 0.2 * fold * passes + 1.5 * norm
+        cost = COST[name if cluster == 1 else "forward", warps]
+        time = sum(c * a for c, a in zip(cost, (*amounts, blocks * fetched / 1e6), strict=True))
+        time += (0.2 * fold + 0.7 * (cluster > 1)) * passes + 1.5 * norm
         if best is None or time < best[1]:
-            best = Launch(warps, vectors, pass_tiles, fold, fixed + slot * (pass_tiles * 8 + 1)), time
+            best = Launch(warps, cluster, vectors, pass_tiles, fold, needs[pass_tiles]), time
     return best
 
 
@@ -198,8 +209,21 @@ def plan_for(problem: Problem) -> Plan | None:
     shared = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
     return make_plan(
         len(problem.cell.recurrent_gates), problem.size, problem.batch, problem.dtype.itemsize, problem.norm,
-        properties.multi_processor_count, shared,
+        _room(problem.device), shared,
     )  # fmt: skip
+
+
+@functools.cache
+def _room(device: int) -> tuple[tuple[int, int], ...]:
+    """Sizes of clusters, and how many blocks in such clusters a GPU holds at a time, one a multiprocessor."""
+    properties = torch.cuda.get_device_properties(device)
+    room = [(1, properties.multi_processor_count)]
+    if properties.major >= 9:
+        shared = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+        for cluster in CLUSTERS:
+            kernel = nvrtc.compile_kernel(EMPTY, "empty", (), shared, device, cluster)
+            room.append((cluster, cluster * kernel.most_clusters(32 * max(REGISTERS))))
+    return tuple(room)
 
 
 def refuses(cell: Cell, inputs: Tensor, weights: Weights) -> str | None:
@@ -364,9 +388,12 @@ def prepare(problem: Problem, mask: bool, direction: str) -> tuple[nvrtc.Kernel,
         raise TypeError("a problem that was refused")
     launch = plan.forward if direction == "forward" else plan.backward
     macros = _macros(problem, plan, launch, mask, direction == "backward")
-    kernel = nvrtc.compile_kernel(SOURCE, f"recurrence_{direction}", macros, launch.shared, problem.device)
+    kernel = nvrtc.compile_kernel(
+        SOURCE, f"recurrence_{direction}", macros, launch.shared, problem.device, launch.cluster
+    )
     values = plan.slices * plan.units * (len(problem.cell.recurrent_gates) if direction == "backward" else 1)
-    published = 4 * plan.groups * plan.rows * -(-values * problem.dtype.itemsize // 64) * 64
+    row = launch.cluster * -(-values // launch.cluster * problem.dtype.itemsize // 64) * 64
+    published = 4 * plan.groups * plan.rows * row
     exchanged = 2 * plan.blocks * plan.rows * 16 if problem.norm else 0
     return kernel, launch.warps * 32, (published + exchanged) // 4
 
@@ -398,6 +425,7 @@ def _macros(
         ("ROWS", plan.rows),
         ("BACKWARD", int(backward)),
         ("WARPS", launch.warps),
+        ("CLUSTER", launch.cluster),
         ("VECTORS", launch.vectors),
         ("MAX_PASS_TILES", launch.pass_tiles),
         ("FOLD", int(launch.fold)),

@@ -57,13 +57,13 @@ def test_odd_sizes(steps, batch, size, dtype, layer_norm):
 
 @pytest.fixture
 def spread(monkeypatch):
-    """Have plans of so many groups, each of up to so many rows, whatever the batch."""
+    """Have plans of so many groups, each of up to so many rows, whatever the batch, with clusters of a given size."""
 
-    def force(groups, rows):
+    def force(groups, rows, cluster):
         def plan_for(problem):
             return persistent.make_plan.__wrapped__(
                 len(problem.cell.recurrent_gates), problem.size, 8 * groups, problem.dtype.itemsize, problem.norm,
-                multiprocessors=80, shared=99_000,
+                room=((cluster, 80),), shared=99_000,
             )  # fmt: skip
 
         monkeypatch.setattr(persistent, "plan_for", plan_for)
@@ -76,13 +76,15 @@ def spread(monkeypatch):
 
 @gpu
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize(("groups", "rows"), [(3, 8), (7, 20)])
+@pytest.mark.parametrize(("groups", "rows", "cluster"), [(3, 8, 1), (7, 20, 1), (1, 24, 2), (4, 20, 4), (2, 8, 8)])
 @pytest.mark.parametrize(("cell", "mask"), [("rkm_lstm", "none"), ("linear_kernel_gated", "mixed")])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("layer_norm", [False, True])
-def test_a_plan_takes_any_batch(spread, groups, rows, cell, mask, dtype, layer_norm):
+def test_a_plan_takes_any_batch(spread, groups, rows, cluster, cell, mask, dtype, layer_norm):
     """Among them such that leave groups without rows, and such that take up to four launches."""
-    spread(groups, rows)
+    if cluster > 1 and torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("clusters of blocks need compute capability 9.0")
+    spread(groups, rows, cluster)
     for batch in (*range(1, 10), 15, 17, 33, 49, 65, 81):
         compare(
             "persistent", device="cuda", dtype=dtype, cell=cell, layer_norm=layer_norm, mask=mask, steps=6, batch=batch,
@@ -131,19 +133,24 @@ def test_on_cpu_it_is_refused_by_name_and_passed_over_by_auto():
 
 @pytest.mark.parametrize("element", [2, 4])
 @pytest.mark.parametrize("norm", [False, True])
-def test_plans_never_ask_for_more_than_the_chip_has(element, norm):
-    multiprocessors, shared = 132, 232_448
+@pytest.mark.parametrize("room", [((1, 132),), ((1, 132), (2, 132), (4, 128), (8, 120))])
+def test_plans_never_ask_for_more_than_the_chip_has(element, norm, room):
+    shared = 232_448
     planned = 0
     for recurrent, size, batch in itertools.product((1, 2, 4), (1, 7, 64, 300, 650, 1150, 3000), (1, 20, 80, 999)):
-        plan = persistent.make_plan(recurrent, size, batch, element, norm, multiprocessors, shared)
+        plan = persistent.make_plan(recurrent, size, batch, element, norm, room, shared)
         if plan is None:
-            assert recurrent * size * size * element > 0.5 * multiprocessors * shared or size > 1000
+            assert recurrent * size * size * element > 0.5 * 132 * shared or size > 1000
             continue
         planned += 1
-        assert plan.groups * plan.slices <= multiprocessors
+        cluster = plan.backward.cluster
+        assert plan.forward.cluster == 1
+        assert plan.slices % cluster == 0
+        assert plan.groups * plan.slices <= dict(room)[cluster]
         assert max(plan.forward.shared, plan.backward.shared) <= shared
-        assert plan.units * plan.slices >= size > plan.units * (plan.slices - 2)
+        assert plan.units * plan.slices >= size > plan.units * (plan.slices - 2 * cluster)
         assert plan.units * plan.slices * element % 16 == 0
+        assert plan.units * plan.slices // cluster * recurrent * element % 16 == 0
         assert plan.units * element % (4 * plan.words) == 0
         assert plan.rows * plan.groups * plan.launches(batch) >= batch
     assert planned > 40
