@@ -135,6 +135,7 @@ class RKM(nn.Module):
         self.forget_bias, self.weight_dropout = forget_bias, weight_dropout
         self.bidirectional, self.batch_first, self.backend = bidirectional, batch_first, backend
         self.dropout = LockedDropout(dropout)
+        self._kinds = tuple(self._shapes(0))
         for layer in range(num_layers):
             for suffix in self._suffixes:
                 for name, shape in self._shapes(layer).items():
@@ -221,7 +222,8 @@ class RKM(nn.Module):
             raise RKMError(f"the input must be a tensor {wanted} with m = {self.input_size}, not {shape}")
         if self.batch_first:
             x = x.transpose(0, 1)
-        x = x.to(_autocast_dtype(x.device) or x.dtype)
+        autocast = _autocast_dtype(x.device)
+        x = x if autocast is None else x.to(autocast)
         keep = self._keep(x, padding_mask)
         hidden, cell, context = self._initial_state(x, state)
         contexts: list[Tensor] = []
@@ -239,7 +241,7 @@ class RKM(nn.Module):
             for direction, suffix in enumerate(self._suffixes):
                 i = layer * len(self._suffixes) + direction
                 h, c = (None, None) if hidden is None or cell is None else (hidden[i], cell[i])
-                output, *final = self._direction(f"l{layer}{suffix}", x, h, c, before, keep)
+                output, *final = self._direction(f"l{layer}{suffix}", x, h, c, before, keep, autocast)
                 outputs.append(output)
                 hiddens.append(final[0])
                 cells.append(final[1])
@@ -249,36 +251,36 @@ class RKM(nn.Module):
 
     def _direction(
         self, name: str, x: Tensor, hidden: Tensor | None, cell: Tensor | None, context: Tensor | None,
-        keep: Tensor | None,
+        keep: Tensor | None, autocast: torch.dtype | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         reverse = name.endswith("_reverse")
         if reverse:
             x, context = x.flip(0), None
             keep = None if keep is None else keep.flip(0)
         inputs = extend(x, self.ngram, self.ngram_padding, context)
-        weights = self._weights(name, _autocast_dtype(x.device))
+        weights = self._weights(name, autocast)
         # An exported program can hold PyTorch's own operations alone.
         backend = "reference" if self.backend == "auto" and _is_exporting() else self.backend
-        with torch.autocast(x.device.type, enabled=False) if _autocast_dtype(x.device) else nullcontext():
+        with nullcontext() if autocast is None else torch.autocast(x.device.type, enabled=False):
             output, *final = recurrence(self._cell, inputs, weights, self.hidden_size, hidden, cell, keep, backend)
         return output.flip(0) if reverse else output, *final
 
     def _weights(self, name: str, dtype: torch.dtype | None) -> Weights:
         """The tensors of one layer and direction; matrices and biases in ``dtype``, autocast's, if there is one."""
-        given = {kind: getattr(self, f"{kind}_{name}", None) for kind in ("weight_ih", "weight_hh", "bias")}
-        tensors = {kind: value.to(dtype or value.dtype) for kind, value in given.items() if value is not None}
+        own: dict[str, Tensor] = {kind: getattr(self, f"{kind}_{name}") for kind in self._kinds}
+        if dtype is not None:
+            own.update((kind, own[kind].to(dtype)) for kind in ("weight_ih", "weight_hh", "bias") if kind in own)
         if self.weight_dropout:
-            dropped = "weight_hh" if "weight_hh" in tensors else "weight_ih"
-            tensors[dropped] = F.dropout(tensors[dropped], self.weight_dropout, self.training)
-        sigma_i, sigma_f = getattr(self, f"sigma_i_logit_{name}", None), getattr(self, f"sigma_f_logit_{name}", None)
+            dropped = "weight_hh" if "weight_hh" in own else "weight_ih"
+            own[dropped] = F.dropout(own[dropped], self.weight_dropout, self.training)
         return Weights(
-            input=tensors["weight_ih"],
-            recurrent=tensors.get("weight_hh"),
-            bias=tensors.get("bias"),
-            norm_weight=getattr(self, f"norm_weight_{name}", None),
-            norm_bias=getattr(self, f"norm_bias_{name}", None),
-            sigma_i=self.sigma_i2 if sigma_i is None else torch.sigmoid(sigma_i),
-            sigma_f=self.sigma_f2 if sigma_f is None else torch.sigmoid(sigma_f),
+            input=own["weight_ih"],
+            recurrent=own.get("weight_hh"),
+            bias=own.get("bias"),
+            norm_weight=own.get("norm_weight"),
+            norm_bias=own.get("norm_bias"),
+            sigma_i=torch.sigmoid(own["sigma_i_logit"]) if "sigma_i_logit" in own else self.sigma_i2,
+            sigma_f=torch.sigmoid(own["sigma_f_logit"]) if "sigma_f_logit" in own else self.sigma_f2,
         )
 
     def _keep(self, x: Tensor, padding_mask: Tensor | None) -> Tensor | None:

@@ -1,4 +1,4 @@
-// Copy matrices to rows of whole 16 bytes: up to three at once, so that a layer takes one launch.
+// Copy matrices to rows of whole 16 bytes, or back: up to three at once, so that a layer takes one launch each way.
 //
 // ops/alignment.py compiles this with ELEMENT, the bytes of an element, as a macro.
 
@@ -34,10 +34,37 @@ __device__ __forceinline__ void align(const Stored* from, uint4* to, u64 rows, u
     }
 }
 
+// The other way: what fills the rows up is left out.
+__device__ __forceinline__ void unalign(const uint4* from, Stored* to, u64 rows, u32 size) {
+    if (!to) return;
+    const u32 width = (size + LANE_ELEMENTS - 1) / LANE_ELEMENTS;
+    for (u64 i = blockIdx.x * u64(blockDim.x) + threadIdx.x; i < rows * width; i += gridDim.x * u64(blockDim.x)) {
+        const u32 column = i % width * LANE_ELEMENTS;
+        Stored* at = to + i / width * size + column;
+        union { uint4 v; Stored e[LANE_ELEMENTS]; u32 words[4]; } packed;
+        packed.v = from[i];
+        if (size * ELEMENT % 4 == 0) {
+            for (u32 w = 0; w < 4; ++w)
+                if (column * ELEMENT + w * 4 < size * ELEMENT) ((u32*)at)[w] = packed.words[w];
+        } else {
+            for (u32 e = 0; e < LANE_ELEMENTS; ++e)
+                if (column + e < size) at[e] = packed.e[e];
+        }
+    }
+}
+
 extern "C" __global__ void align_rows(
     const Stored* from0, uint4* to0, u64 rows0, u32 size0, const Stored* from1, uint4* to1, u64 rows1, u32 size1,
     const Stored* from2, uint4* to2, u64 rows2, u32 size2) {
     align(from0, to0, rows0, size0);
     align(from1, to1, rows1, size1);
     align(from2, to2, rows2, size2);
+}
+
+extern "C" __global__ void unalign_rows(
+    const uint4* from0, Stored* to0, u64 rows0, u32 size0, const uint4* from1, Stored* to1, u64 rows1, u32 size1,
+    const uint4* from2, Stored* to2, u64 rows2, u32 size2) {
+    unalign(from0, to0, rows0, size0);
+    unalign(from1, to1, rows1, size1);
+    unalign(from2, to2, rows2, size2);
 }

@@ -6,6 +6,7 @@ copied for the product's time only, on a GPU all matrices of a pass in one launc
 """
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -32,9 +33,17 @@ def align_rows(*matrices: Tensor) -> list[Tensor]:
     if not matrices[0].is_cuda or nvrtc.available() is not None:
         return [F.pad(m, (0, p)) if p else m for m, p in zip(matrices, padding, strict=True)]
     results = [m.new_empty(*m.shape[:-1], m.size(-1) + p) if p else m for m, p in zip(matrices, padding, strict=True)]
-    pairs = [(m, r) for m, r, p in zip(matrices, results, padding, strict=True) if p]
-    for start in range(0, len(pairs), AT_ONCE):
-        _launch(pairs[start : start + AT_ONCE])
+    _launch("align_rows", [(m, r, m.size(-1)) for m, r, p in zip(matrices, results, padding, strict=True) if p])
+    return results
+
+
+def unalign_rows(matrices: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
+    """What :func:`align_rows` was given, from its results and the numbers of columns; on a GPU contiguous."""
+    if not matrices or not matrices[0][0].is_cuda or nvrtc.available() is not None:
+        return [m if m.size(-1) == size else m[..., :size] for m, size in matrices]
+    results = [m if m.size(-1) == size else m.new_empty(*m.shape[:-1], size) for m, size in matrices]
+    pairs = zip(matrices, results, strict=True)
+    _launch("unalign_rows", [(m, result, size) for (m, size), result in pairs if result is not m])
     return results
 
 
@@ -51,20 +60,18 @@ def align(inputs: Tensor, weight: Tensor, *others: Tensor) -> list[Tensor]:
     return [inputs, weight.flatten(1), *others_aligned]
 
 
-def unalign(weight: Tensor, size: int, aligned: int) -> Tensor:
-    """A weight ``(G, n * aligned)`` without the columns that :func:`align` added, ``(G, n * size)``."""
-    return weight if aligned == size else weight.unflatten(1, (-1, aligned))[..., :size].flatten(1)
-
-
-def _launch(pairs: list[tuple[Tensor, Tensor]]) -> None:
-    first = pairs[0][0]
-    contiguous = [source.contiguous() for source, _ in pairs]
-    arguments: list[Tensor | int | None] = []
-    for source, (_, result) in zip(contiguous, pairs, strict=True):
-        arguments += [source, result, source.numel() // source.size(-1), source.size(-1)]
-    arguments += [None, None, 0, 0] * (AT_ONCE - len(pairs))
-    kernel = nvrtc.compile_kernel(SOURCE, "align_rows", (("ELEMENT", first.element_size()),), 0, first.device.index)
-    kernel.launch(BLOCKS_EACH * _multiprocessors(first.device.index), THREADS, *arguments)
+def _launch(name: str, copies: list[tuple[Tensor, Tensor, int]]) -> None:
+    """Copy each first tensor to the second, as many of their columns as the number says."""
+    for start in range(0, len(copies), AT_ONCE):
+        part = copies[start : start + AT_ONCE]
+        sources = [source.contiguous() for source, _, _ in part]
+        arguments: list[Tensor | int | None] = []
+        for source, (_, result, size) in zip(sources, part, strict=True):
+            arguments += [source, result, source.numel() // source.size(-1), size]
+        arguments += [None, None, 0, 0] * (AT_ONCE - len(part))
+        first = sources[0]
+        kernel = nvrtc.compile_kernel(SOURCE, name, (("ELEMENT", first.element_size()),), 0, first.device.index)
+        kernel.launch(BLOCKS_EACH * _multiprocessors(first.device.index), THREADS, *arguments)
 
 
 @functools.cache

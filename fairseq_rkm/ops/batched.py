@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fairseq_rkm.ops.alignment import align, unalign
+from fairseq_rkm.ops.alignment import align, unalign_rows
 from fairseq_rkm.ops.cells import CANDIDATE, FORGET, INPUT, OUTPUT, Cell
 from fairseq_rkm.ops.ngram import last_real_step, project, project_backward
 from fairseq_rkm.ops.weights import LAYER_NORM_EPS, Weights
@@ -328,13 +328,16 @@ def parameter_gradients(
     fed = [hidden[:-1]] if weights.recurrent is not None and wanted["recurrent"] else []
     aligned, matrix, *fed = align(inputs, weights.input, *fed)
     grad_inputs, grad_matrix = project_backward(narrow, aligned, matrix, wanted["inputs"], wanted["input"])
+    padded: dict[str, tuple[Tensor, int]] = {}
     if grad_inputs is not None:
-        grads["inputs"] = grad_inputs[..., : inputs.size(2)]
+        padded["inputs"] = grad_inputs, inputs.size(2)
     if grad_matrix is not None:
-        grads["input"] = unalign(grad_matrix, inputs.size(2), aligned.size(2))
+        padded["input"] = grad_matrix.unflatten(1, (-1, aligned.size(2))), inputs.size(2)
     for before in fed:
         fed_back = narrow[..., recurrent_slice(cell, size)].flatten(0, 1)
-        grads["recurrent"] = unalign(fed_back.t() @ before.flatten(0, 1), size, before.size(2))
+        padded["recurrent"] = fed_back.t() @ before.flatten(0, 1), size
+    for name, grad in zip(padded, unalign_rows(list(padded.values())), strict=True):
+        grads[name] = grad.flatten(1) if name == "input" else grad
     if wanted["bias"]:
         grads["bias"] = grad_gates.sum((0, 1)).to(inputs.dtype)
     if (wanted["sigma_i"] or wanted["sigma_f"]) and "sigma_i" not in known:

@@ -65,10 +65,9 @@ class Kernel:
         values = [a if isinstance(a, int) else 0 if a is None else a.data_ptr() for a in arguments]
         block = _arguments(len(values))
         block.values[:] = values  # type: ignore[assignment]
-        stream = torch.cuda.current_stream(self.device).cuda_stream
-        configuration = ctypes.byref(self._configuration(blocks, threads, stream))
+        configuration = self._configuration(blocks, threads, torch.cuda.current_stream(self.device).cuda_stream)
         with nullcontext() if torch.cuda.current_device() == self.device else torch.cuda.device(self.device):
-            _check(_driver().cuLaunchKernelEx(configuration, self.function, block.pointers, None))
+            _check(_driver().cuLaunchKernelEx(ctypes.byref(configuration), self.function, block.pointers, None))
 
 
 class _Arguments:

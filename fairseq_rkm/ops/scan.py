@@ -67,7 +67,8 @@ class _Scan(torch.autograd.Function):
         memories = gates.new_empty(steps + 1, batch, size, dtype=memory_dtype(gates.dtype))
         output = gates.new_empty(steps, batch, size)
         moments = None
-        given: tuple[Tensor, ...] = (_or(memory, memories), memories, output)
+        last_output, last_memory = gates.new_empty(batch, size), memories.new_empty(batch, size)
+        given: tuple[Tensor, ...] = (_or(memory, memories), memories, output, last_output, last_memory)
         flags: dict[str, Any] = {"HAS_FIRST": memory is not None}
         if weights.norm_weight is not None and weights.norm_bias is not None:
             moments = memories.new_empty(steps, batch, 2)
@@ -78,7 +79,7 @@ class _Scan(torch.autograd.Function):
         ctx.save_for_backward(keep, inputs, gates, memories, moments, *weights.tensors())
         ctx.set_materialize_grads(False)
         if keep is None:
-            return output, output[-1].clone(), memories[-1].clone()
+            return output, last_output, last_memory
         last = last_real_step(keep).view(1, -1, 1).expand(1, batch, size)
         first = output.new_zeros(1, batch, size) if hidden is None else hidden.unsqueeze(0)
         return output, torch.cat([first, output]).gather(0, last)[0], memories.gather(0, last)[0]

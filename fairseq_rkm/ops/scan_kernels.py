@@ -51,12 +51,15 @@ def _activate(
 
 @triton.jit
 def forward(
-    gates, first_memory, memory, output, keep, scale_i, scale_f, steps, batch, size,
+    gates, first_memory, memory, output, last_output, last_memory, keep, scale_i, scale_f, steps, batch, size,
     GATES: tl.constexpr, INPUT: tl.constexpr, FORGET: tl.constexpr, OUTPUT: tl.constexpr, HAS_MEMORY: tl.constexpr,
     SQUASH_CANDIDATE: tl.constexpr, SQUASH_OUTPUT: tl.constexpr, MASK: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, HAS_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """All ``c_t``, ``(T + 1, B, d)``, and ``h_t`` from ``W X + b``, ``(T, B, GATES * d)``, and ``c_0``."""
+    """All ``c_t``, ``(T + 1, B, d)``, and ``h_t`` from ``W X + b``, ``(T, B, GATES * d)``, and ``c_0``.
+
+    Without a mask also what the last step has, ``(B, d)``.
+    """
     row = tl.program_id(0)
     units = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = units < size
@@ -92,6 +95,10 @@ def forward(
         if OUTPUT >= 0:
             h = h * _gate(gates, place, mask, OUTPUT, size, WIDE)
         tl.store(output + at * size + units[None, :], tl.where(real, h, 0.0), mask=mask)
+        if not MASK:
+            last = row * size + units[None, :] + (t * 0)[:, None]
+            tl.store(last_output + last, h, mask=mask & (t == steps - 1)[:, None])
+            tl.store(last_memory + last, c, mask=mask & (t == steps - 1)[:, None])
 
 
 @triton.jit
@@ -195,7 +202,8 @@ def _gates_of_step(
 
 @triton.jit
 def normed_forward(
-    gates, first_memory, memory, output, moments, gain, shift, keep, scale_i, scale_f, steps, batch, size,
+    gates, first_memory, memory, output, last_output, last_memory, moments, gain, shift, keep, scale_i, scale_f, steps,
+    batch, size,
     GATES: tl.constexpr, INPUT: tl.constexpr, FORGET: tl.constexpr, OUTPUT: tl.constexpr,
     SQUASH_CANDIDATE: tl.constexpr, SQUASH_OUTPUT: tl.constexpr, MASK: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_D: tl.constexpr, HAS_FIRST: tl.constexpr, EPSILON: tl.constexpr,
@@ -242,6 +250,9 @@ def normed_forward(
         c = new
         tl.store(memory + (at + batch) * size + units, c, mask=inside)
         tl.store(output + at * size + units, h, mask=inside)
+        if not MASK:
+            tl.store(last_output + row * size + units, h, mask=inside & (t == steps - 1))
+            tl.store(last_memory + row * size + units, c, mask=inside & (t == steps - 1))
         candidate, i, f, o = next_candidate, next_i, next_f, next_o
 
 

@@ -31,8 +31,10 @@ class Weights(NamedTuple):
 
     def widen(self, dtype: torch.dtype) -> "Weights":
         """The same with the layer norm's and the scales' tensors, which act on the memory, in the memory's type."""
-        acting = ((name, v) for name, v in self._asdict().items() if name.startswith(("norm", "sigma")))
-        return self._replace(**{name: value.to(dtype) for name, value in acting if torch.is_tensor(value)})
+        acting = {"norm_weight": self.norm_weight, "norm_bias": self.norm_bias, "sigma_i": self.sigma_i}
+        acting["sigma_f"] = self.sigma_f
+        narrow = {name: v.to(dtype) for name, v in acting.items() if isinstance(v, Tensor) and v.dtype != dtype}
+        return self._replace(**narrow) if narrow else self
 
     def numbers(self) -> dict[str, float]:
         """The fields that are plain numbers."""

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fairseq_rkm.ops.alignment import align, align_rows, unalign
+from fairseq_rkm.ops.alignment import align, align_rows, unalign_rows
 
 HAS_GPU = torch.cuda.is_available()
 gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA GPU")
@@ -23,11 +23,11 @@ def test_each_input_s_part_of_a_weight_is_aligned():
     assert torch.equal(aligned_other, F.pad(other, (0, 1)))
 
 
-def test_unalign_undoes_what_align_does_to_a_weight():
-    weight = torch.randn(4, 3 * 5)
-    aligned = F.pad(weight.unflatten(1, (3, 5)), (0, 3)).flatten(1)
-    assert torch.equal(unalign(aligned, 5, 8), weight)
-    assert unalign(weight, 5, 5) is weight
+def test_unalign_undoes_what_align_does():
+    matrices = [torch.randn(4, 3, 5), torch.randn(2, 8), torch.randn(6, 7)]
+    back = unalign_rows([(m, matrix.size(-1)) for m, matrix in zip(align_rows(*matrices), matrices, strict=True)])
+    assert all(torch.equal(given, matrix) for given, matrix in zip(back, matrices, strict=True))
+    assert back[1] is matrices[1]
 
 
 @gpu
@@ -41,3 +41,15 @@ def test_rows_are_filled_up_with_zeros(dtype):
         wanted = F.pad(matrix, (0, -matrix.size(-1) % (16 // matrix.element_size())))
         assert given.size(-1) * given.element_size() % 16 == 0
         assert torch.equal(given, wanted)
+
+
+@gpu
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_rows_get_back_what_they_were_without_a_view(dtype):
+    shapes = [(1, 1), (3, 2, 7), (5, 16), (1000, 1150), (7, 301), (70, 20, 63)]
+    matrices = [torch.randn(*shape, device="cuda").to(dtype) for shape in shapes]
+    aligned = zip(align_rows(*matrices), (shape[-1] for shape in shapes), strict=True)
+    for given, matrix in zip(unalign_rows(list(aligned)), matrices, strict=True):
+        assert given.is_contiguous()
+        assert torch.equal(given, matrix)
