@@ -221,6 +221,7 @@ def normed_forward(
     g = tl.load(gain + units, mask=inside, other=0.0)
     b = tl.load(shift + units, mask=inside, other=0.0)
     start = row * 0
+    h = c
     candidate, i, f, o = _gates_of_step(
         gates, start, steps, batch, row, size, units, inside, s_i, s_f,
         GATES, INPUT, FORGET, OUTPUT, SQUASH_CANDIDATE, WIDE,
@@ -250,10 +251,10 @@ def normed_forward(
         c = new
         tl.store(memory + (at + batch) * size + units, c, mask=inside)
         tl.store(output + at * size + units, h, mask=inside)
-        if not MASK:
-            tl.store(last_output + row * size + units, h, mask=inside & (t == steps - 1))
-            tl.store(last_memory + row * size + units, c, mask=inside & (t == steps - 1))
         candidate, i, f, o = next_candidate, next_i, next_f, next_o
+    if not MASK:
+        tl.store(last_output + row * size + units, h, mask=inside)
+        tl.store(last_memory + row * size + units, c, mask=inside)
 
 
 @triton.jit
