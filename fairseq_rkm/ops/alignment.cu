@@ -1,4 +1,5 @@
-// Copy matrices to rows of whole 16 bytes, or back: up to three at once, so that a layer takes one launch each way.
+// Copy matrices to rows of whole 16 bytes, or back: up to three at once, so that a layer takes one launch each way. On the
+// way there, what ops/persistent.cu publishes in is marked as missing.
 //
 // ops/alignment.py compiles this with ELEMENT, the bytes of an element, as a macro.
 
@@ -55,10 +56,12 @@ __device__ __forceinline__ void unalign(const uint4* from, Stored* to, u64 rows,
 
 extern "C" __global__ void align_rows(
     const Stored* from0, uint4* to0, u64 rows0, u32 size0, const Stored* from1, uint4* to1, u64 rows1, u32 size1,
-    const Stored* from2, uint4* to2, u64 rows2, u32 size2) {
+    const Stored* from2, uint4* to2, u64 rows2, u32 size2, u32* missing, u64 words) {
     align(from0, to0, rows0, size0);
     align(from1, to1, rows1, size1);
     align(from2, to2, rows2, size2);
+    for (u64 i = blockIdx.x * u64(blockDim.x) + threadIdx.x; i < words; i += gridDim.x * u64(blockDim.x))
+        missing[i] = 0xffffffffu;
 }
 
 extern "C" __global__ void unalign_rows(

@@ -21,19 +21,26 @@ AT_ONCE, THREADS, BLOCKS_EACH = 3, 256, 4
 """Matrices and threads of a launch, and its blocks for each multiprocessor, which are all resident at once."""
 
 
-def align_rows(*matrices: Tensor) -> list[Tensor]:
+def align_rows(*matrices: Tensor, missing: Tensor | None = None) -> list[Tensor]:
     """Each matrix with zero columns up to aligned rows: itself if it has them.
 
     Args:
         matrices: ``(..., n)`` of one dtype.
+        missing: of int32, to be filled with -1 along the way.
     """
     padding = [-m.size(-1) % ((GPU_BYTES if m.is_cuda else CPU_BYTES) // m.element_size()) for m in matrices]
+    one_launch = any(padding) and matrices[0].is_cuda and nvrtc.available() is None
+    if missing is not None and not one_launch:
+        missing.fill_(-1)
     if not any(padding):
         return list(matrices)
-    if not matrices[0].is_cuda or nvrtc.available() is not None:
+    if not one_launch:
         return [F.pad(m, (0, p)) if p else m for m, p in zip(matrices, padding, strict=True)]
     results = [m.new_empty(*m.shape[:-1], m.size(-1) + p) if p else m for m, p in zip(matrices, padding, strict=True)]
-    _launch("align_rows", [(m, r, m.size(-1)) for m, r, p in zip(matrices, results, padding, strict=True) if p])
+    copies = [(m, r, m.size(-1)) for m, r, p in zip(matrices, results, padding, strict=True) if p]
+    _launch("align_rows", copies[:AT_ONCE], missing, 0 if missing is None else missing.numel())
+    if copies[AT_ONCE:]:
+        _launch("align_rows", copies[AT_ONCE:], None, 0)
     return results
 
 
@@ -42,36 +49,38 @@ def unalign_rows(matrices: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
     if not matrices or not matrices[0][0].is_cuda or nvrtc.available() is not None:
         return [m if m.size(-1) == size else m[..., :size] for m, size in matrices]
     results = [m if m.size(-1) == size else m.new_empty(*m.shape[:-1], size) for m, size in matrices]
-    pairs = zip(matrices, results, strict=True)
-    _launch("unalign_rows", [(m, result, size) for (m, size), result in pairs if result is not m])
+    copies = [(m, result, size) for (m, size), result in zip(matrices, results, strict=True) if result is not m]
+    for start in range(0, len(copies), AT_ONCE):
+        _launch("unalign_rows", copies[start : start + AT_ONCE])
     return results
 
 
-def align(inputs: Tensor, weight: Tensor, *others: Tensor) -> list[Tensor]:
+def align(inputs: Tensor, weight: Tensor, *others: Tensor, missing: Tensor | None = None) -> list[Tensor]:
     """:func:`align_rows` of extended inputs ``(T + n - 1, B, m)``, of each input's part of their weight, and of others.
 
     Args:
         inputs: m columns.
         weight: ``(G, n * m)``; the result is ``(G, n * m')``, m' being m rounded up.
         others: ``(..., n)``.
+        missing: as for :func:`align_rows`.
     """
     size = inputs.size(-1)
-    inputs, weight, *others_aligned = align_rows(inputs, weight.unflatten(1, (-1, size)), *others)
+    if weight.size(1) == size:
+        return align_rows(inputs, weight, *others, missing=missing)
+    inputs, weight, *others_aligned = align_rows(inputs, weight.unflatten(1, (-1, size)), *others, missing=missing)
     return [inputs, weight.flatten(1), *others_aligned]
 
 
-def _launch(name: str, copies: list[tuple[Tensor, Tensor, int]]) -> None:
-    """Copy each first tensor to the second, as many of their columns as the number says."""
-    for start in range(0, len(copies), AT_ONCE):
-        part = copies[start : start + AT_ONCE]
-        sources = [source.contiguous() for source, _, _ in part]
-        arguments: list[Tensor | int | None] = []
-        for source, (_, result, size) in zip(sources, part, strict=True):
-            arguments += [source, result, source.numel() // source.size(-1), size]
-        arguments += [None, None, 0, 0] * (AT_ONCE - len(part))
-        first = sources[0]
-        kernel = nvrtc.compile_kernel(SOURCE, name, (("ELEMENT", first.element_size()),), 0, first.device.index)
-        kernel.launch(BLOCKS_EACH * _multiprocessors(first.device.index), THREADS, *arguments)
+def _launch(name: str, copies: list[tuple[Tensor, Tensor, int]], *more: Tensor | int | None) -> None:
+    """Copy each first tensor to the second, as many of their columns as the number says; ``more`` arguments follow."""
+    sources = [source.contiguous() for source, _, _ in copies]
+    arguments: list[Tensor | int | None] = []
+    for source, (_, result, size) in zip(sources, copies, strict=True):
+        arguments += [source, result, source.numel() // source.size(-1), size]
+    arguments += [None, None, 0, 0] * (AT_ONCE - len(copies))
+    index = sources[0].device.index
+    kernel = nvrtc.compile_kernel(SOURCE, name, (("ELEMENT", sources[0].element_size()),), 0, index)
+    kernel.launch(BLOCKS_EACH * _multiprocessors(index), THREADS, *arguments, *more)
 
 
 @functools.cache

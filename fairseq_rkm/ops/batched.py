@@ -308,6 +308,7 @@ class _Backward:
 def parameter_gradients(
     cell: Cell, weights: Weights, inputs: Tensor, hidden: Tensor, memory: Tensor, gates: Tensor,
     grad_gates: Tensor, known: Mapping[str, Tensor | None], needs: tuple[bool, ...],
+    operands: list[Tensor] | None = None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The gradients of the inputs and, in the order of :class:`Weights`, of its fields: one product each.
 
@@ -321,12 +322,12 @@ def parameter_gradients(
         grad_gates: the gradients of the pre-activations, likewise.
         known: the gradients, by field, that the loop over time came by: the layer norm's, and maybe the scales'.
         needs: which of the results are wanted; the others are None.
+        operands: what :func:`product_operands` gives, if it is there already.
     """
     size, narrow = hidden.size(2), grad_gates.to(inputs.dtype)
     wanted = dict(zip(("inputs", *Weights._fields), needs, strict=True))
     grads: dict[str, Tensor | None] = {**dict.fromkeys(wanted), **known}
-    fed = [hidden[:-1]] if weights.recurrent is not None and wanted["recurrent"] else []
-    aligned, matrix, *fed = align(inputs, weights.input, *fed)
+    aligned, matrix, *fed = operands or product_operands(weights, inputs, hidden, wanted["recurrent"])
     grad_inputs, grad_matrix = project_backward(narrow, aligned, matrix, wanted["inputs"], wanted["input"])
     padded: dict[str, tuple[Tensor, int]] = {}
     if grad_inputs is not None:
@@ -346,6 +347,17 @@ def parameter_gradients(
             grad_gates[..., block].to(memory.dtype), gates[..., block].to(memory.dtype), memory[:-1], weights.sigma_i
         )
     return tuple(grads[name] if wanted[name] else None for name in wanted)
+
+
+def product_operands(
+    weights: Weights, inputs: Tensor, hidden: Tensor, need_recurrent: bool, missing: Tensor | None = None
+) -> list[Tensor]:
+    """Inputs, their weight and, if its gradient is wanted, what ``U`` was multiplied with, all in aligned rows.
+
+    ``missing`` is as for :func:`fairseq_rkm.ops.alignment.align_rows`.
+    """
+    fed = [hidden[:-1]] if weights.recurrent is not None and need_recurrent else []
+    return align(inputs, weights.input, *fed, missing=missing)
 
 
 def sigma_gradients(

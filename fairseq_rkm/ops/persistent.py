@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fairseq_rkm.ops import nvrtc
-from fairseq_rkm.ops.batched import parameter_gradients
+from fairseq_rkm.ops.batched import parameter_gradients, product_operands
 from fairseq_rkm.ops.cells import FORGET, INPUT, OUTPUT, Cell
 from fairseq_rkm.ops.ngram import project
 from fairseq_rkm.ops.weights import LAYER_NORM_EPS, Weights
@@ -28,15 +28,15 @@ CLUSTERS = (2, 4, 8)
 REGISTERS = {8: 255, 16: 128}
 """What a thread can have, by the number of warps in a block."""
 COST = {
-    ("forward", 8): (0.27, 0.12, 0.61, 0.28, 0.56, 0.19, 0.0, 1.03),
-    ("forward", 16): (0.0, 0.0, 1.06, 0.49, 0.0, 0.35, 0.0, 1.7),
-    ("backward", 8): (1.31, 0.39, 0.16, 0.57, 0.0, 0.19, 0.41, 0.16),
-    ("backward", 16): (1.1, 0.84, 0.0, 0.91, 0.0, 0.09, 0.66, 0.0),
+    ("forward", 8): (0.17, 0.07, 0.69, 0.3, 0.54, 0.23, 1.16, 0.0, 0.0),
+    ("forward", 16): (0.0, 0.0, 1.28, 0.0, 0.4, 0.34, 1.75, 0.0, 0.0),
+    ("backward", 8): (0.96, 0.34, 0.31, 0.46, 0.4, 0.24, 0.0, 0.3, 0.28),
+    ("backward", 16): (0.95, 0.91, 0.34, 0.44, 0.4, 0.09, 0.0, 0.3, 0.28),
 }
 """Microseconds of a step, by kernel and warps, for each of: one step; ten products of 16 x 8 x a chunk in a warp; ten
-tiles of 16 x 8 sums; a (unit, row) pair of a thread; a pass; 1 MB that all blocks fetch; a thousand sums that a block
-hands its cluster; a round of fetching, with as much under way as registers allow. From 480 measurements on an H100
-(d 256 to 1150, B 8 to 256, both widths of elements); within some 6%, in the median."""
+tiles of 16 x 8 sums; a (unit, row) pair of a thread; a pass; 1 MB that all blocks fetch; a round of fetching, with as
+much under way as registers allow; where there are clusters, a pass, and a thousand sums that a block hands over in it.
+From 480 measurements on an H100 (d 256 to 1150, B 8 to 256, both widths of elements); within some 6%, in the median."""
 
 
 class Launch(NamedTuple):
@@ -194,10 +194,11 @@ def _time(work: _Work, launch: Launch) -> float:
     items, passes = _items(work, launch.warps, launch.pass_tiles), -(-tiles // launch.pass_tiles)
     share = -(-chunks // launch.warps)
     fetched = work.blocks * work.rows * chunks * 64
-    handed = work.m * work.rows if work.cluster > 1 else 0
     rounds = -(-share // min(share, launch.vectors // tiles))
+    clusters = work.cluster > 1
     amounts = (
-        1, share * m_tiles * tiles / 10, m_tiles * tiles / 10, items, passes, fetched / 1e6, handed / 1e3, rounds
+        1, share * m_tiles * tiles / 10, m_tiles * tiles / 10, items, passes, fetched / 1e6, rounds,
+        clusters * passes, clusters * work.m * work.rows / 1e3,
     )  # fmt: skip
     cost = COST[work.name, launch.warps]
     return sum(c * a for c, a in zip(cost, amounts, strict=True)) + 1.5 * work.norm
@@ -292,8 +293,10 @@ class _Persistent(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         weights = Weights(*tensors)
         ctx.problem = Problem.of(cell, inputs, weights)
-        gates = project(inputs, weights.input, weights.bias)
-        run = _Launches(ctx.problem, weights, keep).forward(gates, hidden, memory)
+        launches = _Launches(ctx.problem, weights, keep)
+        workspace = launches.workspace("forward", inputs.size(1))
+        gates = project(inputs, weights.input, weights.bias, missing=workspace)
+        run = launches.forward(gates, hidden, memory, workspace)
         ctx.numbers = weights.numbers()
         ctx.save_for_backward(keep, inputs, gates, run.hiddens, run.memories, run.moments, *weights.tensors())
         ctx.set_materialize_grads(False)
@@ -307,16 +310,19 @@ class _Persistent(torch.autograd.Function):
     ) -> tuple[Any, ...]:
         keep, inputs, gates, hidden, memory, moments, *tensors = ctx.saved_tensors
         problem, weights = ctx.problem, Weights(*tensors)._replace(**ctx.numbers)
-        launches = _Launches(problem, weights, keep)
-        grad = launches.backward(gates, memory, moments, grad_output, grad_hidden, grad_memory)
         _, _, need_inputs, need_hidden, need_memory, *need_weights = ctx.needs_input_grad
+        launches = _Launches(problem, weights, keep)
+        workspace = launches.workspace("backward", inputs.size(1))
+        operands = product_operands(weights, inputs, hidden, need_weights[1], workspace)
+        grad = launches.backward(gates, memory, moments, grad_output, grad_hidden, grad_memory, workspace)
         # The kernel leaves each row's share.
         shares = {"norm_weight": grad.gain, "norm_bias": grad.shift, "sigma_f": grad.scale_f}
         known = {name: None if share is None else share.sum(0) for name, share in shares.items()}
         known["sigma_i"] = None if grad.scale_i is None else grad.scale_i.sum()
         grad_inputs, *grads = parameter_gradients(
-            problem.cell, weights, inputs, hidden, memory, gates, grad.gates, known, (need_inputs, *need_weights)
-        )
+            problem.cell, weights, inputs, hidden, memory, gates, grad.gates, known, (need_inputs, *need_weights),
+            operands,
+        )  # fmt: skip
         first_hidden = grad.hidden.to(hidden.dtype) if need_hidden else None
         return None, None, grad_inputs, first_hidden, grad.memory if need_memory else None, *grads
 
@@ -363,7 +369,12 @@ class _Launches:
     def _scale(self, value: Tensor | float, count: int) -> Tensor:
         return torch.ones(count, device=self.device) * value
 
-    def forward(self, gates: Tensor, hidden: Tensor | None, memory: Tensor | None) -> _States:
+    def workspace(self, direction: str, batch: int) -> Tensor:
+        """Room for what a kernel publishes, for each launch, yet to be filled with -1: nothing is there."""
+        _, _, words = prepare(self.problem, self.keep is not None, direction)
+        return torch.empty(self.plan.launches(batch), words, dtype=torch.int32, device=self.device)
+
+    def forward(self, gates: Tensor, hidden: Tensor | None, memory: Tensor | None, workspace: Tensor) -> _States:
         """Turn ``W X + b`` into activated gates, in place; an initial state that is None is zero."""
         steps, batch, size = *gates.shape[:2], self.problem.size
         hiddens = gates.new_empty(steps + 1, batch, size)
@@ -373,12 +384,12 @@ class _Launches:
         first = (None if h is None else h.contiguous() for h in (hidden, memory))
         given = (self.recurrent, *first, last_hidden, last_memory, hiddens, memories)
         norm = (self.weights.norm_weight, self.weights.norm_bias, moments)
-        self._launch("forward", gates, given, norm)
+        self._launch("forward", gates, given, norm, workspace)
         return _States(hiddens, memories, last_hidden, last_memory, moments)
 
     def backward(
         self, gates: Tensor, memory: Tensor, moments: Tensor | None, grad_output: Tensor | None,
-        grad_hidden: Tensor | None, grad_memory: Tensor | None,
+        grad_hidden: Tensor | None, grad_memory: Tensor | None, workspace: Tensor,
     ) -> _Gradients:  # fmt: skip
         """The gradients of everything but weights and inputs; a gradient that is None is zero."""
         grad_output = None if grad_output is None else grad_output.contiguous()
@@ -389,21 +400,20 @@ class _Launches:
         shares = [torch.empty_like(first[0]) if want else None for want in wanted]
         given = (self.recurrent, memory, grad_output, *last, *first, grad_gates)
         norm = (self.weights.norm_weight, self.weights.norm_bias, moments, *shares)
-        self._launch("backward", gates, given, norm)
+        self._launch("backward", gates, given, norm, workspace)
         return _Gradients(grad_gates, first[0], first[1], *shares)
 
     def _launch(
-        self, direction: str, gates: Tensor, given: tuple[Tensor | None, ...], norm: tuple[Tensor | None, ...]
-    ) -> None:
+        self, direction: str, gates: Tensor, given: tuple[Tensor | None, ...], norm: tuple[Tensor | None, ...],
+        workspace: Tensor,
+    ) -> None:  # fmt: skip
         """Run a kernel on as many parts of the batch as it takes."""
         plan = self.plan
-        kernel, threads, words = prepare(self.problem, self.keep is not None, direction)
+        kernel, threads, _ = prepare(self.problem, self.keep is not None, direction)
         steps, batch, _ = gates.shape
-        launches, rows = plan.launches(batch), plan.rows_for(batch)
-        # All ones: nothing is there yet.
-        workspace = torch.full((launches, words), -1, dtype=torch.int32, device=self.device)
-        for i in range(launches):
-            part = workspace if launches == 1 else workspace[i]
+        rows = plan.rows_for(batch)
+        for i in range(workspace.size(0)):
+            part = workspace if workspace.size(0) == 1 else workspace[i]
             kernel.launch(
                 plan.blocks, threads, gates, *given, part, self.keep, *norm, self.scale_f, self.scale_i, steps,
                 i * plan.groups * rows, rows, batch,
