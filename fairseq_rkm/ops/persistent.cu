@@ -440,7 +440,7 @@ struct Block {
         const int slice_ = slice;
         stage_weights<M, K>(shared, [&](int row, int k) { return weight(slice_, row, k); });
         partial = (float*)(shared + M * WEIGHT_PITCH(K));
-        float* rest = partial + SLOTS * PASS_ROWS * PITCH(CEIL(M, 16));
+        [[maybe_unused]] float* rest = partial + SLOTS * PASS_ROWS * PITCH(CEIL(M, 16));
         part_size = size_t(ROWS) * CEIL(K, CHUNK) * CHUNK;
         buffer = GROUPS * CLUSTER * part_size;
         published = (Stored*)workspace + group * CLUSTER * part_size;
