@@ -159,14 +159,36 @@ __device__ __forceinline__ void stage_weights(uint4* staged, At at) {
     }
 }
 
+// A lane's part of the first HELD pairs of a chunk and a tile of weights in its warp's share, which stay in registers.
+typedef uint4 Held[HELD > 0 ? HELD : 1][2];
+
+// Where a lane's rows of a tile begin in shared memory. Rows beyond M repeat the last one; nobody reads their sums.
+template <int M, int K>
+__device__ __forceinline__ const uint4* lane_row(const uint4* staged, int m, int half) {
+    const int lane = threadIdx.x % 32;
+    return staged + min(m * 16 + half * 8 + lane / 4, M - 1) * WEIGHT_PITCH(K) + lane % 4;
+}
+
+template <int M, int K>
+__device__ __forceinline__ void hold_weights(Held& held, const uint4* staged) {
+    constexpr int chunks = CEIL(K, CHUNK), tiles = CEIL(M, 16), share = CEIL(chunks, WARPS);
+#pragma unroll
+    for (int pair = 0; pair < HELD; ++pair) {
+        const int chunk = threadIdx.x / 32 * share + pair / tiles;
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+            if (chunk < chunks) held[pair][half] = lane_row<M, K>(staged, pair % tiles, half)[chunk * 4];
+    }
+}
+
 // This warp's share of weights (M x K) times published^T (K x TILES * 8), in `sums`. A lane's 16 bytes are consecutive in
-// K, in the weights as in what is published: the order of K within a chunk does not matter to the product. Rows of a
-// tile beyond M repeat the last one; nobody reads their sums.
+// K, in the weights as in what is published: the order of K within a chunk does not matter to the product.
 template <int M, int K>
 __device__ __forceinline__ void product(
-    float (&sums)[CEIL(M, 16)][TILES][4], const uint4* staged, const Stored* published, int rows_here) {
+    float (&sums)[CEIL(M, 16)][TILES][4], const uint4* staged, const Held& held, const Stored* published, int rows_here) {
     constexpr int chunks = CEIL(K, CHUNK), tiles = CEIL(M, 16), stride = chunks * CHUNK, share = CEIL(chunks, WARPS);
     constexpr int depth = share * TILES <= VECTORS ? share : VECTORS / TILES > 0 ? VECTORS / TILES : 1;
+    static_assert(HELD == 0 || depth == share, "weights are held where all of a share is fetched at once");
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int first = warp * share, last = min(first + share, chunks);
 #pragma unroll
@@ -179,8 +201,7 @@ __device__ __forceinline__ void product(
 #pragma unroll
     for (int m = 0; m < tiles; ++m)
 #pragma unroll
-        for (int h = 0; h < 2; ++h)
-            rows[m][h] = staged + min(m * 16 + h * 8 + lane / 4, M - 1) * WEIGHT_PITCH(K) + lane % 4;
+        for (int h = 0; h < 2; ++h) rows[m][h] = lane_row<M, K>(staged, m, h);
     const int lane_k = lane % 4 * LANE_ELEMENTS;
     const Stored* mine = published + (lane / 4) * stride + lane_k;
     for (int start = first; start < last; start += depth) {
@@ -210,7 +231,9 @@ __device__ __forceinline__ void product(
             if (start + d >= last) break;
 #pragma unroll
             for (int m = 0; m < tiles; ++m) {
-                const uint4 upper = rows[m][0][(start + d) * 4], lower = rows[m][1][(start + d) * 4];
+                const int pair = d * tiles + m, from_held = pair < HELD ? pair : 0;
+                const uint4 upper = pair < HELD ? held[from_held][0] : rows[m][0][(start + d) * 4];
+                const uint4 lower = pair < HELD ? held[from_held][1] : rows[m][1][(start + d) * 4];
 #pragma unroll
                 for (int n = 0; n < TILES; ++n) {
                     multiply(sums[m][n], upper.x, lower.x, upper.y, lower.y, b[d][n].x, b[d][n].y);
@@ -522,6 +545,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_forward(
         if (at.publishes()) publish(block.published + at.n * k_padded + at.j, vector);
     }
     __syncthreads();
+    Held held;
+    hold_weights<FORWARD_M, FORWARD_K>(held, shared);
 
     for (int t = 0; t < steps; ++t) {
         Gates a[ITEMS];
@@ -537,7 +562,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_forward(
             real_step[i] = at.real && (!MASK || keep[size_t(t) * batch + at.b]);
         }
         float sums[mtiles][TILES][4];
-        product<FORWARD_M, FORWARD_K>(sums, shared, block.published + t % RING * block.buffer, block.rows_here);
+        product<FORWARD_M, FORWARD_K>(sums, shared, held, block.published + t % RING * block.buffer, block.rows_here);
 
         float now[ITEMS], now_h[ITEMS];
 #pragma unroll
@@ -650,6 +675,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_backward(
         to_gain[i] = to_shift[i] = to_scale_i[i] = to_scale_f[i] = 0.f;
     }
     __syncthreads();
+    Held held;
+    hold_weights<BACKWARD_M, BACKWARD_K>(held, shared);
     const Stored* const read = block.published + block.part * block.part_size;
     Stored* const own_part = block.published + block.slice / PART_SLICES * block.part_size;
 
@@ -677,7 +704,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_backward(
         if (done) {
             float sums[mtiles][TILES][4];
             product<BACKWARD_M, BACKWARD_K>(
-                sums, shared, read + done % RING * block.buffer, block.rows_here);
+                sums, shared, held, read + done % RING * block.buffer, block.rows_here);
 #pragma unroll
             for (int pass = 0; pass < PASSES; ++pass) {
                 share_sums<mtiles>(block.partial, sums, pass);

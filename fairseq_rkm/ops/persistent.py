@@ -46,6 +46,7 @@ class Launch(NamedTuple):
         warps: in a block.
         cluster: blocks that share what they read; 1 forward.
         vectors: of 16 bytes that a lane has on their way to it at a time.
+        held: pairs of a chunk and a tile of weights that a warp keeps in registers.
         pass_tiles: tiles of 8 rows whose sums the warps exchange at a time.
         fold: whether half of the warps add the others' sums to their own first, which takes half the room.
         shared: bytes of shared memory.
@@ -54,6 +55,7 @@ class Launch(NamedTuple):
     warps: int
     cluster: int
     vectors: int
+    held: int
     pass_tiles: int
     fold: bool
     shared: int
@@ -178,9 +180,14 @@ def _arrange(work: _Work, warps: int, fold: bool, shared: int) -> Launch | None:
     pass_tiles = -(-tiles // -(-tiles // most))
     items = _items(work, warps, pass_tiles)
     share = -(-chunks // warps)
-    vectors = min(share * tiles, (REGISTERS[warps] - 28 - 4 * m_tiles * tiles - 10 * items) // 4, 24)
+    free = REGISTERS[warps] - 28 - 4 * m_tiles * tiles - 10 * items
+    vectors = min(share * tiles, free // 4, 24)
+    spare = free - 4 * vectors - (48 if work.norm else 16)
+    held = min(share * m_tiles, max(0, spare) // 8) if vectors == share * tiles else 0
     return (
-        None if vectors < tiles else Launch(warps, work.cluster, vectors, pass_tiles, fold, fixed + tile * pass_tiles)
+        None
+        if vectors < tiles
+        else Launch(warps, work.cluster, vectors, held, pass_tiles, fold, fixed + tile * pass_tiles)
     )
 
 
@@ -467,6 +474,7 @@ def _macros(
         ("WARPS", launch.warps),
         ("CLUSTER", launch.cluster),
         ("VECTORS", launch.vectors),
+        ("HELD", launch.held),
         ("MAX_PASS_TILES", launch.pass_tiles),
         ("FOLD", int(launch.fold)),
     )
