@@ -1,4 +1,5 @@
-// Recurrences with feedback: one launch for a whole sequence, the recurrent weights in shared memory all along.
+// Recurrences with feedback: one launch for a whole sequence, the recurrent weights in shared memory all along and, as far
+// as these reach, in registers.
 //
 // The batch is cut into GROUPS that know nothing of each other; within a group each of SLICES blocks owns UNITS units
 // (their weights, their memory) for at most ROWS rows. A step is one product on the tensor cores with what all blocks of

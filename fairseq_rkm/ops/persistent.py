@@ -1,4 +1,4 @@
-"""On GPUs, with feedback: one launch for a whole sequence, the recurrent weights in shared memory (``persistent.cu``).
+"""On GPUs, with feedback: one launch for a whole sequence, the recurrent weights on the chip (``persistent.cu``).
 
 What does not depend on ``h_{t-1}`` (projections of the inputs, gradients of the weights) is one matrix product over all
 steps, as in :mod:`fairseq_rkm.ops.batched`. Here stand the plan, that is how a layer is spread over the
