@@ -23,6 +23,7 @@ def register() -> None:
     """Make the plugin's components known to fairseq, and fairseq ready for the torch at hand."""
     import fairseq_rkm.compat
     import fairseq_rkm.criterions
+    import fairseq_rkm.data.words_tokenizer
     import fairseq_rkm.models
     import fairseq_rkm.optim
     import fairseq_rkm.tasks

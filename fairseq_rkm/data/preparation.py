@@ -9,13 +9,14 @@ from typing import Any
 from fairseq.data import encoders
 from omegaconf import OmegaConf
 
+import fairseq_rkm.data.words_tokenizer  # noqa: F401  registers it
 from fairseq_rkm.errors import RKMError
 
 FILE = "preparation.json"
 SENTENCEPIECE_MODEL = "sentencepiece.bpe.model"
 """The name under which fairseq's hub looks for it, too."""
-TOKENIZERS = ("moses", "space")
-"""Of fairseq's tokenizers, those that need nothing further."""
+TOKENIZERS = ("moses", "words", "space")
+"""Those that need nothing further."""
 
 
 @dataclass
@@ -55,8 +56,8 @@ class Preparation:
             if not model.is_file():
                 raise RKMError(f"{self.folder / FILE} asks for {model}, which is missing: copy it there")
             return encoders.build_bpe(OmegaConf.create({"_name": "sentencepiece", "sentencepiece_model": str(model)}))
-        if self.tokenizer == "space":
-            return encoders.build_tokenizer(OmegaConf.create({"_name": "space"}))
+        if self.tokenizer != "moses":
+            return encoders.build_tokenizer(OmegaConf.create({"_name": self.tokenizer}))
         flags = {"source_lang": self.language, "target_lang": self.language, "moses_no_escape": True}
         return encoders.build_tokenizer(OmegaConf.create({"_name": "moses", **flags}))
 

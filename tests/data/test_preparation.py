@@ -11,6 +11,7 @@ def test_tokens_depend_on_white_space_only_as_far_as_it_separates():
     assert preparation.tokens('Wall St.\r\n\tBears\u2028"claw" back') == 'wall st. bears " claw " back'
     assert preparation.tokens("  \n ") == ""
     assert Preparation(["a"], tokenizer="space").tokens("Don't  touch\nthis") == "Don't touch this"
+    assert Preparation(["a"], tokenizer="words", lowercase=True).tokens("Don't  touch\nthis") == "don ' t touch this"
 
 
 def test_saved_and_loaded_it_is_the_same(tmp_path):
@@ -28,7 +29,7 @@ def test_saved_and_loaded_it_is_the_same(tmp_path):
         ("{}", "must have the keys classes, tokenizer"),
         ({"classes": "World"}, "classes must be a list of names"),
         ({"classes": [1]}, "classes must be a list of names"),
-        ({"tokenizer": "nltk"}, "tokenizer one of moses, space"),
+        ({"tokenizer": "nltk"}, "tokenizer one of moses, words, space"),
     ],
 )
 def test_a_file_that_is_missing_or_broken(tmp_path, text, message):
