@@ -53,7 +53,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--out", type=Path, required=True, metavar="DATA", help="folder to write; must not be there yet")
     add("--classes", type=Path, help="file of class names, one a line; the files' classes are then numbers from 1")
     add("--tokenizer", choices=TOKENIZERS, default="moses",
-        help="moses (default), words (runs of letters and digits, other marks), or space for tokenised text")  # fmt: skip
+        help="moses (default), words (runs of letters and digits, other marks), space for tokenised text")  # fmt: skip
     add("--language", default="en", help="whose rules the tokenizer follows (default: en)")
     add("--sentencepiece", type=int, metavar="PIECES", help="learn so many pieces, in place of a tokenizer")
     add("--lowercase", action="store_true", help="drop case")
