@@ -14,6 +14,7 @@
 8. A run that ends in the middle of an epoch leaves fairseq's thread that prepares batches at work, which Python then
    kills wherever it is: within PyTorch that aborts the process, with status 134 after "done training". It is stopped.
 9. The task ``sentence_prediction`` checks its data before training (see ``tasks/sentence_prediction_checks.py``).
+10. On a GPU the trainer waits for it at each update; with ``adamw_average`` it no longer does (``optim/late_norm.py``).
 """
 
 import argparse
@@ -40,9 +41,11 @@ from fairseq import checkpoint_utils, utils
 from fairseq.data import iterators
 from fairseq.distributed.utils import _TensorPlaceholder
 from fairseq.optim import AMPOptimizer
+from fairseq.trainer import Trainer
 
 from fairseq_rkm import compat_translation
 from fairseq_rkm.errors import RKMError
+from fairseq_rkm.optim import late_norm
 from fairseq_rkm.tasks import sentence_prediction_checks
 
 _reconstruct = np.ndarray(0).__reduce__()[0]
@@ -83,6 +86,8 @@ def adapt() -> None:
     if utils.xm is None:
         utils.set_torch_seed = _SetTorchSeed
     AMPOptimizer.step = _step_once_unscaled
+    if not hasattr(Trainer.clip_grad_norm, "__wrapped__"):
+        Trainer.clip_grad_norm = late_norm.late(Trainer.clip_grad_norm)
     atexit.unregister(_stop_preparing_batches)
     atexit.register(_stop_preparing_batches)
     compat_translation.adapt()

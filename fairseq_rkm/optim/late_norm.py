@@ -1,0 +1,68 @@
+"""The norm of the gradients, an update late, so that the host need not wait for the GPU.
+
+fairseq's trainer asks at each update, before it takes the step, whether the norm is finite. The answer is known when
+the GPU has finished, which then stands still while the host prepares the step, the log and the next update. Here the
+trainer sees the norm of the update before, which has arrived by then; that is also what it logs. An update whose own
+norm is not finite changes no weights, which the optimizer decides on the GPU, and the trainer ends as it always does,
+an update later. The first update is waited for.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from fairseq_rkm.optim.adamw_average import FairseqAveragedAdamW
+
+
+class LateNorm:
+    """A norm on its way from the GPU."""
+
+    def __init__(self) -> None:
+        self._sent: Optional[tuple[Tensor, Optional[torch.cuda.Event]]] = None
+
+    def exchange(self, norm: Tensor) -> Tensor:
+        """Send a norm to the host; return, on the host, the one sent before, or for want of one the norm itself."""
+        host = torch.empty(norm.shape, dtype=norm.dtype, pin_memory=norm.is_cuda)
+        host.copy_(norm, non_blocking=True)
+        event = torch.cuda.Event() if norm.is_cuda else None
+        if event is not None:
+            event.record()
+        before, self._sent = self._sent or (host, event), (host, event)
+        arrived, event = before
+        if event is not None:
+            event.synchronize()
+        return arrived
+
+
+def late(clip_grad_norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``Trainer.clip_grad_norm``, an update late where nothing but the trainer's question depends on it."""
+
+    @functools.wraps(clip_grad_norm)
+    def clipped(trainer: Any, clip_norm: float) -> Tensor:
+        norm = clip_grad_norm(trainer, clip_norm)
+        if not _can_be_late(trainer, norm):
+            return norm
+        inner = getattr(trainer.optimizer, "fp32_optimizer", trainer.optimizer)
+        inner.skip_unless_finite(norm)
+        if not hasattr(trainer, "late_norm"):
+            trainer.late_norm = LateNorm()
+        shown: Tensor = trainer.late_norm.exchange(norm)
+        return shown
+
+    return clipped
+
+
+def _can_be_late(trainer: Any, norm: Tensor) -> bool:
+    """Not with loss scaling, which the norm governs, nor in several processes, which compare theirs."""
+    optimizer = trainer.optimizer
+    inner = getattr(optimizer, "fp32_optimizer", optimizer)
+    scaled = getattr(optimizer, "scaler", None) is not None
+    alone = trainer.data_parallel_world_size == 1
+    return _is_on_gpu(norm) and isinstance(inner, FairseqAveragedAdamW) and not scaled and alone
+
+
+def _is_on_gpu(norm: Tensor) -> bool:
+    return norm.is_cuda

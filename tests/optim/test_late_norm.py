@@ -1,0 +1,105 @@
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fairseq.trainer import Trainer
+from omegaconf import OmegaConf
+
+import fairseq_rkm
+from fairseq_rkm.optim import late_norm
+from fairseq_rkm.optim.adamw_average import AveragedAdamWConfig, FairseqAveragedAdamW
+from fairseq_rkm.optim.late_norm import LateNorm, late
+
+fairseq_rkm.register()
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+
+
+class Wrapped:
+    """As ``FP16Optimizer`` holds the one that works in float32."""
+
+    def __init__(self, inner, scaler=None):
+        self.fp32_optimizer, self.scaler = inner, scaler
+
+
+def make_trainer(device, processes=1):
+    params = [torch.nn.Parameter(torch.randn(3, 4, device=device)) for _ in range(2)]
+    config = OmegaConf.structured(AveragedAdamWConfig(lr=[0.1], max_update=100, task_name=None, average_last=0.5))
+    optimizer = FairseqAveragedAdamW(config, params)
+    return SimpleNamespace(optimizer=optimizer, data_parallel_world_size=processes), params
+
+
+def update(trainer, params, gradient):
+    """Clip at 1 and step; the norm that the trainer is shown."""
+    for p in params:
+        p.grad = torch.full_like(p, gradient)
+    inner = getattr(trainer.optimizer, "fp32_optimizer", trainer.optimizer)
+    shown = late(lambda _, clip: inner.clip_grad_norm(clip))(trainer, 1.0)
+    inner.step()
+    return shown
+
+
+def norm_of(gradient):
+    return abs(gradient) * math.sqrt(24)
+
+
+@pytest.fixture
+def as_on_gpu(monkeypatch):
+    monkeypatch.setattr(late_norm, "_is_on_gpu", lambda _: True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_each_norm_arrives_an_update_late_and_the_first_at_once(device):
+    norms = LateNorm()
+    shown = [norms.exchange(torch.tensor(float(i), device=device)) for i in range(5)]
+    assert [norm.item() for norm in shown] == [0, 0, 1, 2, 3]
+    assert all(norm.device.type == "cpu" for norm in shown)
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("half", [False, True])
+def test_clipping_and_steps_are_not_late(device, half):
+    trainer, params = make_trainer(device)
+    if half:
+        trainer.optimizer = Wrapped(trainer.optimizer)
+    plain = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    other = torch.optim.AdamW(plain, lr=0.1, weight_decay=0)
+    gradients = [0.01, 3.0, -2.0, 0.1]
+    shown = [update(trainer, params, gradient) for gradient in gradients]
+    assert [norm.item() for norm in shown] == pytest.approx([norm_of(g) for g in (0.01, 0.01, 3.0, -2.0)])
+    for gradient in gradients:
+        for p in plain:
+            p.grad = torch.full_like(p, gradient)
+        torch.nn.utils.clip_grad_norm_(plain, 1.0)
+        other.step()
+    for p, q in zip(params, plain, strict=True):
+        torch.testing.assert_close(p, q)
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_update_that_is_not_finite_changes_no_weights_and_is_known_at_the_next(device):
+    trainer, params = make_trainer(device)
+    update(trainer, params, 0.5)
+    before = [p.detach().clone() for p in params]
+    assert update(trainer, params, float("nan")).isfinite()
+    assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+    assert not update(trainer, params, 0.5).isfinite()
+    assert not any(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+def test_not_with_loss_scaling_nor_in_several_processes_nor_with_other_optimizers():
+    for trainer, params in (make_trainer("cpu", processes=2), make_trainer("cpu"), make_trainer("cpu")):
+        if trainer.data_parallel_world_size == 1:
+            trainer.optimizer = Wrapped(trainer.optimizer, scaler=object())
+        assert [update(trainer, params, g).item() for g in (1.0, 2.0)] == pytest.approx([norm_of(1), norm_of(2)])
+    trainer = SimpleNamespace(optimizer=object(), data_parallel_world_size=1)
+    assert late(lambda *_: torch.tensor(7.0))(trainer, 1.0) == 7
+
+
+def test_the_trainer_is_shown_it_once():
+    assert not hasattr(Trainer.clip_grad_norm.__wrapped__, "__wrapped__")
+    fairseq_rkm.register()
+    assert not hasattr(Trainer.clip_grad_norm.__wrapped__, "__wrapped__")
