@@ -66,9 +66,7 @@ def last_real_step(keep: Tensor) -> Tensor:
     return torch.cat([numbers.new_zeros(1, keep.size(1)), numbers * keep]).amax(0)
 
 
-def project(
-    inputs: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None, missing: Tensor | None = None
-) -> Tensor:
+def project(inputs: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
     """``W X_t + b`` for all steps: one matrix product over time for each of the n inputs of a window.
 
     Args:
@@ -76,13 +74,12 @@ def project(
         weight: ``(G, n * m)``.
         bias: ``(G,)`` or None.
         out: where the result goes, ``(T * B, G)`` and contiguous; None makes it.
-        missing: on a GPU, as for :func:`fairseq_rkm.ops.alignment.align_rows`.
 
     Returns:
         ``(T, B, G)``, contiguous.
     """
     if inputs.is_cuda:  # a CPU's products want only their results aligned
-        inputs, weight = align(inputs, weight, missing=missing)
+        inputs, weight = align(inputs, weight)
     (newest, taps), *older = _taps(inputs, weight)
     result = torch.mm(newest, taps.t(), out=out) if bias is None else torch.addmm(bias, newest, taps.t(), out=out)
     for window, taps in older:

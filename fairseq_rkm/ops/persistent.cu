@@ -296,7 +296,8 @@ __device__ __forceinline__ float total(const float* partial, int row, int column
 #if CLUSTER > 1
 // What the blocks of a cluster give each other, round by round, straight into shared memory. A round's values count
 // themselves at the barrier of the block that they are for. Of the two buffers that take turns a block writes to one again
-// after it has had, in the round between, what the other block sent when it had read it.
+// after it has had, in the round between, what the other block sent when it had read it; so no round may be without
+// values.
 struct Handover {
     float* values;      // shared: [2][CLUSTER][columns][UNITS]
     u32 barriers;       // shared address: two of 8 bytes
@@ -313,6 +314,7 @@ struct Handover {
             for (int i = 0; i < 2; ++i) asm volatile("mbarrier.init.shared.b64 [%0], 1;" :: "r"(barriers + 8 * i));
             asm volatile("fence.mbarrier_init.release.cluster;");
         }
+        __syncwarp();
         asm volatile("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;" ::: "memory");
     }
 
@@ -505,7 +507,7 @@ struct Place {
 // Give each block of the cluster this one's sums of one pass for its units, and have theirs.
 template <int MTILES>
 __device__ __forceinline__ void exchange_sums(const Block& block, int pass) {
-    const int count = CLUSTER * UNITS * max(0, min(PASS_ROWS, block.rows_here - pass * PASS_ROWS));
+    const int count = CLUSTER * UNITS * min(PASS_ROWS, block.rows_here - pass * PASS_ROWS);
     block.handover.expect(count);
     for (int i = threadIdx.x; i < count; i += THREADS) {
         const int row = i % (CLUSTER * UNITS), column = i / (CLUSTER * UNITS);
@@ -568,6 +570,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_forward(
         float now[ITEMS], now_h[ITEMS];
 #pragma unroll
         for (int pass = 0; pass < PASSES; ++pass) {
+            if (pass * PASS_ROWS >= block.rows_here) break;
             share_sums<mtiles>(block.partial, sums, pass);
 #pragma unroll
             for (int i = pass * PER_PASS; i < (pass + 1) * PER_PASS; ++i) {
@@ -708,6 +711,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_backward(
                 sums, shared, held, read + done % RING * block.buffer, block.rows_here);
 #pragma unroll
             for (int pass = 0; pass < PASSES; ++pass) {
+                if (pass * PASS_ROWS >= block.rows_here) break;
                 share_sums<mtiles>(block.partial, sums, pass);
 #if CLUSTER > 1
                 exchange_sums<mtiles>(block, pass);

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fairseq_rkm.ops import nvrtc
+from fairseq_rkm.ops.alignment import align
 from fairseq_rkm.ops.batched import parameter_gradients, product_operands
 from fairseq_rkm.ops.cells import FORGET, INPUT, OUTPUT, Cell
 from fairseq_rkm.ops.ngram import project
@@ -180,15 +181,14 @@ def _arrange(work: _Work, warps: int, fold: bool, shared: int) -> Launch | None:
     pass_tiles = -(-tiles // -(-tiles // most))
     items = _items(work, warps, pass_tiles)
     share = -(-chunks // warps)
+    # What a thread needs besides was found with the compiler: few plans spill, and those little.
     free = REGISTERS[warps] - 28 - 4 * m_tiles * tiles - 10 * items
     vectors = min(share * tiles, free // 4, 24)
+    if vectors < tiles:
+        return None
     spare = free - 4 * vectors - (48 if work.norm else 16)
     held = min(share * m_tiles, max(0, spare) // 8) if vectors == share * tiles else 0
-    return (
-        None
-        if vectors < tiles
-        else Launch(warps, work.cluster, vectors, held, pass_tiles, fold, fixed + tile * pass_tiles)
-    )
+    return Launch(warps, work.cluster, vectors, held, pass_tiles, fold, fixed + tile * pass_tiles)
 
 
 def _items(work: _Work, warps: int, pass_tiles: int) -> int:
@@ -197,6 +197,7 @@ def _items(work: _Work, warps: int, pass_tiles: int) -> int:
 
 
 def _time(work: _Work, launch: Launch) -> float:
+    """Microseconds that a step should take, by :data:`COST`."""
     m_tiles, tiles, chunks = work.tiles
     items, passes = _items(work, launch.warps, launch.pass_tiles), -(-tiles // launch.pass_tiles)
     share = -(-chunks // launch.warps)
@@ -302,7 +303,8 @@ class _Persistent(torch.autograd.Function):
         ctx.problem = Problem.of(cell, inputs, weights)
         launches = _Launches(ctx.problem, weights, keep)
         workspace = launches.workspace("forward", inputs.size(1))
-        gates = project(inputs, weights.input, weights.bias, missing=workspace)
+        given, weight = align(inputs, weights.input, missing=workspace)
+        gates = project(given, weight, weights.bias)
         run = launches.forward(gates, hidden, memory, workspace)
         ctx.numbers = weights.numbers()
         ctx.save_for_backward(keep, inputs, gates, run.hiddens, run.memories, run.moments, *weights.tensors())

@@ -43,10 +43,10 @@ def late(clip_grad_norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(clip_grad_norm)
     def clipped(trainer: Any, clip_norm: float) -> Tensor:
         norm = clip_grad_norm(trainer, clip_norm)
-        if not _can_be_late(trainer, norm):
+        optimizer = _decides_alone(trainer)
+        if optimizer is None or not _is_on_gpu(norm):
             return norm
-        inner = getattr(trainer.optimizer, "fp32_optimizer", trainer.optimizer)
-        inner.skip_unless_finite(norm)
+        optimizer.skip_unless_finite(norm)
         if not hasattr(trainer, "late_norm"):
             trainer.late_norm = LateNorm()
         shown: Tensor = trainer.late_norm.exchange(norm)
@@ -55,13 +55,13 @@ def late(clip_grad_norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return clipped
 
 
-def _can_be_late(trainer: Any, norm: Tensor) -> bool:
-    """Not with loss scaling, which the norm governs, nor in several processes, which compare theirs."""
+def _decides_alone(trainer: Any) -> Optional[FairseqAveragedAdamW]:
+    """The optimizer, unless loss scaling, which the norm governs, or other processes, which compare theirs, need it."""
     optimizer = trainer.optimizer
     inner = getattr(optimizer, "fp32_optimizer", optimizer)
-    scaled = getattr(optimizer, "scaler", None) is not None
-    alone = trainer.data_parallel_world_size == 1
-    return _is_on_gpu(norm) and isinstance(inner, FairseqAveragedAdamW) and not scaled and alone
+    if getattr(optimizer, "scaler", None) is not None or trainer.data_parallel_world_size > 1:
+        return None
+    return inner if isinstance(inner, FairseqAveragedAdamW) else None
 
 
 def _is_on_gpu(norm: Tensor) -> bool:

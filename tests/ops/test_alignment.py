@@ -30,6 +30,17 @@ def test_unalign_undoes_what_align_does():
     assert back[1] is matrices[1]
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+@pytest.mark.parametrize("sizes", [(8, 16), (5, 16), (5, 6, 7, 9)])
+@pytest.mark.parametrize("words", [1, 1000])
+def test_a_workspace_is_filled_along_the_way(device, sizes, words):
+    room = torch.zeros(words + 2, dtype=torch.int32, device=device)
+    matrices = [torch.randn(3, size, device=device) for size in sizes]
+    for given, matrix in zip(align_rows(*matrices, missing=room[1:-1]), matrices, strict=True):
+        assert torch.equal(given[:, : matrix.size(1)], matrix)
+    assert room.tolist() == [0, *[-1] * words, 0]
+
+
 @gpu
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])

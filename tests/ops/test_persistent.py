@@ -1,6 +1,7 @@
 """The persistent kernels against the reference in float64: on a GPU only."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ def test_odd_sizes(steps, batch, size, dtype, layer_norm):
 def spread(monkeypatch):
     """Have plans of so many groups, each of up to so many rows, whatever the batch, with clusters of a given size."""
 
-    def force(groups, rows, cluster):
+    def force(groups, rows, cluster, single):
         def plan_for(problem):
             return persistent.make_plan.__wrapped__(
                 len(problem.cell.recurrent_gates), problem.size, 8 * groups, problem.dtype.itemsize, problem.norm,
@@ -67,6 +68,9 @@ def spread(monkeypatch):
             )  # fmt: skip
 
         monkeypatch.setattr(persistent, "plan_for", plan_for)
+        if single:  # as many passes as there are tiles
+            arrange = persistent._arrange
+            monkeypatch.setattr(persistent, "_arrange", lambda *a: (k := arrange(*a)) and k._replace(pass_tiles=1))
         monkeypatch.setattr(persistent, "_row_choices", lambda _, tried: [rows] if tried == groups else [])
         persistent.prepare.cache_clear()
 
@@ -76,15 +80,18 @@ def spread(monkeypatch):
 
 @gpu
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize(("groups", "rows", "cluster"), [(3, 8, 1), (7, 20, 1), (1, 24, 2), (4, 20, 4), (2, 8, 8)])
+@pytest.mark.parametrize(
+    ("groups", "rows", "cluster", "single"),
+    [(3, 8, 1, False), (7, 20, 1, True), (1, 24, 2, True), (4, 20, 4, False), (2, 8, 8, False), (2, 40, 4, True)],
+)
 @pytest.mark.parametrize(("cell", "mask"), [("rkm_lstm", "none"), ("linear_kernel_gated", "mixed")])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("layer_norm", [False, True])
-def test_a_plan_takes_any_batch(spread, groups, rows, cluster, cell, mask, dtype, layer_norm):
-    """Among them such that leave groups without rows, and such that take up to four launches."""
+def test_a_plan_takes_any_batch(spread, groups, rows, cluster, single, cell, mask, dtype, layer_norm):
+    """Among them such that leave groups or passes without rows, and such that take up to four launches."""
     if cluster > 1 and torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("clusters of blocks need compute capability 9.0")
-    spread(groups, rows, cluster)
+    spread(groups, rows, cluster, single)
     for batch in (*range(1, 10), 15, 17, 33, 49, 65, 81):
         compare(
             "persistent", device="cuda", dtype=dtype, cell=cell, layer_norm=layer_norm, mask=mask, steps=6, batch=batch,
@@ -148,6 +155,15 @@ def test_plans_never_ask_for_more_than_the_chip_has(element, norm, room):
         assert plan.slices % cluster == 0
         assert plan.groups * plan.slices <= dict(room)[cluster]
         assert max(plan.forward.shared, plan.backward.shared) <= shared
+        for k, m, launch in (
+            (plan.slices * plan.units, recurrent * plan.units, plan.forward),
+            (plan.slices // cluster * recurrent * plan.units, cluster * plan.units, plan.backward),
+        ):
+            share = math.ceil(math.ceil(k * element / 64) / launch.warps)
+            assert launch.held <= share * math.ceil(m / 16)
+            assert not launch.held or launch.vectors == share * math.ceil(plan.rows / 8), (
+                "all of a share is under way at once"
+            )
         assert plan.units * plan.slices >= size > plan.units * (plan.slices - 2 * cluster)
         assert plan.units * plan.slices * element % 16 == 0
         assert plan.units * plan.slices // cluster * recurrent * element % 16 == 0

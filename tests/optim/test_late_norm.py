@@ -91,9 +91,9 @@ def test_an_update_that_is_not_finite_changes_no_weights_and_is_known_at_the_nex
 
 @pytest.mark.usefixtures("as_on_gpu")
 def test_not_with_loss_scaling_nor_in_several_processes_nor_with_other_optimizers():
-    for trainer, params in (make_trainer("cpu", processes=2), make_trainer("cpu"), make_trainer("cpu")):
-        if trainer.data_parallel_world_size == 1:
-            trainer.optimizer = Wrapped(trainer.optimizer, scaler=object())
+    scaled, params_of_scaled = make_trainer("cpu")
+    scaled.optimizer = Wrapped(scaled.optimizer, scaler=object())
+    for trainer, params in (make_trainer("cpu", processes=2), (scaled, params_of_scaled)):
         assert [update(trainer, params, g).item() for g in (1.0, 2.0)] == pytest.approx([norm_of(1), norm_of(2)])
     trainer = SimpleNamespace(optimizer=object(), data_parallel_world_size=1)
     assert late(lambda *_: torch.tensor(7.0))(trainer, 1.0) == 7
