@@ -38,9 +38,9 @@ def align_rows(*matrices: Tensor, missing: Tensor | None = None) -> list[Tensor]
         return [F.pad(m, (0, p)) if p else m for m, p in zip(matrices, padding, strict=True)]
     results = [m.new_empty(*m.shape[:-1], m.size(-1) + p) if p else m for m, p in zip(matrices, padding, strict=True)]
     copies = [(m, r, m.size(-1)) for m, r, p in zip(matrices, results, padding, strict=True) if p]
-    _launch("align_rows", copies[:AT_ONCE], missing, 0 if missing is None else missing.numel())
-    if copies[AT_ONCE:]:
-        _launch("align_rows", copies[AT_ONCE:], None, 0)
+    words = 0 if missing is None else missing.numel()
+    for start in range(0, len(copies), AT_ONCE):
+        _launch("align_rows", copies[start : start + AT_ONCE], *((None, 0) if start else (missing, words)))
     return results
 
 
