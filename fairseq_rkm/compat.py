@@ -14,7 +14,8 @@
 8. A run that ends in the middle of an epoch leaves fairseq's thread that prepares batches at work, which Python then
    kills wherever it is: within PyTorch that aborts the process, with status 134 after "done training". It is stopped.
 9. The task ``sentence_prediction`` checks its data before training (see ``tasks/sentence_prediction_checks.py``).
-10. On a GPU the trainer waits for it at each update; with ``adamw_average`` it no longer does (``optim/late_norm.py``).
+10. ``--bf16`` copies weights and gradients to and from float32 one by one (see ``optim/half_precision.py``).
+11. On a GPU the trainer waits for it at each update; with ``adamw_average`` it no longer does (``optim/late_norm.py``).
 """
 
 import argparse
@@ -40,12 +41,12 @@ import torch
 from fairseq import checkpoint_utils, utils
 from fairseq.data import iterators
 from fairseq.distributed.utils import _TensorPlaceholder
-from fairseq.optim import AMPOptimizer
+from fairseq.optim import AMPOptimizer, FP16Optimizer
 from fairseq.trainer import Trainer
 
 from fairseq_rkm import compat_translation
 from fairseq_rkm.errors import RKMError
-from fairseq_rkm.optim import late_norm
+from fairseq_rkm.optim import half_precision, late_norm
 from fairseq_rkm.tasks import sentence_prediction_checks
 
 _reconstruct = np.ndarray(0).__reduce__()[0]
@@ -74,6 +75,14 @@ CHECKPOINT_CLASSES: list[Any] = [
 """Classes that hold data and run no code when a checkpoint is read."""
 
 
+HALF_PRECISION = {
+    "_sync_fp16_grads_to_fp32": half_precision.gradients_to_float,
+    "_sync_fp32_params_to_fp16": half_precision.weights_to_half,
+    "zero_grad": half_precision.no_gradients,
+}
+"""Methods of fairseq's ``FP16Optimizer``."""
+
+
 def adapt() -> None:
     """Do all of the above; a second call changes nothing."""
     torch.serialization.add_safe_globals(CHECKPOINT_CLASSES)
@@ -88,6 +97,9 @@ def adapt() -> None:
     AMPOptimizer.step = _step_once_unscaled
     if not hasattr(Trainer.clip_grad_norm, "__wrapped__"):
         Trainer.clip_grad_norm = late_norm.late(Trainer.clip_grad_norm)
+    for name, copy in HALF_PRECISION.items():
+        if not hasattr(getattr(FP16Optimizer, name), "__wrapped__"):
+            setattr(FP16Optimizer, name, half_precision.at_once(copy, getattr(FP16Optimizer, name)))
     atexit.unregister(_stop_preparing_batches)
     atexit.register(_stop_preparing_batches)
     compat_translation.adapt()

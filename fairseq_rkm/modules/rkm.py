@@ -32,6 +32,10 @@ class RKMState(NamedTuple):
     cell: Tensor
     context: list[Tensor] | None = None
 
+    def tensors(self) -> list[Tensor]:
+        """h, c and, for n-grams, the contexts."""
+        return [self.hidden, self.cell, *(self.context or [])]
+
     def map(self, function: Callable[[Tensor], Tensor]) -> "RKMState":
         """The state of which each tensor is ``function`` of this one's."""
         context = None if self.context is None else [function(c) for c in self.context]

@@ -11,30 +11,10 @@ import functools
 from collections.abc import Callable
 from typing import Any, Optional
 
-import torch
 from torch import Tensor
 
+from fairseq_rkm.late_values import LateValues
 from fairseq_rkm.optim.adamw_average import FairseqAveragedAdamW
-
-
-class LateNorm:
-    """A norm on its way from the GPU."""
-
-    def __init__(self) -> None:
-        self._sent: Optional[tuple[Tensor, Optional[torch.cuda.Event]]] = None
-
-    def exchange(self, norm: Tensor) -> Tensor:
-        """Send a norm to the host; return, on the host, the one sent before, or for want of one the norm itself."""
-        host = torch.empty(norm.shape, dtype=norm.dtype, pin_memory=norm.is_cuda)
-        host.copy_(norm, non_blocking=True)
-        event = torch.cuda.Event() if norm.is_cuda else None
-        if event is not None:
-            event.record()
-        before, self._sent = self._sent or (host, event), (host, event)
-        arrived, event = before
-        if event is not None:
-            event.synchronize()
-        return arrived
 
 
 def late(clip_grad_norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -48,7 +28,7 @@ def late(clip_grad_norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return norm
         optimizer.skip_unless_finite(norm)
         if not hasattr(trainer, "late_norm"):
-            trainer.late_norm = LateNorm()
+            trainer.late_norm = LateValues()
         shown: Tensor = trainer.late_norm.exchange(norm)
         return shown
 

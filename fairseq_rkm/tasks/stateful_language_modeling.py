@@ -22,6 +22,8 @@ from fairseq_rkm.errors import RKMError
 from fairseq_rkm.modules import RKMState
 from fairseq_rkm.modules.continuous_cache import ContinuousCache
 from fairseq_rkm.tasks.averaged_validation import AveragedValidation
+from fairseq_rkm.tasks.graphed_steps import GraphedSteps
+from fairseq_rkm.tasks.late_log import LateLog
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +49,16 @@ class StatefulLanguageModelingConfig(FairseqDataclass):
     )
     cache_theta: float = field(default=1.0, metadata={"help": "how sharply the cache prefers outputs that are alike"})
     cache_lambda: float = field(default=0.1, metadata={"help": "the cache's share of the probability"})
+    cuda_graphs: bool = field(
+        default=False,
+        metadata={
+            "help": "on a GPU, replay each training segment's forward and backward pass as a CUDA graph, which spares "
+            "the host most of its work"
+        },
+    )
+    cpu: bool = II("common.cpu")
+    fp16: bool = II("common.fp16")
+    amp: bool = II("common.amp")
     batch_size: Optional[int] = II("dataset.batch_size")
     batch_size_valid: Optional[int] = II("dataset.batch_size_valid")
     train_subset: str = II("dataset.train_subset")
@@ -56,7 +68,7 @@ class StatefulLanguageModelingConfig(FairseqDataclass):
 
 
 @register_task("stateful_language_modeling", dataclass=StatefulLanguageModelingConfig)
-class StatefulLanguageModelingTask(AveragedValidation, LanguageModelingTask):
+class StatefulLanguageModelingTask(AveragedValidation, GraphedSteps, LanguageModelingTask):
     """Language modelling over streams.
 
     The corpus is one stream of tokens, cut into ``--batch-size`` parallel streams for each process and these into
@@ -69,6 +81,9 @@ class StatefulLanguageModelingTask(AveragedValidation, LanguageModelingTask):
     depend on ``--seed`` and the epoch alone; a run that must end after a known number of updates is given
     ``--max-update``, since their number in an epoch varies.
 
+    With ``--cuda-graphs`` training steps are recorded once for each length and replayed (see
+    :mod:`fairseq_rkm.tasks.graphed_steps`). On GPUs the log of training is an update late.
+
     With ``--cache-size`` evaluation mixes in a continuous cache (Grave et al. 2017), which any trained model can have.
     """
 
@@ -77,6 +92,7 @@ class StatefulLanguageModelingTask(AveragedValidation, LanguageModelingTask):
         self.training_state: Any = None
         self.gathered: Optional[list[Tensor]] = None
         self.lr_scale = 1.0
+        self.late_log = LateLog()
 
     @classmethod
     def setup_task(cls, cfg: StatefulLanguageModelingConfig, **_kwargs: Any) -> "StatefulLanguageModelingTask":
@@ -211,6 +227,12 @@ class StatefulLanguageModelingTask(AveragedValidation, LanguageModelingTask):
         super().optimizer_step(optimizer, model, update_num)
         optimizer.set_lr(scheduled)
 
+    def reduce_metrics(self, logging_outputs: list[dict[str, Any]], criterion: Any) -> None:
+        """fairseq's; in training on GPUs with what the update before logged."""
+        if criterion.training:
+            logging_outputs = self.late_log.exchange(logging_outputs)
+        super().reduce_metrics(logging_outputs, criterion)
+
     def get_checkpoint_dict(self) -> dict[str, dict[str, Any]]:
         """What a checkpoint in the middle of an epoch needs: the last segment's number and the state it left."""
         left = self.training_state.left
@@ -245,8 +267,8 @@ class StatefulLanguageModelingTask(AveragedValidation, LanguageModelingTask):
 
 
 def _tensors(states: list[RKMState]) -> list[Tensor]:
-    """All of a stack's state, layer by layer: h, c and, for n-grams, the context."""
-    return [tensor for state in states for tensor in (state.hidden, state.cell, *(state.context or []))]
+    """All of a stack's state, layer by layer."""
+    return [tensor for state in states for tensor in state.tensors()]
 
 
 def _flatten(states: list[RKMState]) -> Tensor:

@@ -1,0 +1,170 @@
+"""A segment's forward and backward pass as a CUDA graph: recorded once for each length, then launched as a whole.
+
+An update of a language model is some 200 launches, each of which costs the host more than the GPU. A graph is one.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Optional
+
+import torch
+from fairseq import utils
+from fairseq.optim import FairseqOptimizer
+from fairseq.tasks import FairseqTask
+from torch import Tensor
+
+from fairseq_rkm.errors import RKMError
+from fairseq_rkm.models.carried_state import CarriedState
+from fairseq_rkm.modules import RKMState
+
+
+class GraphedSteps(FairseqTask):
+    """A task that, with ``--cuda-graphs``, replays training steps; to be inherited from before fairseq's own task."""
+
+    graphs: Optional["StepGraphs"] = None
+
+    def begin_epoch(self, epoch: int, model: Any) -> None:
+        """The hook of fairseq before training.
+
+        Raises:
+            RKMError: ``--cuda-graphs`` where there can be none.
+        """
+        super().begin_epoch(epoch, model)
+        if self.args.cuda_graphs:
+            check_graphs(self.args, model)
+
+    def train_step(
+        self, sample: dict, model: Any, criterion: Any, optimizer: FairseqOptimizer, update_num: int, **kwargs: Any
+    ) -> tuple:
+        """fairseq's, or its replay."""
+        if self.args.cuda_graphs and not kwargs.get("ignore_grad"):
+            if self.graphs is None:
+                self.graphs = StepGraphs(model, criterion, optimizer)
+            if self.graphs.takes(sample):
+                model.train()
+                model.set_num_updates(update_num)
+                return self.graphs.step(sample)
+        return super().train_step(sample, model, criterion, optimizer, update_num, **kwargs)
+
+
+def check_graphs(args: Any, model: Any) -> None:
+    """Raises RKMError where steps cannot be recorded: they must need nothing but what one GPU computes."""
+    refusals = {
+        "needs a CUDA GPU (and no --cpu)": args.cpu or not torch.cuda.is_available(),
+        "is for one process": args.distributed_world_size > 1,
+        "cannot be had with --fp16 or --amp, whose loss scale changes: use --bf16": args.fp16 or args.amp,
+        "cannot be had with an adaptive softmax, whose sizes depend on the words": (
+            getattr(model.decoder, "adaptive_softmax", None) is not None
+        ),
+    }
+    for reason, applies in refusals.items():
+        if applies:
+            raise RKMError(f"--cuda-graphs {reason}")
+
+
+def record(run: Callable[[], None], pool: Any) -> Callable[[], None]:
+    """Record what ``run`` launches, without doing it; what is returned does it, at the same addresses."""
+    graph = torch.cuda.CUDAGraph()
+    # Only this thread is held to what may be recorded: fairseq prepares batches in another.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        run()
+    replay: Callable[[], None] = graph.replay
+    return replay
+
+
+class _Recorded(NamedTuple):
+    """A step: where its inputs are to be put, how it is run, which weights get a gradient, what it leaves to log."""
+
+    inputs: list[Tensor]
+    replay: Callable[[], None]
+    moved: list[int]
+    logged: dict[str, Any]
+
+
+class StepGraphs:
+    """The recorded steps of one model, which share their memory, and the tensors that all of them read and write.
+
+    A segment's length is met once without a graph, so that all that is done only once is done then: compiling kernels,
+    loading them, choosing among them.
+
+    Args:
+        model: in training.
+        criterion: whose tensors are of sizes that follow from the sample's.
+        optimizer: fairseq's, without loss scale.
+        recorder: :func:`record`.
+    """
+
+    def __init__(self, model: Any, criterion: Any, optimizer: FairseqOptimizer, recorder: Callable = record) -> None:
+        self.model, self.criterion, self.optimizer, self.recorder = model, criterion, optimizer, recorder
+        self.carried: CarriedState[list[RKMState]] = model.decoder.carried[True]
+        self.weights = [p for p in model.parameters() if p.requires_grad]
+        self.gradients = [torch.empty_like(p) for p in self.weights]
+        self.pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
+        self.met: set[torch.Size] = set()
+        self.steps: dict[torch.Size, _Recorded] = {}
+        self.entered: list[RKMState] = []
+        self.left: list[RKMState] = []
+
+    def takes(self, sample: dict) -> bool:
+        """Whether to replay a step: no padding, a state to start from, a shape met before, no hooks to call."""
+        shape = sample["target"].shape
+        if not sample["net_input"]["segment"] or sample["ntokens"] != shape.numel() or self.model._forward_hooks:
+            return False
+        met = shape in self.met
+        self.met.add(shape)
+        return met
+
+    def step(self, sample: dict) -> tuple[Tensor, int, dict[str, Any]]:
+        """Loss, sample size and logging output, as fairseq's ``train_step``; the gradients are in place."""
+        segment, shape = sample["net_input"]["segment"], sample["target"].shape
+        state = self.carried.before(segment) or []
+        if not self.entered:
+            self.entered, self.left = ([layer.map(torch.empty_like) for layer in state] for _ in range(2))
+        _copy(_state_tensors(self.entered), _state_tensors(state))
+        if shape not in self.steps:
+            self.steps[shape] = self._record(sample)
+        step = self.steps[shape]
+        _copy(step.inputs, _sample_tensors(sample))
+        step.replay()
+        self.carried.after(segment, self.entered, self.left)
+        for i in step.moved:
+            self.weights[i].grad = self.gradients[i]
+        if hasattr(self.optimizer, "_needs_sync"):  # as FP16Optimizer.backward says of gradients that are new
+            self.optimizer._needs_sync = True
+        return step.logged["loss"], step.logged["sample_size"], dict(step.logged)
+
+    def _record(self, sample: dict) -> _Recorded:
+        held = utils.apply_to_sample(torch.clone, sample)
+        moved: list[int] = []
+        logged: dict[str, Any] = {}
+
+        def run() -> None:
+            self.carried.restore(sample["net_input"]["segment"] - 1, self.entered)
+            for weight in self.weights:
+                weight.grad = None
+            loss, _, outcome = self.criterion(self.model, held)
+            self.optimizer.backward(loss)
+            _copy(_state_tensors(self.left), _state_tensors(self.carried.left or []))
+            moved[:] = [i for i, weight in enumerate(self.weights) if weight.grad is not None]
+            _copy([self.gradients[i] for i in moved], [self.weights[i].grad for i in moved])
+            for weight in self.weights:
+                weight.grad = None  # its memory is free for the other graphs
+            logged.update(outcome)
+
+        return _Recorded(_sample_tensors(held), self.recorder(run, self.pool), moved, logged)
+
+
+def _sample_tensors(sample: dict) -> list[Tensor]:
+    found: list[Tensor] = []
+    utils.apply_to_sample(found.append, sample)
+    return found
+
+
+def _state_tensors(states: list[RKMState]) -> list[Tensor]:
+    return [tensor for state in states for tensor in state.tensors()]
+
+
+def _copy(targets: list[Tensor], sources: list[Any]) -> None:
+    """All of one type at once."""
+    for dtype in {target.dtype for target in targets}:
+        pairs = [(t, s) for t, s in zip(targets, sources, strict=True) if t.dtype == dtype]
+        torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])
