@@ -3,7 +3,9 @@
 An update of a language model is some 200 launches, each of which costs the host more than the GPU. A graph is one.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -36,14 +38,16 @@ class GraphedSteps(FairseqTask):
         self, sample: dict, model: Any, criterion: Any, optimizer: FairseqOptimizer, update_num: int, **kwargs: Any
     ) -> tuple:
         """fairseq's, or its replay."""
-        if self.args.cuda_graphs and not kwargs.get("ignore_grad"):
-            if self.graphs is None:
-                self.graphs = StepGraphs(model, criterion, optimizer)
-            if self.graphs.takes(sample):
-                model.train()
-                model.set_num_updates(update_num)
-                return self.graphs.step(sample)
-        return super().train_step(sample, model, criterion, optimizer, update_num, **kwargs)
+        without = functools.partial(
+            super().train_step, sample, model, criterion, optimizer, update_num=update_num, **kwargs
+        )
+        if not self.args.cuda_graphs or kwargs.get("ignore_grad"):
+            return without()
+        if self.graphs is None:
+            self.graphs = StepGraphs(model, criterion, optimizer)
+        model.train()
+        model.set_num_updates(update_num)
+        return self.graphs.step(sample, without)
 
 
 def check_graphs(args: Any, model: Any) -> None:
@@ -62,11 +66,19 @@ def check_graphs(args: Any, model: Any) -> None:
 
 
 def record(run: Callable[[], None], pool: Any) -> Callable[[], None]:
-    """Record what ``run`` launches, without doing it; what is returned does it, at the same addresses."""
+    """Record what ``run`` launches on this stream, without doing it; what is returned does it, at the same addresses.
+
+    Raises:
+        RKMError: a step that asks the GPU for something while it is recorded.
+    """
     graph = torch.cuda.CUDAGraph()
-    # Only this thread is held to what may be recorded: fairseq prepares batches in another.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        run()
+    try:
+        # Only this thread is held to what may be recorded: fairseq prepares batches in another.
+        with torch.cuda.graph(graph, pool, torch.cuda.current_stream(), capture_error_mode="thread_local"):
+            run()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise RKMError(f"a training step could not be recorded ({reason}): train without --cuda-graphs") from error
     replay: Callable[[], None] = graph.replay
     return replay
 
@@ -84,7 +96,8 @@ class StepGraphs:
     """The recorded steps of one model, which share their memory, and the tensors that all of them read and write.
 
     A segment's length is met once without a graph, so that all that is done only once is done then: compiling kernels,
-    loading them, choosing among them.
+    loading them, choosing among them. These steps too run on the stream that is recorded, since PyTorch adds a weight's
+    gradients up on the stream on which the weight was first used, as long as anything of that pass is held.
 
     Args:
         model: in training.
@@ -98,7 +111,8 @@ class StepGraphs:
         self.carried: CarriedState[list[RKMState]] = model.decoder.carried[True]
         self.weights = [p for p in model.parameters() if p.requires_grad]
         self.gradients = [torch.empty_like(p) for p in self.weights]
-        self.pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
+        self.stream = torch.cuda.Stream() if self.weights[0].is_cuda else None
+        self.pool = torch.cuda.graph_pool_handle() if self.weights[0].is_cuda else None
         self.met: set[torch.Size] = set()
         self.steps: dict[torch.Size, _Recorded] = {}
         self.entered: list[RKMState] = []
@@ -113,8 +127,28 @@ class StepGraphs:
         self.met.add(shape)
         return met
 
-    def step(self, sample: dict) -> tuple[Tensor, int, dict[str, Any]]:
-        """Loss, sample size and logging output, as fairseq's ``train_step``; the gradients are in place."""
+    def step(self, sample: dict, without: Callable[[], tuple]) -> tuple:
+        """Loss, sample size and logging output, as fairseq's ``train_step``; the gradients are in place.
+
+        Args:
+            sample: the segment.
+            without: the step as it is done without a graph.
+        """
+        with self._own_stream():
+            return self._replay(sample) if self.takes(sample) else without()
+
+    @contextmanager
+    def _own_stream(self) -> Iterator[None]:
+        if self.stream is None:
+            yield
+            return
+        outside = torch.cuda.current_stream()
+        self.stream.wait_stream(outside)
+        with torch.cuda.stream(self.stream):
+            yield
+        outside.wait_stream(self.stream)
+
+    def _replay(self, sample: dict) -> tuple[Tensor, int, dict[str, Any]]:
         segment, shape = sample["net_input"]["segment"], sample["target"].shape
         state = self.carried.before(segment) or []
         if not self.entered:

@@ -195,6 +195,8 @@ def test_clipping_is_fairseq_s(build, max_norm):
 
     one, other = build(), build()
     for p, q in zip(one.params, other.params, strict=True):
+        if torch.cuda.is_available():  # where there is one, fairseq takes it that the weights are on it
+            p.data, q.data = p.data.cuda(), q.data.cuda()
         p.grad = torch.randn_like(p)
         q.grad = p.grad.clone()
     given, wanted = one.clip_grad_norm(max_norm), FairseqOptimizer.clip_grad_norm(other, max_norm)

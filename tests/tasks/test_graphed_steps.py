@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from argparse import Namespace
 
 import pytest
@@ -62,15 +64,19 @@ def train(model, optimizer, device, graphs=None):
     for update, sample in enumerate(samples(device)):
         torch.manual_seed(update)
         optimizer.zero_grad()
-        if graphs is not None and graphs.takes(sample):
-            _, size, logged = graphs.step(sample)
-        else:
+
+        def plainly(sample=sample):
             loss, size, logged = criterion(model, sample)
             optimizer.backward(loss)
+            return loss, size, logged
+
+        # The loss, and with it the whole pass, is held until the next step is done.
+        held, size, logged = plainly() if graphs is None else graphs.step(sample, plainly)
         logs.append({key: value.item() if torch.is_tensor(value) else value for key, value in logged.items()})
         optimizer.multiply_grads(1 / size)
         optimizer.clip_grad_norm(0.25)
         optimizer.step()
+    del held
     return [p.detach().clone() for p in model.parameters()], logs
 
 
@@ -104,18 +110,16 @@ def test_the_state_and_the_order_of_segments_matter_to_the_test_above():
     model, optimizer = build("cpu", torch.float32)
     graphs = graphs_of(model, optimizer, "cpu")
     first, second, third, fourth, *_ = samples("cpu")
-    for sample in (first, second, third):
-        assert not graphs.takes(sample) or sample is third
-        loss, *_ = graphs.criterion(model, sample)
-        optimizer.backward(loss)
-    graphs.step(fourth)
-    zero = [layer.map(torch.zeros_like) for layer in graphs.entered]
-    with_state = model.decoder.carried[True].left[-1].hidden.clone()
-    model.decoder.carried[True].restore(2, zero)
-    graphs.step(fourth)
-    assert not torch.equal(model.decoder.carried[True].left[-1].hidden, with_state)
-    with pytest.raises(RKMError, match="segment 2 of the stream came after segment 3"):
-        graphs.step(third)
+    for sample in (first, second, third, fourth):
+        graphs.step(sample, lambda sample=sample: graphs.criterion(model, sample))
+    assert graphs.steps
+    carried = model.decoder.carried[True]
+    with_state = carried.left[-1].hidden.clone()
+    carried.restore(2, [layer.map(torch.zeros_like) for layer in graphs.entered])
+    graphs.step(fourth, None)
+    assert not torch.equal(carried.left[-1].hidden, with_state)
+    with pytest.raises(RKMError, match="segment 1 of the stream came after segment 3"):
+        graphs.step(second, None)
 
 
 def test_hooks_are_called():
@@ -152,6 +156,18 @@ def test_the_task_replays_what_it_can(monkeypatch):
         assert (task.graphs is not None) == flag
     assert len(task.graphs.steps) == 2
     assert all(torch.equal(plain, replayed) for plain, replayed in zip(*outcomes, strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_what_cannot_be_recorded_is_said():
+    code = (
+        "import torch; from fairseq_rkm.tasks.graphed_steps import record\n"
+        "with torch.cuda.stream(torch.cuda.Stream()): record(lambda: torch.ones(3, device='cuda').sum().item(), None)"
+    )
+    # In a process of its own, in which PyTorch draws no random numbers any more afterwards.
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "could not be recorded" in result.stderr.splitlines()[-1]
+    assert "train without --cuda-graphs" in result.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
