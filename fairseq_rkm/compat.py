@@ -15,7 +15,7 @@
    kills wherever it is: within PyTorch that aborts the process, with status 134 after "done training". It is stopped.
 9. The task ``sentence_prediction`` checks its data before training (see ``tasks/sentence_prediction_checks.py``).
 10. ``--bf16`` copies weights and gradients to and from float32 one by one (see ``optim/half_precision.py``).
-11. On a GPU the trainer waits for it at each update; with ``adamw_average`` it no longer does (``optim/late_norm.py``).
+11. On a GPU the trainer waits for it at each update; with our optimizers it no longer does (``optim/late_norm.py``).
 """
 
 import argparse

@@ -30,9 +30,7 @@ class AveragedAdamWConfig(FairseqDataclass):
 
 
 class AveragedAdamW(AveragedWeights, torch.optim.AdamW):
-    """``torch.optim.AdamW`` with an average; while ``found_inf`` is 1, a step changes no weights."""
-
-    found_inf: Optional[Tensor] = None
+    """``torch.optim.AdamW`` with an average."""
 
 
 @register_optimizer("adamw_average", dataclass=AveragedAdamWConfig)
@@ -66,10 +64,6 @@ class FairseqAveragedAdamW(AveragingOptimizer):
             fused=True,
             **self.optimizer_config,
         )
-
-    def skip_unless_finite(self, norm: Tensor) -> None:
-        """Let the next step change no weights if the gradients' norm is not finite, which only their device knows."""
-        self._optimizer.found_inf = norm.isfinite().logical_not_().float()
 
     @property
     def optimizer_config(self) -> dict[str, Any]:

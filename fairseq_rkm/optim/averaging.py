@@ -34,6 +34,8 @@ class AveragedWeights(torch.optim.Optimizer):
     """
 
     supports_flat_params = True
+    found_inf: Tensor | None = None
+    """On the weights' device; where it is 1, a fused optimizer's step changes no weights."""
 
     def __init__(
         self, params: Iterable[Tensor], decay: float = 1.0, average_after: int | None = None, **arguments: Any
@@ -125,6 +127,10 @@ class AveragingOptimizer(FairseqOptimizer):
         """``--lr``, of which fairseq takes one for each epoch."""
         lr = self.cfg.lr
         return float(lr[0] if isinstance(lr, Sequence) else lr)
+
+    def skip_unless_finite(self, norm: Tensor) -> None:
+        """Let the next step change no weights if the gradients' norm is not finite, which only their device knows."""
+        self._optimizer.found_inf = norm.isfinite().logical_not_().float()
 
     def clip_grad_norm(self, max_norm: float, aggregate_norm_fn: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """fairseq's, in a few launches of kernels in place of two for each weight."""

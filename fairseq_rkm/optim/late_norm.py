@@ -14,7 +14,7 @@ from typing import Any, Optional
 from torch import Tensor
 
 from fairseq_rkm.late_values import LateValues
-from fairseq_rkm.optim.adamw_average import FairseqAveragedAdamW
+from fairseq_rkm.optim.averaging import AveragingOptimizer
 
 
 def late(clip_grad_norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -35,13 +35,13 @@ def late(clip_grad_norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return clipped
 
 
-def _decides_alone(trainer: Any) -> Optional[FairseqAveragedAdamW]:
+def _decides_alone(trainer: Any) -> Optional[AveragingOptimizer]:
     """The optimizer, unless loss scaling, which the norm governs, or other processes, which compare theirs, need it."""
     optimizer = trainer.optimizer
     inner = getattr(optimizer, "fp32_optimizer", optimizer)
     if getattr(optimizer, "scaler", None) is not None or trainer.data_parallel_world_size > 1:
         return None
-    return inner if isinstance(inner, FairseqAveragedAdamW) else None
+    return inner if isinstance(inner, AveragingOptimizer) else None
 
 
 def _is_on_gpu(norm: Tensor) -> bool:

@@ -1,4 +1,5 @@
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ import fairseq_rkm
 from fairseq_rkm.optim import late_norm
 from fairseq_rkm.optim.adamw_average import AveragedAdamWConfig, FairseqAveragedAdamW
 from fairseq_rkm.optim.late_norm import late
+from fairseq_rkm.optim.nt_asgd import FairseqNonMonotoneASGD, NonMonotoneASGDConfig
 
 fairseq_rkm.register()
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
@@ -22,11 +24,22 @@ class Wrapped:
         self.fp32_optimizer, self.scaler = inner, scaler
 
 
-def make_trainer(device, processes=1):
+def adamw(params):
+    config = AveragedAdamWConfig(lr=[0.1], max_update=100, task_name=None, average_last=0.5)
+    return FairseqAveragedAdamW(OmegaConf.structured(config), params)
+
+
+def nt_asgd(params):
+    return FairseqNonMonotoneASGD(OmegaConf.structured(NonMonotoneASGDConfig(lr=[0.1], task_name=None)), params)
+
+
+PLAIN = {adamw: partial(torch.optim.AdamW, lr=0.1, weight_decay=0), nt_asgd: partial(torch.optim.SGD, lr=0.1)}
+"""The same updates by PyTorch's optimizers."""
+
+
+def make_trainer(device, processes=1, build=adamw):
     params = [torch.nn.Parameter(torch.randn(3, 4, device=device)) for _ in range(2)]
-    config = OmegaConf.structured(AveragedAdamWConfig(lr=[0.1], max_update=100, task_name=None, average_last=0.5))
-    optimizer = FairseqAveragedAdamW(config, params)
-    return SimpleNamespace(optimizer=optimizer, data_parallel_world_size=processes), params
+    return SimpleNamespace(optimizer=build(params), data_parallel_world_size=processes), params
 
 
 def update(trainer, params, gradient):
@@ -51,12 +64,13 @@ def as_on_gpu(monkeypatch):
 @pytest.mark.usefixtures("as_on_gpu")
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("half", [False, True])
-def test_clipping_and_steps_are_not_late(device, half):
-    trainer, params = make_trainer(device)
+@pytest.mark.parametrize("build", PLAIN)
+def test_clipping_and_steps_are_not_late(device, half, build):
+    trainer, params = make_trainer(device, build=build)
     if half:
         trainer.optimizer = Wrapped(trainer.optimizer)
     plain = [torch.nn.Parameter(p.detach().clone()) for p in params]
-    other = torch.optim.AdamW(plain, lr=0.1, weight_decay=0)
+    other = PLAIN[build](plain)
     gradients = [0.01, 3.0, -2.0, 0.1]
     shown = [update(trainer, params, gradient) for gradient in gradients]
     assert [norm.item() for norm in shown] == pytest.approx([norm_of(g) for g in (0.01, 0.01, 3.0, -2.0)])
@@ -71,8 +85,9 @@ def test_clipping_and_steps_are_not_late(device, half):
 
 @pytest.mark.usefixtures("as_on_gpu")
 @pytest.mark.parametrize("device", DEVICES)
-def test_an_update_that_is_not_finite_changes_no_weights_and_is_known_at_the_next(device):
-    trainer, params = make_trainer(device)
+@pytest.mark.parametrize("build", PLAIN)
+def test_an_update_that_is_not_finite_changes_no_weights_and_is_known_at_the_next(device, build):
+    trainer, params = make_trainer(device, build=build)
     update(trainer, params, 0.5)
     before = [p.detach().clone() for p in params]
     assert update(trainer, params, float("nan")).isfinite()
