@@ -71,6 +71,11 @@ class RKMConfig(SoftmaxOptions, RKMOptions):
     decoder_dropout_out: Optional[float] = field(
         default=None, metadata={"help": "on each decoder layer's output, or what attention makes of it"}
     )
+    dropout_words: float = field(default=0.0, metadata={"help": "on whole words of both vocabularies"})
+    dropout_weights: float = field(
+        default=0.0,
+        metadata={"help": "on the recurrent weights (DropConnect); without feedback on the inputs' weights"},
+    )
 
 
 @register_model("rkm", dataclass=RKMConfig)
@@ -150,13 +155,18 @@ def check_flags(cfg: RKMConfig, joined: bool) -> None:
     for name in ("encoder_layers", "decoder_layers", "encoder_embed_dim", "decoder_embed_dim"):
         if getattr(cfg, name) < 1:
             raise RKMError(f"{_flag(name)} must be at least 1, not {getattr(cfg, name)}")
-    for name in ("dropout", *DROPOUTS):
+    for name in ("dropout", "dropout_words", "dropout_weights", *DROPOUTS):
         if getattr(cfg, name) is not None:
             check_probability(_flag(name), getattr(cfg, name))
     if not 0 <= cfg.attention_layer <= cfg.decoder_layers:
         raise RKMError(
             f"--attention-layer must name a decoder layer, 1 to {cfg.decoder_layers}, or be 0 for the last, "
             f"not {cfg.attention_layer}"
+        )
+    if cfg.input_feeding and cfg.dropout_weights:
+        raise RKMError(
+            "--dropout-weights draws once for a sequence, and with --input-feeding the decoder runs a step at a time: "
+            "give one or the other"
         )
     check_softmax(cfg)
     _check_sharing(cfg, joined)

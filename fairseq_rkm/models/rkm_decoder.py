@@ -13,7 +13,7 @@ from fairseq_rkm.data.dictionary import check_fingerprint, fingerprint
 from fairseq_rkm.models.options import NO_LIMIT, build_rkm, first_given
 from fairseq_rkm.models.rkm_encoder import EncoderOut
 from fairseq_rkm.models.word_layers import build_softmax
-from fairseq_rkm.modules import RKM, GlobalAttention, RKMState, Stepper
+from fairseq_rkm.modules import RKM, GlobalAttention, RKMState, Stepper, dropped_embedding
 from fairseq_rkm.ops import CELLS
 
 Layers = Iterable[Callable[..., tuple[Tensor, RKMState]]]
@@ -59,6 +59,7 @@ class RKMAttentionDecoder(FairseqIncrementalDecoder):
         self.padding_idx = dictionary.pad()
         self.register_buffer("dictionary_fingerprint", fingerprint(dictionary))
         self.embed_tokens = embed_tokens
+        self.dropout_words = cfg.dropout_words
         self.dropout_in = FairseqDropout(first_given(cfg.decoder_dropout_in, cfg.dropout), type(self).__name__)
         self.dropout_out = FairseqDropout(first_given(cfg.decoder_dropout_out, cfg.dropout), type(self).__name__)
         self.attention_layer = cfg.attention_layer or cfg.decoder_layers
@@ -74,7 +75,7 @@ class RKMAttentionDecoder(FairseqIncrementalDecoder):
         layers = [
             build_rkm(
                 cfg, m, d, ngram_padding="causal", cell=str(first_given(cfg.decoder_cell, cfg.cell)),
-                ngram=first_given(cfg.decoder_ngram, cfg.ngram),
+                ngram=first_given(cfg.decoder_ngram, cfg.ngram), weight_dropout=cfg.dropout_weights,
             )
             for m, d in zip(inputs, outputs, strict=True)
         ]  # fmt: skip
@@ -117,7 +118,7 @@ class RKMAttentionDecoder(FairseqIncrementalDecoder):
         if state is None:
             state = self._initial_state(encoder_out)
         mask = tokens.eq(self.padding_idx) if tokens.size(1) > 1 else None
-        x = self.dropout_in(self.embed_tokens(tokens.t()))
+        x = self.dropout_in(dropped_embedding(self.embed_tokens, tokens.t(), self.dropout_words, self.training))
         run = self._run_fed if self.fed_size else self._run
         features, weights, state = run(layers, x, state, encoder_out, mask)
         if incremental_state is not None:

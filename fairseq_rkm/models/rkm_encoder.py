@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fairseq_rkm.data.dictionary import check_fingerprint, fingerprint
 from fairseq_rkm.models.options import NO_LIMIT, build_rkm, first_given
+from fairseq_rkm.modules import dropped_embedding
 
 EncoderOut = dict[str, list[Tensor]]
 """What :meth:`RKMEncoder.forward` returns; all lists of tensors, as fairseq's generators want it.
@@ -34,6 +35,7 @@ class RKMEncoder(FairseqEncoder):
         self.padding_idx = dictionary.pad()
         self.register_buffer("dictionary_fingerprint", fingerprint(dictionary))
         self.embed_tokens = embed_tokens
+        self.dropout_words = cfg.dropout_words
         self.dropout_in = FairseqDropout(first_given(cfg.encoder_dropout_in, cfg.dropout), type(self).__name__)
         self.dropout_out = FairseqDropout(first_given(cfg.encoder_dropout_out, cfg.dropout), type(self).__name__)
         self.output_size = cfg.encoder_hidden_size * (2 if cfg.encoder_bidirectional else 1)
@@ -42,6 +44,7 @@ class RKMEncoder(FairseqEncoder):
             build_rkm(
                 cfg, size, cfg.encoder_hidden_size, bidirectional=cfg.encoder_bidirectional,
                 cell=str(first_given(cfg.encoder_cell, cfg.cell)), ngram=first_given(cfg.encoder_ngram, cfg.ngram),
+                weight_dropout=cfg.dropout_weights,
             )
             for size in sizes
         )  # fmt: skip
@@ -54,7 +57,7 @@ class RKMEncoder(FairseqEncoder):
             src_lengths: not needed: padding is told by its symbol.
         """
         mask = src_tokens.eq(self.padding_idx)
-        x = self.dropout_in(self.embed_tokens(src_tokens.t()))
+        x = self.dropout_in(dropped_embedding(self.embed_tokens, src_tokens.t(), self.dropout_words, self.training))
         hiddens, cells = [], []
         for layer in self.layers:
             x, state = layer(x, padding_mask=mask)

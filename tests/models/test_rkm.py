@@ -262,13 +262,16 @@ def test_adaptive_softmax():
 
 def test_each_dropout_acts_where_its_flag_says():
     source, tokens = batch()
-    for flag in ("dropout", "encoder_dropout_in", "encoder_dropout_out", "decoder_dropout_in", "decoder_dropout_out"):
+    places = ("encoder_dropout_in", "encoder_dropout_out", "decoder_dropout_in", "decoder_dropout_out")
+    for flag in ("dropout", "dropout_words", "dropout_weights", *places):
         model = build(**{flag: 0.5})
         assert torch.equal(model(source, None, tokens)[0], model(source, None, tokens)[0]), "none in evaluation"
         model.train()
         assert not torch.equal(model(source, None, tokens)[0], model(source, None, tokens)[0]), flag
-        encoded = [model.encoder(source)["encoder_out"][0] for _ in range(2)]
-        assert torch.equal(*encoded) == flag.startswith("decoder"), flag
+        encoded = [model.encoder(source) for _ in range(2)]
+        assert torch.equal(*(out["encoder_out"][0] for out in encoded)) == flag.startswith("decoder"), flag
+        decoded = [model.decoder(tokens, encoded[0])[0] for _ in range(2)]
+        assert torch.equal(*decoded) == flag.startswith("encoder"), flag
 
 
 @pytest.mark.parametrize("input_feeding", [False, True])
@@ -295,6 +298,9 @@ def test_half_precision_follows_double(input_feeding):
         ({"decoder_layers": 0}, "--decoder-layers must be at least 1, not 0"),
         ({"decoder_dropout_in": 1.0}, "--decoder-dropout-in must lie within"),
         ({"dropout": -0.1}, "--dropout must lie within"),
+        ({"dropout_weights": 1.0}, "--dropout-weights must lie within"),
+        ({"dropout_words": -0.1}, "--dropout-words must lie within"),
+        ({"dropout_weights": 0.2, "input_feeding": True}, "--dropout-weights draws once for a sequence"),
         ({"attention_layer": 2}, "--attention-layer must name a decoder layer, 1 to 1"),
         ({"criterion_name": "adaptive_loss"}, "needs --adaptive-softmax-cutoff"),
         ({"share_all_embeddings": True, "encoder_embed_dim": 5}, "needs equal sizes, but --encoder-embed-dim is 5"),
