@@ -1,0 +1,49 @@
+"""examples/language_model/table.py, small, on a CPU."""
+
+import json
+import os
+import subprocess
+import sys
+
+from cli.conftest import ROOT
+
+TINY = [
+    "common.cpu=true", "+model.decoder_embed_dim=8", "+model.decoder_hidden_size=12", "dataset.batch_size=4",
+    "dataset.batch_size_valid=2", "optimization.max_update=6", "lr_scheduler.warmup_updates=1", "common.log_interval=1",
+]  # fmt: skip
+
+
+def table(*arguments):
+    command = [sys.executable, ROOT / "examples/language_model/table.py", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_a_table_is_stopped_and_goes_on_until_all_its_runs_are_done(data, tmp_path):
+    common = [f"ptb_fast={data}", "--out", tmp_path, "--cells", "lstm", "rkm_lstm", "--jobs", 2]
+    stopped = table(*common, "--minutes", 0.01, "--", *TINY)
+    assert "out of time, 2 not done" in stopped.stdout, stopped.stderr
+    whole = table(*common, "--", *TINY)
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    for cell in ("lstm", "rkm_lstm"):
+        run = json.loads((tmp_path / f"ptb_fast-{cell}-1/run.json").read_text())
+        assert (run["cell"], run["seed"], run["updates"]) == (cell, 1, 6)
+        assert f"ptb_fast-{cell}-1: valid {run['valid_perplexity']}, test {run['test_perplexity']}" in whole.stdout
+    assert "2 of 2 runs are done" in table(*common, "--", *TINY).stdout
+
+
+def test_what_is_missing_is_said_before_any_run(data, tmp_path):
+    for corpus, message in (
+        ("ptb_quick=x", "no configuration ptb_quick"),
+        (f"ptb_fast={tmp_path}/none", "no data for ptb_fast in"),
+        ("ptb_fast", "give CONFIG=DATA"),
+    ):
+        result = table(corpus, "--out", tmp_path)
+        assert result.returncode == 2
+        assert message in result.stderr
+
+
+def test_a_run_that_fails_is_named(data, tmp_path):
+    result = table(f"ptb_fast={data}", "--out", tmp_path, "--cells", "gru", "--", *TINY)
+    assert result.returncode == 1
+    assert "failed: ptb_fast-gru-1 (see" in result.stderr
