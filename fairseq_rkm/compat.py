@@ -13,9 +13,11 @@
 7. What the translation commands need besides stands in :mod:`fairseq_rkm.compat_translation`.
 8. A run that ends in the middle of an epoch leaves fairseq's thread that prepares batches at work, which Python then
    kills wherever it is: within PyTorch that aborts the process, with status 134 after "done training". It is stopped.
-9. The task ``sentence_prediction`` checks its data before training (see ``tasks/sentence_prediction_checks.py``).
-10. ``--bf16`` copies weights and gradients to and from float32 one by one (see ``optim/half_precision.py``).
-11. On a GPU the trainer waits for it at each update; with our optimizers it no longer does (``optim/late_norm.py``).
+9. fairseq leaves its process groups to Python's end, at which a thread of gloo's that still lets go of a tensor would
+   be killed within PyTorch likewise. Those groups are left before.
+10. The task ``sentence_prediction`` checks its data before training (see ``tasks/sentence_prediction_checks.py``).
+11. ``--bf16`` copies weights and gradients to and from float32 one by one (see ``optim/half_precision.py``).
+12. On a GPU the trainer waits for it at each update; with our optimizers it no longer does (``optim/late_norm.py``).
 """
 
 import argparse
@@ -100,8 +102,9 @@ def adapt() -> None:
     for name, copy in HALF_PRECISION.items():
         if not hasattr(getattr(FP16Optimizer, name), "__wrapped__"):
             setattr(FP16Optimizer, name, half_precision.at_once(copy, getattr(FP16Optimizer, name)))
-    atexit.unregister(_stop_preparing_batches)
-    atexit.register(_stop_preparing_batches)
+    for leave in (_stop_preparing_batches, _leave_process_groups):
+        atexit.unregister(leave)
+        atexit.register(leave)
     compat_translation.adapt()
     if _in_fairseq_command() and sys.excepthook is sys.__excepthook__:
         sys.excepthook = _print_error
@@ -127,6 +130,13 @@ def _stop_preparing_batches() -> None:
         while thread.is_alive() and time.monotonic() < stop:
             with contextlib.suppress(queue.Empty):  # room for what it waits to hand over
                 thread._queue.get(timeout=0.02)
+
+
+def _leave_process_groups() -> None:
+    """Wait for gloo's threads; NCCL's groups are left alone, which would wait for processes that may have failed."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_backend() == "gloo":
+        distributed.destroy_process_group()
 
 
 def _step_once_unscaled(optimizer: AMPOptimizer) -> None:

@@ -68,3 +68,19 @@ def test_what_training_that_watches_bleu_leaves_in_a_checkpoint_is_read(tmp_path
     torch.save({"counts": np.array([3, 1, 0, 0])}, tmp_path / "checkpoint.pt")
     with torch.serialization.safe_globals(compat.CHECKPOINT_CLASSES):
         assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["counts"].tolist() == [3, 1, 0, 0]
+
+
+@pytest.mark.parametrize("name", ["gloo", "fake"])
+def test_gloo_s_groups_are_left_before_python_ends(tmp_path, name):
+    code = f"""
+import atexit
+import torch.distributed as distributed
+from torch.testing._internal.distributed import fake_pg
+atexit.register(lambda: print("in a group:", distributed.is_initialized()))  # runs after what is registered later
+import fairseq_rkm
+fairseq_rkm.register()
+store = distributed.FileStore({str(tmp_path / "store")!r}, 1)
+distributed.init_process_group({name!r}, store=store, rank=0, world_size=1)
+"""
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == f"in a group: {name != 'gloo'}"
