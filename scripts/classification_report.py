@@ -175,8 +175,9 @@ def circumstances(rows: list[Row]) -> str:
     seeds = ", ".join(map(str, sorted({run["seed"] for run in runs})))
     return (
         f"{all_of('hardware')}; torch {all_of('torch')}; Python {all_of('python')}; commit {all_of('commit')}; seeds "
-        f"{seeds}. Accuracy: mean and standard deviation over the seeds, of the epoch that was best in validation. The "
-        "paper's figures are for the full training sets, of 120,000 to 650,000 documents."
+        f"{seeds}. Accuracy: mean and standard deviation over the seeds, after the last epoch (the plain LSTM: of the "
+        "epoch that was best in validation). The paper's figures are for the full training sets, of 120,000 to 650,000 "
+        "documents."
     )
 
 
