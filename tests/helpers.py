@@ -26,9 +26,7 @@ def assert_close(given: Tensor, wanted: Tensor, what: str = "", dtype: torch.dty
     assert given.shape == wanted.shape, f"{what}: shape {tuple(given.shape)}, not {tuple(wanted.shape)}"
     given, wanted, tolerance = given.double(), wanted.double(), TOLERANCES[dtype or given.dtype]
     error, size = (given - wanted).norm().item(), wanted.norm().item()
-    # What rounding leaves, in float64 too, of a sum of hundreds of terms of order one that nearly cancel.
-    floor = 1e-14
-    assert error <= tolerance * size + floor, (
+    assert error <= tolerance * size + 1e-15, (
         f"{what}: off by {error / max(size, 1e-30):.1e}, more than {tolerance:.0e}"
     )
 

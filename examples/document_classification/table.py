@@ -50,8 +50,8 @@ class Settings:
     """What differs from data set to data set.
 
     The dropouts are not the paper's: its training sets were hundreds of thousands of documents, on which it could do
-    without. The smaller the set, the more words are dropped. DBpedia's documents are about names, of which one test
-    word in 16 is in no training document: they are read in pieces, of which there are ``pieces``.
+    without. The smaller the set, the more words are dropped. Of the words of
+    DBpedia's test set one in 16 is in no training document: it is read in ``pieces`` of words, so many.
     """
 
     epochs: int = 5

@@ -28,8 +28,10 @@ VISIBLE_GPUS = hide_gpus()
 
 from report import parse_line
 
-CELLS = ("rkm_lstm", "lstm", "rkm_cifg", "linear_kernel_gated")
-"""The paper's Table 3."""
+from fairseq_rkm import CELLS
+
+TABLE_3 = ("rkm_lstm", "lstm", "rkm_cifg", "linear_kernel_gated")
+"""The paper's cells."""
 
 
 class Row(NamedTuple):
@@ -53,7 +55,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpora", nargs="+", metavar="CONFIG=DATA")
     parser.add_argument("--out", type=Path, required=True, help="where the runs go")
-    parser.add_argument("--cells", nargs="+", default=CELLS, help=f"default: {' '.join(CELLS)}")
+    parser.add_argument(
+        "--cells", nargs="+", default=TABLE_3, choices=list(CELLS), help=f"default: {' '.join(TABLE_3)}"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, over all GPUs (default: 1)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many; the next call goes on")

@@ -153,7 +153,7 @@ class StepGraphs:
         state = self.carried.before(segment) or []
         if not self.entered:
             self.entered, self.left = ([layer.map(torch.empty_like) for layer in state] for _ in range(2))
-        _copy(_state_tensors(self.entered), _state_tensors(state))
+        _copy(state_tensors(self.entered), state_tensors(state))
         if shape not in self.steps:
             self.steps[shape] = self._record(sample)
         step = self.steps[shape]
@@ -177,7 +177,7 @@ class StepGraphs:
                 weight.grad = None
             loss, _, outcome = self.criterion(self.model, held)
             self.optimizer.backward(loss)
-            _copy(_state_tensors(self.left), _state_tensors(self.carried.left or []))
+            _copy(state_tensors(self.left), state_tensors(self.carried.left or []))
             moved[:] = [i for i, weight in enumerate(self.weights) if weight.grad is not None]
             _copy([self.gradients[i] for i in moved], [self.weights[i].grad for i in moved])
             for weight in self.weights:
@@ -193,7 +193,8 @@ def _sample_tensors(sample: dict) -> list[Tensor]:
     return found
 
 
-def _state_tensors(states: list[RKMState]) -> list[Tensor]:
+def state_tensors(states: list[RKMState]) -> list[Tensor]:
+    """All of a stack's state, layer by layer."""
     return [tensor for state in states for tensor in state.tensors()]
 
 

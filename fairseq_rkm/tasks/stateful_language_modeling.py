@@ -22,7 +22,7 @@ from fairseq_rkm.errors import RKMError
 from fairseq_rkm.modules import RKMState
 from fairseq_rkm.modules.continuous_cache import ContinuousCache
 from fairseq_rkm.tasks.averaged_validation import AveragedValidation
-from fairseq_rkm.tasks.graphed_steps import GraphedSteps
+from fairseq_rkm.tasks.graphed_steps import GraphedSteps, state_tensors
 from fairseq_rkm.tasks.late_log import LateLog
 
 logger = logging.getLogger(__name__)
@@ -239,7 +239,7 @@ class StatefulLanguageModelingTask(AveragedValidation, GraphedSteps, LanguageMod
         if left is None:
             return {}
         flat = [_flatten(left)] if self.gathered is None else self.gathered
-        shapes = [list(tensor.shape) for tensor in _tensors(left)]
+        shapes = [list(tensor.shape) for tensor in state_tensors(left)]
         state = {
             "segment": self.training_state.segment,
             "layers": len(left),
@@ -266,14 +266,9 @@ class StatefulLanguageModelingTask(AveragedValidation, GraphedSteps, LanguageMod
         )
 
 
-def _tensors(states: list[RKMState]) -> list[Tensor]:
-    """All of a stack's state, layer by layer."""
-    return [tensor for state in states for tensor in state.tensors()]
-
-
 def _flatten(states: list[RKMState]) -> Tensor:
     """The state as one vector, of the widest type within it, which holds the others exactly."""
-    return torch.cat([tensor.flatten().to(states[0].cell.dtype) for tensor in _tensors(states)])
+    return torch.cat([tensor.flatten().to(states[0].cell.dtype) for tensor in state_tensors(states)])
 
 
 def _unflatten(flat: Tensor, shapes: list[list[int]], layers: int) -> list[RKMState]:

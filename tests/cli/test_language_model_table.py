@@ -41,9 +41,10 @@ def test_what_is_missing_is_said_before_any_run(data, tmp_path):
         result = table(corpus, "--out", tmp_path)
         assert result.returncode == 2
         assert message in result.stderr
+    assert "invalid choice: 'gru'" in table(f"ptb_fast={data}", "--out", tmp_path, "--cells", "gru").stderr
 
 
 def test_a_run_that_fails_is_named(data, tmp_path):
-    result = table(f"ptb_fast={data}", "--out", tmp_path, "--cells", "gru", "--", *TINY)
+    result = table(f"ptb_fast={data}", "--out", tmp_path, "--cells", "ran", "--", *TINY, "optimizer.adam_eps=-1")
     assert result.returncode == 1
-    assert "failed: ptb_fast-gru-1 (see" in result.stderr
+    assert "failed: ptb_fast-ran-1 (see" in result.stderr

