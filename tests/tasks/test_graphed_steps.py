@@ -132,6 +132,18 @@ def test_hooks_are_called():
     assert not graphs.takes(fourth)
 
 
+def test_half_precision_is_told_of_new_gradients():
+    model, optimizer = build("cpu", torch.float32)
+    half = Namespace(backward=optimizer.backward, _needs_sync=False)
+    graphs = graphs_of(model, half, "cpu")
+    first, second, third, fourth, *_ = samples("cpu")
+    for sample in (first, second, third):
+        graphs.step(sample, lambda sample=sample: graphs.criterion(model, sample))
+    assert not half._needs_sync
+    graphs.step(fourth, None)
+    assert half._needs_sync
+
+
 def task_of(**flags):
     values = {
         "batch_size": 3, "batch_size_valid": 3, "train_subset": "train", "dataset_impl": None, "update_freq": [1],
