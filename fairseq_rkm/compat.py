@@ -18,6 +18,7 @@
 10. The task ``sentence_prediction`` checks its data before training (see ``tasks/sentence_prediction_checks.py``).
 11. ``--bf16`` copies weights and gradients to and from float32 one by one (see ``optim/half_precision.py``).
 12. On a GPU the trainer waits for it at each update; with our optimizers it no longer does (``optim/late_norm.py``).
+13. On a command line fairseq takes ``--bf16`` for a wish for a TPU, and ends where there is none.
 """
 
 import argparse
@@ -40,7 +41,7 @@ from typing import Any
 import numpy as np
 import omegaconf
 import torch
-from fairseq import checkpoint_utils, utils
+from fairseq import checkpoint_utils, options, utils
 from fairseq.data import iterators
 from fairseq.distributed.utils import _TensorPlaceholder
 from fairseq.optim import AMPOptimizer, FP16Optimizer
@@ -96,6 +97,8 @@ def adapt() -> None:
         checkpoint_utils.load_checkpoint_to_cpu = _explain(checkpoint_utils.load_checkpoint_to_cpu)
     if utils.xm is None:
         utils.set_torch_seed = _SetTorchSeed
+        if not hasattr(options.parse_args_and_arch, "__wrapped__"):
+            options.parse_args_and_arch = _without_tpu(options.parse_args_and_arch)
     AMPOptimizer.step = _step_once_unscaled
     if not hasattr(Trainer.clip_grad_norm, "__wrapped__"):
         Trainer.clip_grad_norm = late_norm.late(Trainer.clip_grad_norm)
@@ -118,6 +121,20 @@ class _SetTorchSeed(utils.set_torch_seed):
         torch.default_generator.manual_seed(seed)
         if torch.cuda.is_available():
             torch.cuda.manual_seed_all(seed)
+
+
+def _without_tpu(parse: Any) -> Any:
+    """``parse_args_and_arch`` of fairseq where ``torch_xla``, through which it reaches TPUs, is not installed."""
+
+    @functools.wraps(parse)
+    def parse_args_and_arch(*args: Any, **kwargs: Any) -> Any:
+        parsed = parse(*args, **kwargs)
+        flags = parsed[0] if isinstance(parsed, tuple) else parsed
+        if getattr(flags, "bf16", False):
+            flags.tpu = False
+        return parsed
+
+    return parse_args_and_arch
 
 
 def _stop_preparing_batches() -> None:

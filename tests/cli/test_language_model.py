@@ -42,6 +42,25 @@ def test_training_learns_and_counts_every_token(trained, data):
     assert (run / "checkpoint_best.pt").is_file()
 
 
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.parametrize(
+    ("precision", "device"),
+    [
+        ("--bf16", "cpu"),
+        *(pytest.param(flag, "cuda", marks=NEEDS_GPU) for flag in ("--bf16", "--fp16", "--amp")),
+    ],
+)
+def test_narrow_types_begin_as_float32_does_and_learn(trained, data, tmp_path, precision, device):
+    flags = [flag for flag in SMALL if flag != "--cpu" or device == "cpu"]
+    result = succeed("train", data, *flags, "--ngram", 2, "--max-epoch", 2, precision, "--save-dir", tmp_path)
+    losses, wanted = ([float(e["loss"]) for e in r.entries("train_inner")] for r in (result, trained[1]))
+    assert losses[:6] == pytest.approx(wanted[:6], rel=0.01)
+    assert losses[:6] != wanted[:6]
+    assert [float(e["valid_loss"]) for e in result.entries("valid")][-1] < 0.95 * losses[0]
+
+
 def test_eval_lm_is_one_pass_over_the_whole_text(trained, data):
     run, _ = trained
     checkpoint = run / "checkpoint_best.pt"
