@@ -242,7 +242,8 @@ def markdown(runs: list[Run]) -> str:
     for _, group in groupby(runs, key=_row):
         members = list(group)
         rows += ["| " + " | ".join(text(run) for _, text in columns) + " |" for run in members]
-        if len(members) > 1:
+        # Runs of one seed differ in something that the table does not show, and have no mean.
+        if len({run.seed for run in members}) == len(members) > 1:
             summary = {
                 "cell": f"{members[0].label}, mean (spread)",
                 "valid perplexity": _spread([run.valid_perplexity for run in members]),

@@ -76,6 +76,13 @@ def test_the_table_has_the_paper_s_figures_and_means_over_seeds(run, tmp_path):
     assert (tmp_path / "out/curves.png").stat().st_size > 10_000
 
 
+def test_runs_of_one_seed_have_no_mean(run, tmp_path):
+    text = report.report([run("a", 1, 58.0), run("b", 1, 57.0)], tmp_path / "out")
+    assert "| 58.00 |" in text
+    assert "| 57.00 |" in text
+    assert "mean" not in text
+
+
 def test_a_run_s_json_is_all_that_need_be_kept(run, tmp_path):
     folder = run("a")
     (folder / "test-cache.log").write_text("Perplexity: 52.50\n")
