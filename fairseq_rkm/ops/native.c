@@ -2,22 +2,31 @@
 // equations fused, so that gates never leave the registers between the two.
 //
 // ops/native.py compiles this with the C compiler at hand, for the processor at hand, with the cell (a row of
-// ops/cells.py) as macros. The work of a step is cut into tiles of some units of some rows; threads share the tiles, the
-// same ones at every step, and meet once a step (three times with layer normalisation, which needs whole rows).
+// ops/cells.py) as macros. The work of a step is cut into tiles of some units of some rows. Where all weights fit in a
+// core's cache and there are rows enough, each thread takes the tiles of rows of its own, and never waits for another;
+// else threads share all tiles, the same ones at every step, so that each reads a part of the weights, and meet once a
+// step (three times with layer normalisation, which needs whole rows).
 
 #include <math.h>
 #include <omp.h>
 #include <string.h>
+#ifdef __AVX__
+#include <immintrin.h>
+#endif
 
 #ifdef __AVX512F__
 #define LANES 16
-#define MAX_ROWS 6   // rows x RECURRENT vectors of sums, with room for the weights, in 32 registers
-#define WIDE_ROWS 10 // rows x 2 vectors
+#define LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#define ROWS 10 // rows x 2 vectors of sums, with room for the weights, in 32 registers
 #else
 #define LANES 8
-#define MAX_ROWS 3
-#define WIDE_ROWS 5
+#define LOW 0, 8, 1, 9, 2, 10, 3, 11
+#define HIGH 4, 12, 5, 13, 6, 14, 7, 15
+#define ROWS 5 // in 16 registers
 #endif
+#define CACHE (1 << 20) // bytes of weights that a core's own cache holds
+#define MIN_ROWS 4      // of a thread, for its products to be fast
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 #define EPSILON 1e-5f
@@ -26,43 +35,65 @@
 typedef float vec __attribute__((vector_size(LANES * 4)));
 typedef int ivec __attribute__((vector_size(LANES * 4)));
 
+// The first, or last, halves of two vectors, lane by lane in turn.
+#ifdef __clang__
+#define INTERLEAVE_LOW(a, b) __builtin_shufflevector(a, b, LOW)
+#define INTERLEAVE_HIGH(a, b) __builtin_shufflevector(a, b, HIGH)
+#else
+#define INTERLEAVE_LOW(a, b) __builtin_shuffle(a, b, (ivec){LOW})
+#define INTERLEAVE_HIGH(a, b) __builtin_shuffle(a, b, (ivec){HIGH})
+#endif
+
 // Loads and stores of `n` lanes; the others are zero.
 INLINE vec load(const float* p, int n) {
     vec v = {0};
     if (n >= LANES) memcpy(&v, p, sizeof v);
+#ifdef __AVX512F__
+    else v = _mm512_maskz_loadu_ps((1 << n) - 1, p);
+#else
     else memcpy(&v, p, n * sizeof(float));
+#endif
     return v;
 }
 
 INLINE void store(float* p, vec v, int n) {
     if (n >= LANES) memcpy(p, &v, sizeof v);
+#ifdef __AVX512F__
+    else _mm512_mask_storeu_ps(p, (1 << n) - 1, v);
+#else
     else memcpy(p, &v, n * sizeof(float));
+#endif
 }
 
 INLINE vec splat(float x) { return x - (vec){0}; }
 
+// NaN stays NaN.
 INLINE vec clamp(vec x, float low, float high) {
-    const ivec under = x < low, over = x > high;
     const vec l = splat(low), h = splat(high);
+#if defined __AVX512F__
+    return _mm512_min_ps(h, _mm512_max_ps(l, x));
+#elif defined __AVX__
+    return _mm256_min_ps(h, _mm256_max_ps(l, x));
+#else
+    const ivec under = x < l, over = x > h;
     x = (vec)(((ivec)x & ~under) | ((ivec)l & under));
     return (vec)(((ivec)x & ~over) | ((ivec)h & over));
+#endif
 }
 
 // exp by 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Cephes' coefficients); relative error about 1e-7. NaN stays.
 INLINE vec exponential(vec x) {
-    const vec clamped = clamp(x, -87.f, 88.f);
-    const vec half = (vec)(((ivec)clamped & (int)0x80000000) | (ivec)splat(0.5f));
-    const ivec n = __builtin_convertvector(clamped * 1.44269504f + half, ivec);
-    const vec k = __builtin_convertvector(n, vec), r = clamped - k * 0.693359375f + k * 2.12194440e-4f;
+    x = clamp(x, -87.f, 88.f);
+    // Beyond 1.5 * 2^23 floats are whole, so that adding it rounds, and the last bits are n.
+    const vec shifted = x * 1.44269504f + 12582912.f, k = shifted - 12582912.f;
+    const vec r = x - k * 0.693359375f + k * 2.12194440e-4f;
     vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.f;
-    const vec y = (vec)((ivec)p + (n << 23));
-    const ivec is_nan = x != x;
-    return (vec)(((ivec)y & ~is_nan) | ((ivec)x & is_nan));
+    return p * (vec)(((ivec)shifted << 23) + (127 << 23));
 }
 
 INLINE vec sigmoid(vec x) { return 1.f / (1.f + exponential(-x)); }
@@ -103,20 +134,98 @@ INLINE void share(int count, int step, int thread, int threads, int* first, int*
     if (*last > count) *last = count;
 }
 
+// What a thread does at each step.
+typedef struct {
+    int alone;        // whether nothing that it reads is another thread's
+    int row, end;     // the rows that it normalises
+    int from, rows;   // the rows that its tiles are cut from: those, or all
+    int blocks;       // into so many tiles of each vector of units
+    int share, shares;  // which part of the tiles it takes, of how many
+} Part;
+
+INLINE Part part_of(const Problem* p, int thread, int threads) {
+    const size_t bytes = sizeof(float) * RECURRENT * p->size * p->size;
+    Part part = {.alone = threads == 1 || (bytes <= CACHE && p->batch >= MIN_ROWS * threads)};
+    share(p->batch, 1, thread, threads, &part.row, &part.end);
+    part.from = part.alone ? part.row : 0;
+    part.rows = part.alone ? part.end - part.row : p->batch;
+    part.blocks = (part.rows + ROWS - 1) / ROWS;
+    part.share = part.alone ? 0 : thread;
+    part.shares = part.alone ? 1 : threads;
+    return part;
+}
+
+// Rows [*b, *b + result) of a block.
+INLINE int block_rows(const Part* part, int block, int* b) {
+    *b = part->from + part->rows * block / part->blocks;
+    return part->from + part->rows * (block + 1) / part->blocks - *b;
+}
+
+#if RECURRENT
+// `rows` rows of `x`, `depth` long and `stride` apart, times one or two columns of vectors of the packed weights.
+INLINE void product_of(const float* x, size_t stride, int depth, const float* w, const int rows, const int width,
+                       vec (*sums)[2]) {
+    vec kept[ROWS][2];
+    UNROLL for (int i = 0; i < rows; ++i)
+        UNROLL for (int v = 0; v < width; ++v) kept[i][v] = splat(0.f);
+    for (int k = 0; k < depth; ++k, w += LANES) {
+        vec weights[2];
+        UNROLL for (int v = 0; v < width; ++v) memcpy(&weights[v], w + (size_t)v * depth * LANES, sizeof(vec));
+        UNROLL for (int i = 0; i < rows; ++i)
+            UNROLL for (int v = 0; v < width; ++v) kept[i][v] += x[i * stride + k] * weights[v];
+    }
+    UNROLL for (int i = 0; i < rows; ++i)
+        UNROLL for (int v = 0; v < width; ++v) sums[i][v] = kept[i][v];
+}
+
+#define ROWS_CASE(rows) \
+    case rows: \
+        if (width == 2) product_of(x, stride, depth, w, rows, 2, sums); \
+        else product_of(x, stride, depth, w, rows, 1, sums); \
+        break;
+
+static void product(const float* x, size_t stride, int depth, const float* w, int rows, int width, vec (*sums)[2]) {
+    switch (rows) {
+        ROWS_CASE(1) ROWS_CASE(2) ROWS_CASE(3) ROWS_CASE(4) ROWS_CASE(5)
+#if ROWS > 5
+        ROWS_CASE(6) ROWS_CASE(7) ROWS_CASE(8) ROWS_CASE(9) ROWS_CASE(10)
+#endif
+    }
+}
+#endif
+
 // ---- forward
 
 #if RECURRENT
+// A square of LANES rows becomes its transpose: as often as LANES can be halved, rows are interleaved with those that
+// are half the square away.
+INLINE void transpose(vec* rows) {
+    const int half = LANES / 2;
+    UNROLL for (int round = 1; round < LANES; round *= 2) {
+        vec mixed[LANES];
+        UNROLL for (int i = 0; i < half; ++i) {
+            mixed[2 * i] = INTERLEAVE_LOW(rows[i], rows[i + half]);
+            mixed[2 * i + 1] = INTERLEAVE_HIGH(rows[i], rows[i + half]);
+        }
+        UNROLL for (int i = 0; i < LANES; ++i) rows[i] = mixed[i];
+    }
+}
+
+// packed[j / LANES][RECURRENT][k][LANES]
 static void pack(const Problem* p, int first, int last) {
     const int d = p->size;
-    for (int j = first; j < last; j += LANES) {
-        float* to = p->packed + (size_t)(j / LANES) * d * RECURRENT * LANES;
-        const int n = d - j < LANES ? d - j : LANES;
+    for (int j = first; j < last; j += LANES)
         for (int r = 0; r < RECURRENT; ++r)
-            for (int u = 0; u < LANES; ++u) {
-                const float* from = p->weights + (size_t)(r * d + j + u) * d;
-                for (int k = 0; k < d; ++k) to[(size_t)k * RECURRENT * LANES + r * LANES + u] = u < n ? from[k] : 0.f;
+            for (int k = 0; k < d; k += LANES) {
+                const float* from = p->weights + (size_t)(r * d + j) * d + k;
+                float* to = p->packed + (((size_t)(j / LANES) * RECURRENT + r) * d + k) * LANES;
+                vec rows[LANES];
+                UNROLL for (int u = 0; u < LANES; ++u)
+                    rows[u] = j + u < d ? load(from + (size_t)u * d, d - k) : splat(0.f);
+                transpose(rows);
+                UNROLL for (int i = 0; i < LANES; ++i)
+                    if (k + i < d) memcpy(to + i * LANES, &rows[i], sizeof(vec));
             }
-    }
 }
 #endif
 
@@ -146,24 +255,13 @@ INLINE vec emit(vec c, vec output_gate) {
 }
 
 // Units [j, j + n) of `rows` rows from b on, at step t: product, gates and memory; without layer norm the output too.
-INLINE void forward_tile(const Problem* p, int t, int j, int n, int b, const int rows) {
+static void forward_tile(const Problem* p, int t, int j, int n, int b, int rows) {
     const int d = p->size;
 #if RECURRENT
-    vec sums[MAX_ROWS][RECURRENT], kept[MAX_ROWS][RECURRENT];
-    UNROLL for (int i = 0; i < rows; ++i)
-        UNROLL for (int r = 0; r < RECURRENT; ++r) kept[i][r] = splat(0.f);
-    const float* w = p->packed + (size_t)(j / LANES) * d * RECURRENT * LANES;
-    const float* h = p->hidden + ((size_t)t * p->batch + b) * d;
-    for (int k = 0; k < d; ++k, w += RECURRENT * LANES) {
-        vec weights[RECURRENT];
-        UNROLL for (int r = 0; r < RECURRENT; ++r) memcpy(&weights[r], w + r * LANES, sizeof(vec));
-        UNROLL for (int i = 0; i < rows; ++i) {
-            const float x = h[(size_t)i * d + k];
-            UNROLL for (int r = 0; r < RECURRENT; ++r) kept[i][r] += x * weights[r];
-        }
-    }
-    UNROLL for (int i = 0; i < rows; ++i)
-        UNROLL for (int r = 0; r < RECURRENT; ++r) sums[i][r] = kept[i][r];
+    vec sums[(RECURRENT + 1) / 2][ROWS][2];
+    const float *h = p->hidden + ((size_t)t * p->batch + b) * d, *w = p->packed + (size_t)(j / LANES) * RECURRENT * d * LANES;
+    for (int r = 0; r < RECURRENT; r += 2)
+        product(h, d, d, w + (size_t)r * d * LANES, rows, RECURRENT - r > 1 ? 2 : 1, sums[r / 2]);
 #endif
     for (int i = 0; i < rows; ++i) {
         const size_t row = (size_t)t * p->batch + b + i;
@@ -172,7 +270,8 @@ INLINE void forward_tile(const Problem* p, int t, int j, int n, int b, const int
         for (int g = 0; g < GATES; ++g) {
             a[g] = load(gates + (size_t)g * d, n);
 #if RECURRENT
-            if (g >= FIRST_RECURRENT && g < FIRST_RECURRENT + RECURRENT) a[g] += sums[i][g - FIRST_RECURRENT];
+            const int r = g - FIRST_RECURRENT;
+            if (r >= 0 && r < RECURRENT) a[g] += sums[r / 2][i][r % 2];
 #endif
             if (g) a[g] = sigmoid(a[g]);
             else if (SQUASH_CANDIDATE) a[g] = hyperbolic(a[g]);
@@ -196,19 +295,6 @@ INLINE void forward_tile(const Problem* p, int t, int j, int n, int b, const int
         }
         store(p->memory + next, c, n);
         store(p->hidden + next, out, n);
-    }
-}
-
-INLINE void forward_rows(const Problem* p, int t, int j, int n, int b, int rows) {
-    switch (rows) {
-        case 1: forward_tile(p, t, j, n, b, 1); break;
-        case 2: forward_tile(p, t, j, n, b, 2); break;
-        case 3: forward_tile(p, t, j, n, b, 3); break;
-#if MAX_ROWS > 3
-        case 4: forward_tile(p, t, j, n, b, 4); break;
-        case 5: forward_tile(p, t, j, n, b, 5); break;
-        case 6: forward_tile(p, t, j, n, b, 6); break;
-#endif
     }
 }
 
@@ -244,29 +330,30 @@ static void finish_row(const Problem* p, int t, int b) {
 }
 
 void recurrence_forward(const Problem* p) {
-    const int d = p->size, vectors = (d + LANES - 1) / LANES, blocks = (p->batch + MAX_ROWS - 1) / MAX_ROWS;
+    const int d = p->size, vectors = (d + LANES - 1) / LANES;
 #pragma omp parallel num_threads(p->threads)
     {
         const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
-        int first, last, row, end;
-        share(p->batch, 1, thread, threads, &row, &end);
+        const Part part = part_of(p, thread, threads);
+        int first, last;
 #if RECURRENT
         share(d, LANES, thread, threads, &first, &last);
         pack(p, first, last);
 #pragma omp barrier
 #endif
-        share(vectors * blocks, 1, thread, threads, &first, &last);
+        share(vectors * part.blocks, 1, part.share, part.shares, &first, &last);
         for (int t = 0; t < p->steps; ++t) {
             for (int tile = first; tile < last; ++tile) {
-                const int j = tile / blocks * LANES, block = tile % blocks;
-                const int b = p->batch * block / blocks, stop = p->batch * (block + 1) / blocks;
-                forward_rows(p, t, j, d - j < LANES ? d - j : LANES, b, stop - b);
+                const int j = tile / part.blocks * LANES;
+                int b;
+                const int rows = block_rows(&part, tile % part.blocks, &b);
+                forward_tile(p, t, j, d - j < LANES ? d - j : LANES, b, rows);
             }
-            if (p->norm) {
+            if (p->norm && !part.alone) {
 #pragma omp barrier
-                for (int b = row; b < end; ++b) finish_row(p, t, b);
             }
-            if (RECURRENT || p->norm) {
+            for (int b = part.row; p->norm && b < part.end; ++b) finish_row(p, t, b);
+            if ((RECURRENT || p->norm) && !part.alone) {
 #pragma omp barrier
             }
         }
@@ -291,40 +378,6 @@ static void pack_columns(const Problem* p, int first, int last) {
     }
 }
 
-// The gates' gradients at step t times the weights, in `sums`.
-INLINE void fed_back_tile(const Problem* p, int t, int j, int b, const int rows, const int width, vec (*sums)[2]) {
-    const int d = p->size, depth = RECURRENT * d;
-    vec kept[WIDE_ROWS][2];
-    UNROLL for (int i = 0; i < rows; ++i)
-        UNROLL for (int v = 0; v < width; ++v) kept[i][v] = splat(0.f);
-    const float* grads = p->grad_gates + ((size_t)t * p->batch + b) * GATES * d + (size_t)FIRST_RECURRENT * d;
-    const float* w = p->packed + (size_t)(j / LANES) * depth * LANES;
-    for (int k = 0; k < depth; ++k, w += LANES) {
-        vec weights[2];
-        UNROLL for (int v = 0; v < width; ++v) memcpy(&weights[v], w + (size_t)v * depth * LANES, sizeof(vec));
-        UNROLL for (int i = 0; i < rows; ++i) {
-            const float x = grads[(size_t)i * GATES * d + k];
-            UNROLL for (int v = 0; v < width; ++v) kept[i][v] += x * weights[v];
-        }
-    }
-    UNROLL for (int i = 0; i < rows; ++i)
-        UNROLL for (int v = 0; v < width; ++v) sums[i][v] = kept[i][v];
-}
-
-#define ROWS_CASE(rows) \
-    case rows: \
-        if (width == 2) fed_back_tile(p, t, j, b, rows, 2, sums); \
-        else fed_back_tile(p, t, j, b, rows, 1, sums); \
-        break;
-
-static void fed_back(const Problem* p, int t, int j, int b, int rows, int width, vec (*sums)[2]) {
-    switch (rows) {
-        ROWS_CASE(1) ROWS_CASE(2) ROWS_CASE(3) ROWS_CASE(4) ROWS_CASE(5)
-#if WIDE_ROWS > 5
-        ROWS_CASE(6) ROWS_CASE(7) ROWS_CASE(8) ROWS_CASE(9) ROWS_CASE(10)
-#endif
-    }
-}
 #endif
 
 // From h_t's gradient to the output gate's, and to c_t's, which it returns.
@@ -404,23 +457,29 @@ typedef struct {
     int j, width, b, rows;
 } Tile;
 
-INLINE Tile tile_at(const Problem* p, int tile, int blocks) {
-    const int j = tile / blocks * 2 * LANES, block = tile % blocks, b = p->batch * block / blocks;
-    return (Tile){j, p->size - j > LANES ? 2 : 1, b, p->batch * (block + 1) / blocks - b};
+INLINE Tile tile_at(const Problem* p, const Part* part, int tile) {
+    Tile at = {.j = tile / part->blocks * 2 * LANES};
+    at.width = p->size - at.j > LANES ? 2 : 1;
+    at.rows = block_rows(part, tile % part->blocks, &at.b);
+    return at;
 }
 
-// The first tile of a thread: a tile costs its width, and only those of the last column may be one wide.
-INLINE int first_tile(int vectors, int blocks, int thread, int threads) {
-    const int full = vectors / 2 * blocks, before = (int)((long)vectors * blocks * thread / threads);
+// The first tile of a share: a tile costs its width, and only those of the last column may be one wide.
+INLINE int first_tile(int vectors, int blocks, int share, int shares) {
+    const int full = vectors / 2 * blocks, before = (int)((long)vectors * blocks * share / shares);
     return before <= 2 * full ? (before + 1) / 2 : before - full;
 }
 
 // Step t of a tile, up to c_t's gradient if the layer norm then needs whole rows; before the first step, h's only.
 static void backward_tile(const Problem* p, int t, Tile at) {
     const int d = p->size;
-    vec sums[WIDE_ROWS][2] = {0};
+    vec sums[ROWS][2] = {0};
 #if RECURRENT
-    if (t + 1 < p->steps) fed_back(p, t + 1, at.j, at.b, at.rows, at.width, sums);
+    if (t + 1 < p->steps) {
+        const int depth = RECURRENT * d;
+        const float* grads = p->grad_gates + ((size_t)(t + 1) * p->batch + at.b) * GATES * d + (size_t)FIRST_RECURRENT * d;
+        product(grads, (size_t)GATES * d, depth, p->packed + (size_t)(at.j / LANES) * depth * LANES, at.rows, at.width, sums);
+    }
 #endif
     for (int i = 0; i < at.rows; ++i)
         for (int v = 0; v < at.width; ++v) {
@@ -448,33 +507,34 @@ static void finish_tile(const Problem* p, int t, Tile at) {
 }
 
 void recurrence_backward(const Problem* p) {
-    const int d = p->size, vectors = (d + LANES - 1) / LANES, blocks = (p->batch + WIDE_ROWS - 1) / WIDE_ROWS;
+    const int d = p->size, vectors = (d + LANES - 1) / LANES;
 #pragma omp parallel num_threads(p->threads)
     {
         const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
-        int row, end;
-        share(p->batch, 1, thread, threads, &row, &end);
+        const Part part = part_of(p, thread, threads);
 #if RECURRENT
         int from, to;
         share(d, LANES, thread, threads, &from, &to);
         pack_columns(p, from, to);
 #pragma omp barrier
 #endif
-        const int first = first_tile(vectors, blocks, thread, threads);
-        const int last = first_tile(vectors, blocks, thread + 1, threads);
+        const int first = first_tile(vectors, part.blocks, part.share, part.shares);
+        const int last = first_tile(vectors, part.blocks, part.share + 1, part.shares);
         for (int t = p->steps - 1; t >= 0; --t) {
-            for (int i = first; i < last; ++i) backward_tile(p, t, tile_at(p, i, blocks));
-            if (p->norm) {
+            for (int i = first; i < last; ++i) backward_tile(p, t, tile_at(p, &part, i));
+            if (p->norm && !part.alone) {
 #pragma omp barrier
-                for (int b = row; b < end; ++b) norm_sums(p, t, b, p->sums + 2 * b);
-#pragma omp barrier
-                for (int i = first; i < last; ++i) finish_tile(p, t, tile_at(p, i, blocks));
             }
-            if (RECURRENT || p->norm) {
+            for (int b = part.row; p->norm && b < part.end; ++b) norm_sums(p, t, b, p->sums + 2 * b);
+            if (p->norm && !part.alone) {
+#pragma omp barrier
+            }
+            for (int i = first; p->norm && i < last; ++i) finish_tile(p, t, tile_at(p, &part, i));
+            if ((RECURRENT || p->norm) && !part.alone) {
 #pragma omp barrier
             }
         }
         if (RECURRENT)
-            for (int i = first; i < last; ++i) backward_tile(p, -1, tile_at(p, i, blocks));
+            for (int i = first; i < last; ++i) backward_tile(p, -1, tile_at(p, &part, i));
     }
 }

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import platform
 
 import pytest
 import torch
@@ -44,6 +45,19 @@ def test_odd_sizes(steps, batch, size):
 
 
 @compiled
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86's compilers")
+@pytest.mark.parametrize("flag", ["-mno-avx512f", "-mno-avx"])
+def test_narrower_vectors(monkeypatch, flag):
+    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, flag))
+    native.library.cache_clear()
+    try:
+        for cell, layer_norm in itertools.product(("rkm_lstm", "lstm", "linear_kernel"), (False, True)):
+            compare("native", dtype=torch.float32, batch=13, sizes=(5, 37), cell=cell, layer_norm=layer_norm)
+    finally:
+        native.library.cache_clear()
+
+
+@compiled
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("cell", CELLS)
 def test_clipped_memory(cell):
@@ -60,12 +74,15 @@ def test_a_whole_number_clips_as_well():
 
 
 @compiled
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_threads_do_not_change_the_result(threads):
+@pytest.mark.parametrize("batch", [4, 25], ids=["tiles shared", "rows of their own"])
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_threads_do_not_change_the_result(threads, batch, layer_norm):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        compare("native", dtype=torch.float32, steps=6, batch=4, sizes=(8, 50), layer_norm=True)
+        compare("native", dtype=torch.float32, steps=6, batch=batch, sizes=(8, 50), layer_norm=layer_norm, mask="mixed")
     finally:
         torch.set_num_threads(before)
 
