@@ -61,28 +61,40 @@ def _outcome(rkm: RKM, x: Tensor) -> list[Tensor]:
 
 CALLS = 8
 """Calls on a GPU that follow each other unwaited-for, as in training, and count as one measurement of their mean."""
+TURNS = 20
+"""In as many at most are contenders timed, so that what else a machine has to do meets all of them."""
 
 
-def timed(run: Callable[[], Any], device: str, seconds: float) -> list[float]:
-    """Milliseconds of a call, repeatedly: as often as fits in ``seconds``, at least 5 times, after warming up."""
-    for _ in range(5):
-        run()
-    times: list[float] = []
-    stop = time.perf_counter() + seconds
-    while len(times) < 5 or (time.perf_counter() < stop and len(times) < 500):
-        if device == "cuda":
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            for _ in range(CALLS):
-                run()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) / CALLS)
-        else:
-            before = time.perf_counter()
+def timed(runs: list[Callable[[], Any]], device: str, seconds: float) -> list[list[float]]:
+    """Milliseconds of a call of each, repeatedly: for ``seconds`` each, at least 5 times, after warming up."""
+    times: list[list[float]] = [[] for _ in runs]
+    for run in runs:
+        for _ in range(5):
             run()
-            times.append(1e3 * (time.perf_counter() - before))
+    stop = time.perf_counter() + seconds * len(runs)
+    while len(times[-1]) < 5 or time.perf_counter() < stop:
+        for run, own in zip(runs, times, strict=True):
+            run()  # finds the caches as another has left them
+            turn = time.perf_counter() + seconds / TURNS
+            own.append(once(run, device))
+            while time.perf_counter() < turn:
+                own.append(once(run, device))
     return times
+
+
+def once(run: Callable[[], Any], device: str) -> float:
+    """Milliseconds of a call; on a GPU of one among :data:`CALLS`."""
+    if device == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(CALLS):
+            run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / CALLS
+    before = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - before)
 
 
 def graphed(module: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], Any]:
@@ -115,8 +127,8 @@ def kept_memory(module: nn.Module, x: Tensor) -> int | None:
     return kept
 
 
-def measure(module: nn.Module, x: Tensor, args: argparse.Namespace) -> dict[str, Any]:
-    """Times and memory of a module."""
+def runs_of(module: nn.Module, x: Tensor) -> dict[str, Callable[[], Any]]:
+    """What is timed of a module."""
     inputs = x.detach()  # nn.LSTM takes another way for inputs that want a gradient, even where there is none
 
     def forward() -> None:
@@ -129,15 +141,19 @@ def measure(module: nn.Module, x: Tensor, args: argparse.Namespace) -> dict[str,
         module.zero_grad(set_to_none=True)
         module(x)[0].backward(grad)
 
-    result: dict[str, Any] = {"kept_bytes": kept_memory(module, x)}
-    runs = {"forward": forward, "forward_backward": both}
-    if args.device == "cuda":
-        runs["graphed"] = graphed(module, x, grad)
-    for name, run in runs.items():
-        times = timed(run, args.device, args.seconds)
-        quartiles = statistics.quantiles(times, n=4)
-        result[name] = {"median_ms": statistics.median(times), "quartiles_ms": [quartiles[0], quartiles[2]]}
-    return result
+    runs: dict[str, Callable[[], Any]] = {"forward": forward, "forward_backward": both}
+    return runs if x.device.type == "cpu" else {**runs, "graphed": graphed(module, x, grad)}
+
+
+def measure(modules: list[nn.Module], x: Tensor, seconds: float) -> list[dict[str, Any]]:
+    """Memory and times of modules."""
+    results: list[dict[str, Any]] = [{"kept_bytes": kept_memory(module, x)} for module in modules]
+    runs = [runs_of(module, x) for module in modules]
+    for kind in runs[0]:
+        for result, times in zip(results, timed([r[kind] for r in runs], x.device.type, seconds), strict=True):
+            quartiles = statistics.quantiles(times, n=4)
+            result[kind] = {"median_ms": statistics.median(times), "quartiles_ms": [quartiles[0], quartiles[2]]}
+    return results
 
 
 def benchmark_shape(shape: tuple[int, int, int, int], args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -149,8 +165,9 @@ def benchmark_shape(shape: tuple[int, int, int, int], args: argparse.Namespace) 
     steps, batch, m, d = shape
     dtype = getattr(torch, args.dtype)
     x = torch.randn(steps, batch, m, device=args.device, dtype=dtype, requires_grad=True)
-    baseline = measure(nn.LSTM(m, d, device=args.device, dtype=dtype), x, args)
-    rows = [{"shape": shape, "dtype": args.dtype, "cell": "nn.LSTM", "backend": "torch", **baseline}]
+    modules: list[nn.Module] = [nn.LSTM(m, d, device=args.device, dtype=dtype)]
+    about = {"shape": shape, "dtype": args.dtype}
+    rows: list[dict[str, Any]] = [{**about, "cell": "nn.LSTM", "backend": "torch"}]
     for cell in args.cell:
         rkm = RKM(
             m, d, cell=cell, ngram=args.ngram, layer_norm=args.layer_norm, memory_clip=args.memory_clip,
@@ -159,17 +176,24 @@ def benchmark_shape(shape: tuple[int, int, int, int], args: argparse.Namespace) 
         error = error_of(rkm, x)
         if not error <= TOLERANCES[dtype]:
             raise SystemExit(f"benchmark: {cell} at {shape} in {args.dtype} is wrong: off by {error:.1e}")
-        row = {"shape": shape, "dtype": args.dtype, "cell": cell, "backend": args.backend, "error": error}
-        row |= {
-            "feedback": rkm.feedback,
-            "ngram": args.ngram,
-            "layer_norm": args.layer_norm,
-            "memory_clip": args.memory_clip,
-        }
-        row |= measure(rkm, x, args)
-        for kind in ("forward", "forward_backward", *(["graphed"] if "graphed" in row else [])):
-            row[f"{kind}_ratio"] = baseline[kind]["median_ms"] / row[kind]["median_ms"]
-        rows.append(row)
+        modules.append(rkm)
+        rows.append(
+            {
+                **about,
+                "cell": cell,
+                "backend": args.backend,
+                "error": error,
+                "feedback": rkm.feedback,
+                "ngram": args.ngram,
+            }
+            | {"layer_norm": args.layer_norm, "memory_clip": args.memory_clip}
+        )
+    measured = measure(modules, x, args.seconds)
+    kinds = measured[0].keys() - {"kept_bytes"}
+    for row, result in zip(rows, measured, strict=True):
+        row.update(result)
+        if row is not rows[0]:
+            row.update({f"{kind}_ratio": rows[0][kind]["median_ms"] / row[kind]["median_ms"] for kind in kinds})
     return rows
 
 

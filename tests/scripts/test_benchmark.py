@@ -1,0 +1,79 @@
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+
+import benchmark
+
+
+def run(monkeypatch, *flags) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, flags)])
+    benchmark.main()
+
+
+def recurrence(monkeypatch, *flags) -> None:
+    run(monkeypatch, "recurrence", "--device", "cpu", "--seconds", 0.01, *flags)
+
+
+def test_each_cell_is_checked_and_timed_beside_the_lstm(monkeypatch, tmp_path, capsys):
+    flags = ["--cell", "rkm_lstm", "rkm_cifg", "--shape", "3,2,4,5", "2,3,4,4"]
+    recurrence(monkeypatch, *flags, "--json", tmp_path / "a.json", "--plot", tmp_path / "a.png")
+    rows = json.loads((tmp_path / "a.json").read_text())
+    assert [row["cell"] for row in rows] == ["nn.LSTM", "rkm_lstm", "rkm_cifg"] * 2
+    for row in rows[1:3]:
+        assert 0 < row["error"] < 1e-4
+        for kind in ("forward", "forward_backward"):
+            medians = [r[kind]["median_ms"] for r in (rows[0], row)]
+            assert row[f"{kind}_ratio"] == medians[0] / medians[1]
+    assert capsys.readouterr().out.count("| 3, 2, 4, 5 | float32 |") == 3
+    assert (tmp_path / "a.png").stat().st_size > 5_000
+
+
+def test_a_wrong_result_is_an_error_and_no_row(monkeypatch, tmp_path, capsys):
+    right = benchmark._reference
+
+    def wrong(rkm):
+        copy = right(rkm)
+        torch.nn.init.zeros_(copy.weight_hh_l0)
+        return copy
+
+    monkeypatch.setattr(benchmark, "_reference", wrong)
+    with pytest.raises(SystemExit, match=r"rkm_lstm at \(3, 2, 4, 5\) in float32 is wrong"):
+        recurrence(monkeypatch, "--shape", "3,2,4,5", "--json", tmp_path / "a.json")
+    assert not (tmp_path / "a.json").exists()
+    assert "|" not in capsys.readouterr().out
+
+
+def test_contenders_are_timed_in_turns():
+    calls = []
+    times = benchmark.timed([lambda: calls.append(0), lambda: calls.append(1)], "cpu", 0.05)
+    assert all(len(own) >= 5 for own in times)
+    changes = sum(before != after for before, after in itertools.pairwise(calls[10:]))
+    assert changes >= 9  # five turns each
+    # Five calls to warm up, and one at the beginning of each turn, are not counted.
+    assert len(calls) == sum(map(len, times)) + 10 + changes + 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--shape", "3,2,4"], "a shape is T,B,m,d, four positive numbers, not '3,2,4'"),
+        (["--shape", "3,2,4,0"], "not '3,2,4,0'"),
+        (["--shape", "3,2,4,5", "--backend", "persistent"], "backend 'persistent' cannot run this"),
+        (["--shape", "3,2,4,5", "--colour", "red"], "unknown arguments: --colour red"),
+    ],
+)
+def test_bad_flags_are_explained(monkeypatch, capsys, flags, message):
+    with pytest.raises(SystemExit) as error:
+        recurrence(monkeypatch, *flags)
+    assert message in f"{error.value}{capsys.readouterr().err}"
+
+
+def test_whole_updates_of_a_command_that_fails_show_its_end(monkeypatch):
+    with pytest.raises(SystemExit, match="fairseq-train failed or was too short"):
+        run(monkeypatch, "train", "no-such-folder", "--task", "language_modeling", "--cpu")
