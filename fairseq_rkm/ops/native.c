@@ -259,7 +259,8 @@ static void forward_tile(const Problem* p, int t, int j, int n, int b, int rows)
     const int d = p->size;
 #if RECURRENT
     vec sums[(RECURRENT + 1) / 2][ROWS][2];
-    const float *h = p->hidden + ((size_t)t * p->batch + b) * d, *w = p->packed + (size_t)(j / LANES) * RECURRENT * d * LANES;
+    const float* h = p->hidden + ((size_t)t * p->batch + b) * d;
+    const float* w = p->packed + (size_t)(j / LANES) * RECURRENT * d * LANES;
     for (int r = 0; r < RECURRENT; r += 2)
         product(h, d, d, w + (size_t)r * d * LANES, rows, RECURRENT - r > 1 ? 2 : 1, sums[r / 2]);
 #endif
@@ -477,8 +478,10 @@ static void backward_tile(const Problem* p, int t, Tile at) {
 #if RECURRENT
     if (t + 1 < p->steps) {
         const int depth = RECURRENT * d;
-        const float* grads = p->grad_gates + ((size_t)(t + 1) * p->batch + at.b) * GATES * d + (size_t)FIRST_RECURRENT * d;
-        product(grads, (size_t)GATES * d, depth, p->packed + (size_t)(at.j / LANES) * depth * LANES, at.rows, at.width, sums);
+        const size_t row = (size_t)(t + 1) * p->batch + at.b;
+        const float* grads = p->grad_gates + (row * GATES + FIRST_RECURRENT) * d;
+        const float* w = p->packed + (size_t)(at.j / LANES) * depth * LANES;
+        product(grads, (size_t)GATES * d, depth, w, at.rows, at.width, sums);
     }
 #endif
     for (int i = 0; i < at.rows; ++i)
