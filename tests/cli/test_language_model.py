@@ -106,6 +106,21 @@ def test_interactive_continues_a_prompt(trained, data, tmp_path):
     assert hypotheses[1].startswith("w2")
 
 
+@NEEDS_GPU
+@pytest.mark.parametrize("precision", [[], ["--fp16"], ["--bf16"]], ids=["float32", "float16", "bfloat16"])
+def test_a_gpu_scores_and_continues_as_the_cpu_does(trained, data, tmp_path, precision):
+    run, _ = trained
+    checkpoint = ["--path", run / "checkpoint_best.pt"]
+    score = ["eval_lm", data, *TASK, *checkpoint, "--batch-size", 2]
+    wanted, given = (perplexity(succeed(*score, *flags)) for flags in (["--cpu"], precision))
+    assert given == pytest.approx(wanted, rel=0.01)
+    prompts = tmp_path / "prompts"
+    prompts.write_text("w1 w4\n")
+    going_on = ["interactive", data, "--user-dir", "fairseq_rkm", "--task", "language_modeling", *checkpoint]
+    result = succeed(*going_on, "--input", prompts, "--beam", 3, "--max-len-b", 8, *precision)
+    assert re.search(r"^H-0\t\S+\tw1 w4( w\d+)+$", result.output, re.M)
+
+
 def test_generate_scores_the_test_set_with_language_modeling(trained, data):
     run, _ = trained
     result = succeed(

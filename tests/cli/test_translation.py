@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+import torch
 from fairseq.data.encoders.moses_tokenizer import MosesTokenizer, MosesTokenizerConfig
 
 from cli.conftest import ROOT, Result, fairseq, succeed
@@ -139,6 +140,16 @@ def generated(reversing) -> Result:
 
 def test_reversal_is_learnt(reversing, generated):
     assert exact(hypotheses(generated, "D"), [target for _, target in reversing[0]]) > 0.99
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", [[], ["--fp16"]], ids=["float32", "float16"])
+def test_a_gpu_translates_as_well(reversing, precision):
+    pairs, data, pieces, checkpoint = reversing
+    on_gpu = [flag for flag in GENERATE if flag != "--cpu"]
+    flags = [*subwords(pieces), "--path", checkpoint, "--beam", 3, "--batch-size", 64, *precision]
+    result = succeed("generate", data, *on_gpu, *flags)
+    assert exact(hypotheses(result, "D"), [target for _, target in pairs]) > 0.99
 
 
 def test_batches_sides_of_padding_and_an_ensemble_of_a_model_with_itself_agree(reversing, generated):
