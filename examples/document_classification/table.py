@@ -242,7 +242,7 @@ def train_flags(args: argparse.Namespace, job: Job, folder: Path, data: Path, ep
         data, "--user-dir", Path(fairseq_rkm.__file__).parent, "--task", "sentence_prediction", "--criterion",
         "sentence_prediction", "--num-classes", classes, "--max-positions", 1_000_000, "--no-shuffle",
         "--arch", "rkm_classifier", "--cell", job.model, "--ngram", job.ngram, "--dropout-input", 0.5,
-        "--dropout-words", settings.dropout_words, "--optimizer", "adam", "--lr", 0.003, "--clip-norm", 1,
+        "--dropout-words", settings.dropout_words, "--optimizer", "adamw_average", "--lr", 0.003, "--clip-norm", 1,
         "--batch-size", settings.batch_size,
         "--lr-scheduler", "polynomial_decay", "--total-num-update", epochs * math.ceil(documents / settings.batch_size),
         "--required-batch-size-multiple", 1, "--max-epoch", epochs, "--seed", job.seed, "--distributed-world-size", 1,

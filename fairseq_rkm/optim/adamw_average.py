@@ -40,7 +40,7 @@ class FairseqAveragedAdamW(AveragingOptimizer):
     fairseq's ``adam`` computes the same updates, without NVIDIA's apex in a Python loop of about ten kernel launches a
     weight tensor, which for a language model of a dozen tensors is milliseconds; here all of them take one fused launch
     and the average another. fairseq's ``--store-ema`` keeps an average that neither validation nor fairseq-eval-lm
-    looks at.
+    looks at. With ``--average-last 0``, the default, it is AdamW and no more, for any task.
 
     Raises:
         RKMError: a flag outside its range, ``--average-last`` without ``--max-update``, and as
@@ -48,7 +48,7 @@ class FairseqAveragedAdamW(AveragingOptimizer):
     """
 
     def __init__(self, cfg: AveragedAdamWConfig, params: list[Tensor]) -> None:
-        super().__init__(cfg)
+        super().__init__(cfg, averages=cfg.average_last != 0)
         self.betas = parse_betas(cfg.adam_betas)
         if cfg.adam_eps <= 0:
             raise RKMError(f"--adam-eps must be above 0, not {cfg.adam_eps}")

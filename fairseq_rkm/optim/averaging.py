@@ -105,14 +105,18 @@ def put_average(optimizer: FairseqOptimizer, average_in: bool) -> None:
 class AveragingOptimizer(FairseqOptimizer):
     """What fairseq's side of the averaging optimizers shares.
 
+    Args:
+        cfg: the flags.
+        averages: whether there can be an average.
+
     Raises:
         RKMError: a task that would never put the average into the model, or a learning rate or weight decay below 0.
     """
 
-    def __init__(self, cfg: Any) -> None:
+    def __init__(self, cfg: Any, averages: bool = True) -> None:
         super().__init__(cfg)
         task = TASK_REGISTRY.get(cfg.task_name)
-        if cfg.task_name and not getattr(task, "validates_average", False):
+        if averages and cfg.task_name and not getattr(task, "validates_average", False):
             raise RKMError(
                 f"--task {cfg.task_name} does not validate the average of the weights that this optimizer keeps: use "
                 "--task stateful_language_modeling, or let your task inherit from "

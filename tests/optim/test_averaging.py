@@ -162,6 +162,7 @@ def nt_asgd(**flags):
         (nt_asgd, {"weight_decay": -1.0}, "--weight-decay must be 0 or more"),
         (nt_asgd, {"lr": [-1.0]}, "--lr must be 0 or more"),
         (nt_asgd, {"task_name": "language_modeling"}, "--task language_modeling does not validate the average"),
+        (adamw, {"task_name": "language_modeling", "average_last": 0.1}, "--task language_modeling does not validate"),
         (adamw, {"adam_betas": "(0.9,)"}, "--adam-betas must be two numbers"),
         (adamw, {"adam_betas": [0.9, 1.0]}, "--adam-betas must be two numbers within"),
         (adamw, {"adam_eps": 0.0}, "--adam-eps must be above 0"),
@@ -173,6 +174,10 @@ def nt_asgd(**flags):
 def test_bad_flags(build, flags, message):
     with pytest.raises(RKMError, match=message):
         build(**flags)
+
+
+def test_without_an_average_any_task_will_do():
+    assert adamw(task_name="sentence_prediction").optimizer.average_after is None
 
 
 def test_betas():
