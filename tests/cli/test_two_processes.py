@@ -50,6 +50,18 @@ def test_two_processes_train_as_one_with_the_same_global_batch(data, tmp_path, r
         torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("backend", ["pytorch_ddp", "legacy_ddp"])
+def test_two_gpus_train_as_one_with_the_same_global_batch(data, tmp_path, backend):
+    flags = [*(flag for flag in SMALL if flag != "--cpu"), "--max-update", 8, "--ngram", 2, "--adam-eps", "1e-4"]
+    one = succeed("train", data, *flags, "--distributed-world-size", 1, "--batch-size", 8, "--save-dir", tmp_path / "a")
+    two = succeed("train", data, *flags, "--ddp-backend", backend, "--batch-size", 4, "--save-dir", tmp_path / "b")
+    assert "distributed init (rank 1)" in two.output
+    losses = [[float(entry["loss"]) for entry in result.entries("train_inner")] for result in (one, two)]
+    assert len(losses[0]) == 8
+    assert losses[1] == pytest.approx(losses[0], rel=5e-3)
+
+
 @pytest.mark.parametrize("all_ranks", [[], ["--load-checkpoint-on-all-dp-ranks"]])
 def test_two_processes_resume_exactly(data, tmp_path, all_ranks):
     flags = ["--save-interval-updates", 3, "--dropout", 0.2, *all_ranks]
