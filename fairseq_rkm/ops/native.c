@@ -194,7 +194,7 @@ static void product(const float* x, size_t stride, int depth, const float* w, in
 }
 #endif
 
-// ---- forward
+// The forward pass.
 
 #if RECURRENT
 // A square of LANES rows becomes its transpose: as often as LANES can be halved, rows are interleaved with those that
@@ -361,7 +361,7 @@ void recurrence_forward(const Problem* p) {
     }
 }
 
-// ---- backward
+// The backward pass.
 //
 // A tile is one or two vectors of units wide. Step t's begins with what step t + 1's gradients feed back into h_t.
 
