@@ -1,0 +1,82 @@
+"""Launches, as the driver sees them: no GPU needed."""
+
+import ctypes
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fairseq_rkm.ops import nvrtc
+
+
+class Driver:
+    """Keeps what each launch was given, read at the launch as CUDA's driver does."""
+
+    def __init__(self) -> None:
+        self.launches, self.status = [], 0
+
+    def cuFuncSetAttribute(self, *_):  # noqa: N802 - the driver's names
+        return 0
+
+    def cuGetErrorString(self, _status, text):  # noqa: N802
+        ctypes.cast(text, ctypes.POINTER(ctypes.c_char_p))[0] = b"too many blocks"
+        return 0
+
+    def cuLaunchKernelEx(self, reference, function, pointers, _extra):  # noqa: N802
+        configuration = reference._obj
+        attributes = [configuration.attributes[i] for i in range(configuration.count)]
+        self.launches.append(
+            {
+                "function": function.value,
+                "grid": list(configuration.grid),
+                "block": list(configuration.block),
+                "shared": configuration.shared,
+                "stream": configuration.stream,
+                "attributes": [(a.kind, a.value[0]) for a in attributes],
+                "arguments": [ctypes.c_uint64.from_address(p).value for p in pointers],
+            }
+        )
+        return self.status
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    driver = Driver()
+    monkeypatch.setattr(nvrtc, "_driver", lambda: driver)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=70 + device))
+    return driver
+
+
+def test_a_launch_is_cooperative_and_gives_addresses_numbers_and_null(driver):
+    kernel, tensor = nvrtc.Kernel(ctypes.c_void_p(5), 1000, 0, 1), torch.zeros(3)
+    kernel.launch(132, 256, tensor, None, 7)
+    kernel.launch(132, 256, None, tensor, 8)
+    first, second = driver.launches
+    assert first["arguments"] == [tensor.data_ptr(), 0, 7]
+    assert second["arguments"] == [0, tensor.data_ptr(), 8]
+    assert (first["function"], first["grid"], first["block"]) == (5, [132, 1, 1], [256, 1, 1])
+    assert (first["shared"], first["stream"]) == (1000, 70)
+    assert first["attributes"] == [(2, 1)]
+
+
+def test_blocks_of_a_cluster_are_launched_side_by_side(driver):
+    nvrtc.Kernel(ctypes.c_void_p(5), 0, 0, 4).launch(8, 32)
+    assert driver.launches[0]["attributes"] == [(2, 1), (4, 4)]
+
+
+def test_threads_do_not_share_what_a_launch_is_told():
+    rooms = []
+    for thread in [threading.Thread(target=lambda: rooms.append(nvrtc._arguments(3))) for _ in range(2)]:
+        thread.start()
+        thread.join()
+    rooms.append(nvrtc._arguments(3))
+    assert len({id(room) for room in rooms}) == 3
+    assert nvrtc._arguments(3) is rooms[2]
+
+
+def test_what_the_driver_refuses_is_said(driver):
+    driver.status = 720
+    with pytest.raises(RuntimeError, match="CUDA error 720: too many blocks"):
+        nvrtc.Kernel(ctypes.c_void_p(5), 0, 0, 1).launch(1000, 32)
