@@ -2,6 +2,7 @@ import itertools
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,14 +50,20 @@ def test_a_wrong_result_is_an_error_and_no_row(monkeypatch, tmp_path, capsys):
     assert "|" not in capsys.readouterr().out
 
 
-def test_contenders_are_timed_in_turns():
+@pytest.mark.parametrize(("seconds", "turns"), [(40, 10), (0.01, 5)])
+def test_contenders_are_timed_in_turns(monkeypatch, seconds, turns):
+    """By a clock that a second passes on each time it is read."""
+    clock = SimpleNamespace(perf_counter=itertools.count().__next__)
+    monkeypatch.setattr(benchmark, "time", clock)
     calls = []
-    times = benchmark.timed([lambda: calls.append(0), lambda: calls.append(1)], "cpu", 0.05)
-    assert all(len(own) >= 5 for own in times)
-    changes = sum(before != after for before, after in itertools.pairwise(calls[10:]))
-    assert changes >= 9  # five turns each
-    # Five calls to warm up, and one at the beginning of each turn, are not counted.
-    assert len(calls) == sum(map(len, times)) + 10 + changes + 1
+    times = benchmark.timed([lambda: calls.append(0), lambda: calls.append(1)], "cpu", seconds)
+    assert [set(own) for own in times] == [{1000}, {1000}]
+    # Five calls of each to warm up, and one at the beginning of each turn, are not counted.
+    assert calls[:10] == [0] * 5 + [1] * 5
+    held = [(who, len(list(group)) - 1) for who, group in itertools.groupby(calls[10:])]
+    assert [who for who, _ in held] == [0, 1] * turns
+    for who in (0, 1):
+        assert sum(count for i, count in held if i == who) == len(times[who]) >= 5
 
 
 @pytest.mark.parametrize(
