@@ -25,10 +25,11 @@ def align_rows(*matrices: Tensor, missing: Tensor | None = None) -> list[Tensor]
     """Each matrix with zero columns up to aligned rows: itself if it has them.
 
     Args:
-        matrices: ``(..., n)`` of one dtype.
+        matrices: ``(..., n)`` of one dtype and device.
         missing: of int32, to be filled with -1 along the way.
     """
-    padding = [-m.size(-1) % ((GPU_BYTES if m.is_cuda else CPU_BYTES) // m.element_size()) for m in matrices]
+    columns = (GPU_BYTES if matrices[0].is_cuda else CPU_BYTES) // matrices[0].element_size()
+    padding = [-m.size(-1) % columns for m in matrices]
     one_launch = any(padding) and matrices[0].is_cuda and nvrtc.available() is None
     if missing is not None and not one_launch:
         missing.fill_(-1)
@@ -73,16 +74,17 @@ def align(inputs: Tensor, weight: Tensor, *others: Tensor, missing: Tensor | Non
 
 def _launch(name: str, copies: list[tuple[Tensor, Tensor, int]], *more: Tensor | int | None) -> None:
     """Copy each first tensor to the second, as many of their columns as the number says; ``more`` arguments follow."""
-    sources = [source.contiguous() for source, _, _ in copies]
     arguments: list[Tensor | int | None] = []
+    sources = [source.contiguous() for source, _, _ in copies]  # which lives until the launch
     for source, (_, result, size) in zip(sources, copies, strict=True):
         arguments += [source, result, source.numel() // source.size(-1), size]
     arguments += [None, None, 0, 0] * (AT_ONCE - len(copies))
-    index = sources[0].device.index
-    kernel = nvrtc.compile_kernel(SOURCE, name, (("ELEMENT", sources[0].element_size()),), 0, index)
-    kernel.launch(BLOCKS_EACH * _multiprocessors(index), THREADS, *arguments, *more)
+    kernel, blocks = _kernel(name, sources[0].element_size(), sources[0].device.index)
+    kernel.launch(blocks, THREADS, *arguments, *more)
 
 
 @functools.cache
-def _multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def _kernel(name: str, element: int, device: int) -> tuple[nvrtc.Kernel, int]:
+    """A kernel of ``alignment.cu`` and the blocks to launch."""
+    kernel = nvrtc.compile_kernel(SOURCE, name, (("ELEMENT", element),), 0, device)
+    return kernel, BLOCKS_EACH * torch.cuda.get_device_properties(device).multi_processor_count

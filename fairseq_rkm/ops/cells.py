@@ -46,6 +46,9 @@ class Cell:
     source: str = "Liang et al. 2019, section 4"
     clip: float | None = None
 
+    def __hash__(self) -> int:
+        return hash(self.name)  # cells are keys of plans and kernels, which every call looks up
+
     @property
     def has_feedback(self) -> bool:
         return bool(self.recurrent_gates)

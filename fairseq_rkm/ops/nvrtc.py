@@ -43,10 +43,11 @@ class Kernel:
         one, size = (ctypes.c_uint * 16)(1), (ctypes.c_uint * 16)(cluster, 1, 1)
         self._attributes = (_Attribute * 2)(_Attribute(_COOPERATIVE, 0, one), _Attribute(_CLUSTER, 0, size))
         self._count = 2 if cluster > 1 else 1
+        self._calls = threading.local()
 
-    def _configuration(self, blocks: int, threads: int, stream: int = 0) -> _Configuration:
+    def _configuration(self, blocks: int, threads: int) -> _Configuration:
         grid, block = (ctypes.c_uint * 3)(blocks, 1, 1), (ctypes.c_uint * 3)(threads, 1, 1)
-        return _Configuration(grid, block, self.shared_bytes, stream, self._attributes, self._count)
+        return _Configuration(grid, block, self.shared_bytes, 0, self._attributes, self._count)
 
     def most_clusters(self, threads: int) -> int:
         """How many of the kernel's clusters, of blocks of so many threads, the device can hold at a time."""
@@ -62,32 +63,30 @@ class Kernel:
         Raises:
             RuntimeError: the driver refuses, for instance because the blocks cannot all be resident.
         """
-        values = [a if isinstance(a, int) else 0 if a is None else a.data_ptr() for a in arguments]
-        block = _arguments(len(values))
-        block.values[:] = values  # type: ignore[assignment]
-        configuration = self._configuration(blocks, threads, torch.cuda.current_stream(self.device).cuda_stream)
+        call = self._call(blocks, threads, len(arguments))
+        call.values[:] = [a if type(a) is int else 0 if a is None else a.data_ptr() for a in arguments]  # type: ignore[union-attr]
+        # What Triton asks as well: torch.cuda.current_stream would make an object each time.
+        call.configuration.stream = torch._C._cuda_getCurrentRawStream(self.device)
         with nullcontext() if torch.cuda.current_device() == self.device else torch.cuda.device(self.device):
-            _check(_driver().cuLaunchKernelEx(ctypes.byref(configuration), self.function, block.pointers, None))
+            _check(_driver().cuLaunchKernelEx(call.reference, self.function, call.pointers, None))
+
+    def _call(self, blocks: int, threads: int, arguments: int) -> "_Call":
+        """This thread's room for such a launch."""
+        calls: dict = self._calls.__dict__
+        key = blocks, threads, arguments
+        if key not in calls:
+            calls[key] = _Call(self._configuration(blocks, threads), arguments)
+        return calls[key]
 
 
-class _Arguments:
-    """Room for a kernel's arguments, and pointers to them, as the driver takes them (it copies them at the launch)."""
+class _Call:
+    """A launch's configuration, room for its arguments, and pointers to both, as the driver takes (and copies) them."""
 
-    def __init__(self, count: int) -> None:
-        self.values = (ctypes.c_uint64 * count)()
+    def __init__(self, configuration: _Configuration, arguments: int) -> None:
+        self.configuration, self.reference = configuration, ctypes.byref(configuration)
+        self.values = (ctypes.c_uint64 * arguments)()
         first = ctypes.addressof(self.values)
-        self.pointers = (ctypes.c_void_p * count)(*range(first, first + 8 * count, 8))
-
-
-_rooms = threading.local()
-
-
-def _arguments(count: int) -> _Arguments:
-    """This thread's room for ``count`` arguments."""
-    rooms: dict = _rooms.__dict__
-    if count not in rooms:
-        rooms[count] = _Arguments(count)
-    return rooms[count]
+        self.pointers = (ctypes.c_void_p * arguments)(*range(first, first + 8 * arguments, 8))
 
 
 @functools.cache

@@ -31,14 +31,13 @@ class Weights(NamedTuple):
 
     def widen(self, dtype: torch.dtype) -> "Weights":
         """The same with the layer norm's and the scales' tensors, which act on the memory, in the memory's type."""
-        acting = {"norm_weight": self.norm_weight, "norm_bias": self.norm_bias, "sigma_i": self.sigma_i}
-        acting["sigma_f"] = self.sigma_f
-        narrow = {name: v.to(dtype) for name, v in acting.items() if isinstance(v, Tensor) and v.dtype != dtype}
+        acting = zip(self._fields[3:], self[3:], strict=True)
+        narrow = {name: v.to(dtype) for name, v in acting if isinstance(v, Tensor) and v.dtype != dtype}
         return self._replace(**narrow) if narrow else self
 
     def numbers(self) -> dict[str, float]:
         """The fields that are plain numbers."""
-        return {name: value for name, value in self._asdict().items() if isinstance(value, float)}
+        return {name: value for name, value in zip(self._fields, self, strict=True) if isinstance(value, float)}
 
     def tensors(self) -> list[Tensor | None]:
         """The fields in order, None in the place of plain numbers: what autograd can save."""

@@ -2,7 +2,6 @@
 
 import ctypes
 import threading
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -45,7 +44,7 @@ def driver(monkeypatch):
     driver = Driver()
     monkeypatch.setattr(nvrtc, "_driver", lambda: driver)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=70 + device))
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 70 + device, raising=False)
     return driver
 
 
@@ -66,14 +65,19 @@ def test_blocks_of_a_cluster_are_launched_side_by_side(driver):
     assert driver.launches[0]["attributes"] == [(2, 1), (4, 4)]
 
 
-def test_threads_do_not_share_what_a_launch_is_told():
-    rooms = []
-    for thread in [threading.Thread(target=lambda: rooms.append(nvrtc._arguments(3))) for _ in range(2)]:
+def test_threads_do_not_share_what_a_launch_is_told(driver):
+    kernel, calls = nvrtc.Kernel(ctypes.c_void_p(5), 0, 0, 1), []
+
+    def look():
+        calls.append(kernel._call(1, 32, 2))
+
+    for thread in [threading.Thread(target=look) for _ in range(2)]:
         thread.start()
         thread.join()
-    rooms.append(nvrtc._arguments(3))
-    assert len({id(room) for room in rooms}) == 3
-    assert nvrtc._arguments(3) is rooms[2]
+    look()
+    assert len({id(call) for call in calls}) == 3
+    assert kernel._call(1, 32, 2) is calls[2]
+    assert kernel._call(2, 32, 2) is not calls[2]
 
 
 def test_what_the_driver_refuses_is_said(driver):
