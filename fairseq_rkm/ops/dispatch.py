@@ -86,10 +86,11 @@ def recurrence(
     for what, tensor in (("the weights", weights.input), ("the hidden state", hidden), ("the memory", memory)):
         if tensor is not None and tensor.device != inputs.device:
             raise RKMError(f"the inputs are on {inputs.device} but {what} on {tensor.device}; move them to one device")
-    if weights.input.dtype != inputs.dtype:
-        raise RKMError(
-            f"the inputs are {inputs.dtype} but the weights {weights.input.dtype}; convert one, or use torch.autocast"
-        )
+    for what, tensor in (("weights", weights.input), ("recurrent weights", weights.recurrent), ("biases", weights.bias)):
+        if tensor is not None and tensor.dtype != inputs.dtype:
+            raise RKMError(
+                f"the inputs are {inputs.dtype} but the {what} {tensor.dtype}; convert one, or use torch.autocast"
+            )
     wide = memory_dtype(inputs.dtype)
     weights = weights.widen(wide)
     chosen = pick(backend, cell, inputs, weights)

@@ -519,7 +519,8 @@ __device__ __forceinline__ void exchange_sums(const Block& block, int pass) {
 
 #if !BACKWARD
 extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_forward(
-    Stored* gates,          // [T][B][GATES * SIZE]: in W X + b, out the activated gates
+    Stored* gates,          // [T][B][GATES * SIZE]: in W X, out the activated gates
+    const Stored* bias,     // [GATES * SIZE]; null for zeros
     const Stored* weights,  // [RECURRENT * SIZE][SIZE]
     const Stored* first_hidden, const float* first_memory,  // [B][SIZE]; null for zeros
     Stored* last_hidden, float* last_memory,                // [B][SIZE]: out
@@ -576,6 +577,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_forward(
             for (int i = pass * PER_PASS; i < (pass + 1) * PER_PASS; ++i) {
                 const Place at(i, block);
                 if (!at.real) continue;
+                if (bias) {
+#pragma unroll
+                    for (int g = 0; g < GATES; ++g) a[i].value[g] += widen(bias[g * SIZE + at.j]);
+                }
 #pragma unroll
                 for (int r = 0; r < RECURRENT; ++r)
                     a[i].value[FIRST_RECURRENT + r] += total<mtiles>(block.partial, r * UNITS + at.u, at.column());

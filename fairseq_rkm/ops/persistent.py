@@ -304,7 +304,7 @@ class _Persistent(torch.autograd.Function):
         launches = _Launches(ctx.problem, weights, keep)
         workspace = launches.workspace("forward", inputs.size(1))
         given, weight = align(inputs, weights.input, missing=workspace)
-        gates = project(given, weight, weights.bias)
+        gates = project(given, weight, None)
         run = launches.forward(gates, hidden, memory, workspace)
         ctx.numbers = weights.numbers()
         ctx.save_for_backward(keep, inputs, gates, run.hiddens, run.memories, run.moments, *weights.tensors())
@@ -384,14 +384,15 @@ class _Launches:
         return torch.empty(self.plan.launches(batch), words, dtype=torch.int32, device=self.device)
 
     def forward(self, gates: Tensor, hidden: Tensor | None, memory: Tensor | None, workspace: Tensor) -> _States:
-        """Turn ``W X + b`` into activated gates, in place; an initial state that is None is zero."""
+        """Turn ``W X``, the bias yet to come, into activated gates, in place; an initial state that is None is zero."""
         steps, batch, size = *gates.shape[:2], self.problem.size
         hiddens = gates.new_empty(steps + 1, batch, size)
         memories = gates.new_empty(steps + 1, batch, size, dtype=torch.float32)
         last_hidden, last_memory = gates.new_empty(batch, size), memories.new_empty(batch, size)
         moments = memories.new_empty(steps, batch, 2) if self.problem.norm else None
         first = (None if h is None else h.contiguous() for h in (hidden, memory))
-        given = (self.recurrent, *first, last_hidden, last_memory, hiddens, memories)
+        bias = None if self.weights.bias is None else self.weights.bias.contiguous()
+        given = (bias, self.recurrent, *first, last_hidden, last_memory, hiddens, memories)
         norm = (self.weights.norm_weight, self.weights.norm_bias, moments)
         self._launch("forward", gates, given, norm, workspace)
         return _States(hiddens, memories, last_hidden, last_memory, moments)

@@ -24,5 +24,9 @@ def test_an_unknown_backend_is_refused_when_the_module_is_built():
 def test_mixed_dtypes_and_devices_are_refused():
     with pytest.raises(RKMError, match=r"torch\.float64 but the weights torch\.float32"):
         RKM(2, 2)(torch.zeros(1, 1, 2, dtype=torch.float64))
+    rnn = RKM(2, 2)
+    rnn.bias_l0.data = rnn.bias_l0.data.double()
+    with pytest.raises(RKMError, match=r"torch\.float32 but the biases torch\.float64"):
+        rnn(torch.zeros(1, 1, 2))
     with pytest.raises(RKMError, match="inputs are on meta but the weights on cpu"):
         RKM(2, 2)(torch.zeros(1, 1, 2, device="meta"))
