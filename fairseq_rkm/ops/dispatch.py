@@ -86,7 +86,8 @@ def recurrence(
     for what, tensor in (("the weights", weights.input), ("the hidden state", hidden), ("the memory", memory)):
         if tensor is not None and tensor.device != inputs.device:
             raise RKMError(f"the inputs are on {inputs.device} but {what} on {tensor.device}; move them to one device")
-    for what, tensor in (("weights", weights.input), ("recurrent weights", weights.recurrent), ("biases", weights.bias)):
+    matrices = ("weights", weights.input), ("recurrent weights", weights.recurrent), ("biases", weights.bias)
+    for what, tensor in matrices:
         if tensor is not None and tensor.dtype != inputs.dtype:
             raise RKMError(
                 f"the inputs are {inputs.dtype} but the {what} {tensor.dtype}; convert one, or use torch.autocast"
