@@ -57,6 +57,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--language", default="en", help="whose rules the tokenizer follows (default: en)")
     add("--sentencepiece", type=int, metavar="PIECES", help="learn so many pieces, in place of a tokenizer")
     add("--lowercase", action="store_true", help="drop case")
+    add("--ascii", action="store_true", help="drop accents, and what is not ASCII without them")
     add("--min-count", type=int, default=2, help="words seen less often in training become <unk> (default: 2)")
     add("--max-words", type=int, default=0, help="keep only so many, the most frequent (default: all)")
     add("--skip-broken", action="store_true", help="go on without rows that are no labelled documents")
@@ -88,7 +89,7 @@ def prepare(args: argparse.Namespace) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     preparation = Preparation(
-        names or classes, args.tokenizer, args.language, args.lowercase, bool(args.sentencepiece), partial
+        names or classes, args.tokenizer, args.language, args.lowercase, args.ascii, bool(args.sentencepiece), partial
     )
     if args.sentencepiece:
         learn_pieces(preparation, splits["train"], args.sentencepiece, args.seed)

@@ -1,6 +1,7 @@
 """How raw text became the tokens that a classifier was trained on, kept with the data for the text to come."""
 
 import json
+import unicodedata
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +29,7 @@ class Preparation:
         tokenizer: one of :data:`TOKENIZERS`.
         language: whose rules the tokenizer follows.
         lowercase: whether case is dropped.
+        ascii: whether letters lose their accents, and what is not ASCII without them is left out.
         sentencepiece: whether tokens are cut into the pieces of ``sentencepiece.bpe.model``, instead of a tokenizer.
         folder: where that is.
     """
@@ -36,6 +38,7 @@ class Preparation:
     tokenizer: str = "moses"
     language: str = "en"
     lowercase: bool = False
+    ascii: bool = False
     sentencepiece: bool = False
     folder: Path = field(default=Path(), repr=False)
 
@@ -46,6 +49,8 @@ class Preparation:
 
     def normalize(self, text: str) -> str:
         """What the tokenizer sees of a text."""
+        if self.ascii:
+            text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
         text = " ".join(text.split())
         return text.lower() if self.lowercase else text
 
@@ -83,9 +88,11 @@ class Preparation:
             values = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise RKMError(f"{path} is not JSON: {error}") from None
-        kinds = {f.name: f.type for f in fields(cls) if f.name != "folder"}
-        if not isinstance(values, dict) or set(values) != set(kinds):
-            raise RKMError(f"{path} must have the keys {', '.join(kinds)}")
+        keys = [f.name for f in fields(cls) if f.name != "folder"]
+        if isinstance(values, dict):
+            values.setdefault("ascii", False)  # data prepared before there was the choice
+        if not isinstance(values, dict) or set(values) != set(keys):
+            raise RKMError(f"{path} must have the keys {', '.join(keys)}")
         names = values["classes"]
         right = isinstance(names, list) and all(isinstance(name, str) for name in names)
         if not right or values["tokenizer"] not in TOKENIZERS:

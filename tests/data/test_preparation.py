@@ -14,10 +14,20 @@ def test_tokens_depend_on_white_space_only_as_far_as_it_separates():
     assert Preparation(["a"], tokenizer="words", lowercase=True).tokens("Don't  touch\nthis") == "don ' t touch this"
 
 
+def test_ascii_keeps_letters_without_their_accents():
+    preparation = Preparation(["a"], tokenizer="space", ascii=True)
+    assert preparation.tokens("Café “Größe” 1976\u20131997 ﬁn Łódź ½") == "Cafe Groe 19761997 fin odz 12"
+    assert preparation.tokens("東京") == ""
+
+
 def test_saved_and_loaded_it_is_the_same(tmp_path):
-    saved = Preparation(["Science & Mathematics", "Größe"], "moses", "de", lowercase=True, folder=tmp_path)
+    saved = Preparation(["Science & Mathematics", "Größe"], "moses", "de", True, True, folder=tmp_path)
     saved.save()
     assert Preparation.load(tmp_path) == saved
+    values = json.loads((tmp_path / FILE).read_text())
+    del values["ascii"]
+    (tmp_path / FILE).write_text(json.dumps(values))
+    assert Preparation.load(tmp_path).ascii is False
 
 
 @pytest.mark.parametrize(
