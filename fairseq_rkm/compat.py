@@ -19,6 +19,8 @@
 11. ``--bf16`` copies weights and gradients to and from float32 one by one (see ``optim/half_precision.py``).
 12. On a GPU the trainer waits for it at each update; with our optimizers it no longer does (``optim/late_norm.py``).
 13. On a command line fairseq takes ``--bf16`` for a wish for a TPU, and ends where there is none.
+14. Where there is a GPU, fairseq takes the norm of gradients there, also of those that ``--cpu`` leaves on the host,
+    which it then cannot clip by it.
 """
 
 import argparse
@@ -93,24 +95,28 @@ def adapt() -> None:
     if not hasattr(np, "compat"):
         np.compat = types.SimpleNamespace(long=int)  # type: ignore[attr-defined]  # noqa: NPY201
     sentence_prediction_checks.adapt()
-    if not hasattr(checkpoint_utils.load_checkpoint_to_cpu, "__wrapped__"):
-        checkpoint_utils.load_checkpoint_to_cpu = _explain(checkpoint_utils.load_checkpoint_to_cpu)
+    _wrap(checkpoint_utils, "load_checkpoint_to_cpu", _explain)
+    _wrap(utils, "clip_grad_norm_", _clip_where_gradients_are)
     if utils.xm is None:
         utils.set_torch_seed = _SetTorchSeed
-        if not hasattr(options.parse_args_and_arch, "__wrapped__"):
-            options.parse_args_and_arch = _without_tpu(options.parse_args_and_arch)
+        _wrap(options, "parse_args_and_arch", _without_tpu)
     AMPOptimizer.step = _step_once_unscaled
-    if not hasattr(Trainer.clip_grad_norm, "__wrapped__"):
-        Trainer.clip_grad_norm = late_norm.late(Trainer.clip_grad_norm)
+    _wrap(Trainer, "clip_grad_norm", late_norm.late)
     for name, copy in HALF_PRECISION.items():
-        if not hasattr(getattr(FP16Optimizer, name), "__wrapped__"):
-            setattr(FP16Optimizer, name, half_precision.at_once(copy, getattr(FP16Optimizer, name)))
+        _wrap(FP16Optimizer, name, functools.partial(half_precision.at_once, copy))
     for leave in (_stop_preparing_batches, _leave_process_groups):
         atexit.unregister(leave)
         atexit.register(leave)
     compat_translation.adapt()
     if _in_fairseq_command() and sys.excepthook is sys.__excepthook__:
         sys.excepthook = _print_error
+
+
+def _wrap(owner: Any, name: str, wrapper: Any) -> None:
+    """Put a wrapper around a function of fairseq's, once."""
+    function = getattr(owner, name)
+    if not hasattr(function, "__wrapped__"):
+        setattr(owner, name, wrapper(function))
 
 
 class _SetTorchSeed(utils.set_torch_seed):
@@ -135,6 +141,24 @@ def _without_tpu(parse: Any) -> Any:
         return parsed
 
     return parse_args_and_arch
+
+
+def _clip_where_gradients_are(clip: Any) -> Any:
+    """``clip_grad_norm_`` of fairseq with the norm brought to the gradients' device."""
+
+    @functools.wraps(clip)
+    def clip_grad_norm_(params: Any, max_norm: float, aggregate_norm_fn: Any = None) -> torch.Tensor:
+        params = [params] if torch.is_tensor(params) else list(params)
+        gradients = (p.grad for p in params if getattr(p, "grad", None) is not None)
+        device = next((gradient.device for gradient in gradients), None)
+
+        def beside_gradients(norm: torch.Tensor) -> torch.Tensor:
+            return (norm if aggregate_norm_fn is None else aggregate_norm_fn(norm)).to(device)
+
+        norm: torch.Tensor = clip(params, max_norm, beside_gradients)
+        return norm
+
+    return clip_grad_norm_
 
 
 def _stop_preparing_batches() -> None:

@@ -84,3 +84,20 @@ distributed.init_process_group({name!r}, store=store, rank=0, world_size=1)
 """
     result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == f"in a group: {name != 'gloo'}"
+
+
+@pytest.mark.parametrize("aggregate", [None, lambda norm: 2 * norm])
+@pytest.mark.parametrize("sizes", [[3], [2, 4]])
+def test_gradients_on_the_host_are_clipped_beside_a_gpu(aggregate, sizes):
+    """Which only a machine with a GPU can fail: there fairseq's own norm is on the GPU."""
+    fairseq_rkm.register()
+    weights = [torch.nn.Parameter(torch.zeros(size)) for size in sizes]
+    for weight in weights:
+        weight.grad = torch.full_like(weight, 2.0)
+    norm = utils.clip_grad_norm_(iter(weights), 1.0, aggregate)
+    wanted = 2 * sum(sizes) ** 0.5 * (1 if aggregate is None else 2)
+    assert norm.device == weights[0].grad.device
+    assert norm.item() == pytest.approx(wanted)
+    for weight in weights:
+        torch.testing.assert_close(weight.grad, torch.full_like(weight, 2 / wanted))
+    assert utils.clip_grad_norm_([torch.nn.Parameter(torch.zeros(1))], 1.0) == 0

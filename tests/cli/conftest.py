@@ -40,9 +40,11 @@ class Result:
         return re.search(r"^fairseq-rkm: error: (.*)$", self.output, re.M)[1]
 
 
-def start(command: str, *args: object) -> subprocess.Popen:
-    """Start a fairseq command in the repository's root."""
+def start(command: str, *args: object, gpus: int = 1) -> subprocess.Popen:
+    """Start a fairseq command in the repository's root; it sees so many GPUs, if there are any: fairseq takes all."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    visible = environment.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
+    environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible[:gpus])
     return subprocess.Popen(
         [sys.executable, "-m", f"fairseq_cli.{command}", *map(str, args)],
         cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -55,14 +57,14 @@ def finish(process: subprocess.Popen) -> Result:
     return Result(process.returncode, output)
 
 
-def fairseq(command: str, *args: object) -> Result:
+def fairseq(command: str, *args: object, gpus: int = 1) -> Result:
     """Run a fairseq command to its end, whatever that is."""
-    return finish(start(command, *args))
+    return finish(start(command, *args, gpus=gpus))
 
 
-def succeed(command: str, *args: object) -> Result:
+def succeed(command: str, *args: object, gpus: int = 1) -> Result:
     """Run one that must succeed."""
-    result = fairseq(command, *args)
+    result = fairseq(command, *args, gpus=gpus)
     assert result.status == 0, result.output[-5000:]
     return result
 

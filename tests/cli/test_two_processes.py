@@ -54,8 +54,9 @@ def test_two_processes_train_as_one_with_the_same_global_batch(data, tmp_path, r
 @pytest.mark.parametrize("backend", ["pytorch_ddp", "legacy_ddp"])
 def test_two_gpus_train_as_one_with_the_same_global_batch(data, tmp_path, backend):
     flags = [*(flag for flag in SMALL if flag != "--cpu"), "--max-update", 8, "--ngram", 2, "--adam-eps", "1e-4"]
-    one = succeed("train", data, *flags, "--distributed-world-size", 1, "--batch-size", 8, "--save-dir", tmp_path / "a")
-    two = succeed("train", data, *flags, "--ddp-backend", backend, "--batch-size", 4, "--save-dir", tmp_path / "b")
+    one = succeed("train", data, *flags, "--batch-size", 8, "--save-dir", tmp_path / "a")
+    both = ["--ddp-backend", backend, "--batch-size", 4, "--save-dir", tmp_path / "b"]
+    two = succeed("train", data, *flags, *both, gpus=2)
     assert "distributed init (rank 1)" in two.output
     losses = [[float(entry["loss"]) for entry in result.entries("train_inner")] for result in (one, two)]
     assert len(losses[0]) == 8
