@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
+import torch
 from fairseq import hub_utils
 from fairseq.models import FairseqEncoderDecoderModel, register_model, register_model_architecture
-from torch import nn
+from torch import Tensor, nn
 
 import fairseq_rkm
 from fairseq_rkm.compat_translation import check_pieces
@@ -19,6 +20,7 @@ from fairseq_rkm.models.rkm_decoder import RKMAttentionDecoder
 from fairseq_rkm.models.rkm_encoder import RKMEncoder
 from fairseq_rkm.models.word_layers import SoftmaxOptions, build_embedding, check_softmax
 from fairseq_rkm.modules.dropout import check_probability
+from fairseq_rkm.modules.graphed_function import GraphedFunction
 
 DROPOUTS = ("encoder_dropout_in", "encoder_dropout_out", "decoder_dropout_in", "decoder_dropout_out")
 
@@ -76,11 +78,24 @@ class RKMConfig(SoftmaxOptions, RKMOptions):
         default=0.0,
         metadata={"help": "on the recurrent weights (DropConnect); without feedback on the inputs' weights"},
     )
+    cuda_graphs: bool = field(
+        default=False,
+        metadata={
+            "help": "on one GPU, replay the passes of each batch whose shape has been met before as CUDA graphs, which "
+            "spares the host most of its work; not with --amp"
+        },
+    )
 
 
 @register_model("rkm", dataclass=RKMConfig)
 class RKMModel(FairseqEncoderDecoderModel):
-    """A sequence-to-sequence model whose recurrences are any cells of Liang et al. (2019)."""
+    """A sequence-to-sequence model whose recurrences are any cells of Liang et al. (2019).
+
+    With ``--cuda-graphs`` training replays all of it but the softmax (see :mod:`fairseq_rkm.modules.graphed_function`).
+    """
+
+    cuda_graphs = False
+    graphs: Optional[GraphedFunction] = None
 
     @classmethod
     def build_model(cls, cfg: RKMConfig, task: Any) -> "RKMModel":
@@ -102,7 +117,30 @@ class RKMModel(FairseqEncoderDecoderModel):
         encoder = RKMEncoder(cfg, source, source_embedding)
         model = cls(encoder, RKMAttentionDecoder(cfg, target, target_embedding, encoder.output_size))
         initialize(model)
+        model.cuda_graphs = cfg.cuda_graphs
         return model
+
+    def forward(
+        self, src_tokens: Tensor, src_lengths: Tensor, prev_output_tokens: Tensor, **kwargs: Any
+    ) -> tuple[Tensor, dict]:
+        """Scores of each next token, as fairseq's models give them.
+
+        Raises:
+            RKMError: ``--cuda-graphs`` where there can be none.
+        """
+        if not (self.cuda_graphs and self.training and torch.is_grad_enabled()) or kwargs:
+            outcome: tuple[Tensor, dict] = super().forward(src_tokens, src_lengths, prev_output_tokens, **kwargs)
+            return outcome
+        if self.graphs is None:
+            check_graphs(src_tokens)
+            self.graphs = GraphedFunction(self._features, [p for p in self.parameters() if p.requires_grad])
+        features, weights = self.graphs(src_tokens, prev_output_tokens)
+        return self.decoder.output_layer(features), {"attn": [weights]}
+
+    def _features(self, src_tokens: Tensor, prev_output_tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """What the softmax reads, ``(B, T, d)``, and the attention's weights, ``(B, T, S)``."""
+        features, extra = self.decoder.extract_features(prev_output_tokens, self.encoder(src_tokens))
+        return features, extra["attn"][0]
 
     @classmethod
     def from_pretrained(
@@ -128,6 +166,20 @@ class RKMModel(FairseqEncoderDecoderModel):
         hub = TranslationHub(loaded["args"], loaded["task"], loaded["models"])
         check_pieces(hub.bpe, hub.src_dict)
         return hub
+
+
+def check_graphs(tokens: Tensor) -> None:
+    """Raises RKMError where passes cannot be recorded: they must need nothing but what one GPU computes."""
+    refusals = {
+        "needs a CUDA GPU (and no --cpu)": not tokens.is_cuda,
+        "is for one process": torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1,
+        "cannot be had with --amp, which would keep what a graph overwrites: use --bf16 or --fp16": (
+            torch.is_autocast_enabled()
+        ),
+    }
+    for reason, applies in refusals.items():
+        if applies:
+            raise RKMError(f"--cuda-graphs {reason}")
 
 
 def initialize(model: RKMModel) -> None:

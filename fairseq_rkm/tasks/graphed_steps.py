@@ -4,8 +4,7 @@ An update of a language model is some 200 launches, each of which costs the host
 """
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 from fairseq_rkm.errors import RKMError
 from fairseq_rkm.models.carried_state import CarriedState
 from fairseq_rkm.modules import RKMState
+from fairseq_rkm.modules.cuda_graphs import GraphRecorder, copy_all, record
 
 
 class GraphedSteps(FairseqTask):
@@ -65,24 +65,6 @@ def check_graphs(args: Any, model: Any) -> None:
             raise RKMError(f"--cuda-graphs {reason}")
 
 
-def record(run: Callable[[], None], pool: Any) -> Callable[[], None]:
-    """Record what ``run`` launches on this stream, without doing it; what is returned does it, at the same addresses.
-
-    Raises:
-        RKMError: a step that asks the GPU for something while it is recorded.
-    """
-    graph = torch.cuda.CUDAGraph()
-    try:
-        # Only this thread is held to what may be recorded: fairseq prepares batches in another.
-        with torch.cuda.graph(graph, pool, torch.cuda.current_stream(), capture_error_mode="thread_local"):
-            run()
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise RKMError(f"a training step could not be recorded ({reason}): train without --cuda-graphs") from error
-    replay: Callable[[], None] = graph.replay
-    return replay
-
-
 class _Recorded(NamedTuple):
     """A step: where its inputs are to be put, how it is run, which weights get a gradient, what it leaves to log."""
 
@@ -95,24 +77,21 @@ class _Recorded(NamedTuple):
 class StepGraphs:
     """The recorded steps of one model, which share their memory, and the tensors that all of them read and write.
 
-    A segment's length is met once without a graph, so that all that is done only once is done then: compiling kernels,
-    loading them, choosing among them. These steps too run on the stream that is recorded, since PyTorch adds a weight's
-    gradients up on the stream on which the weight was first used, as long as anything of that pass is held.
+    A segment's length is met once without a graph, and recorded when it is met again.
 
     Args:
         model: in training.
         criterion: whose tensors are of sizes that follow from the sample's.
         optimizer: fairseq's, without loss scale.
-        recorder: :func:`record`.
+        recorder: :func:`~fairseq_rkm.modules.cuda_graphs.record`.
     """
 
     def __init__(self, model: Any, criterion: Any, optimizer: FairseqOptimizer, recorder: Callable = record) -> None:
-        self.model, self.criterion, self.optimizer, self.recorder = model, criterion, optimizer, recorder
+        self.model, self.criterion, self.optimizer = model, criterion, optimizer
         self.carried: CarriedState[list[RKMState]] = model.decoder.carried[True]
         self.weights = [p for p in model.parameters() if p.requires_grad]
         self.gradients = [torch.empty_like(p) for p in self.weights]
-        self.stream = torch.cuda.Stream() if self.weights[0].is_cuda else None
-        self.pool = torch.cuda.graph_pool_handle() if self.weights[0].is_cuda else None
+        self.recorder = GraphRecorder(self.weights[0].device, recorder)
         self.met: set[torch.Size] = set()
         self.steps: dict[torch.Size, _Recorded] = {}
         self.entered: list[RKMState] = []
@@ -134,30 +113,19 @@ class StepGraphs:
             sample: the segment.
             without: the step as it is done without a graph.
         """
-        with self._own_stream():
+        with self.recorder.own_stream():
             return self._replay(sample) if self.takes(sample) else without()
-
-    @contextmanager
-    def _own_stream(self) -> Iterator[None]:
-        if self.stream is None:
-            yield
-            return
-        outside = torch.cuda.current_stream()
-        self.stream.wait_stream(outside)
-        with torch.cuda.stream(self.stream):
-            yield
-        outside.wait_stream(self.stream)
 
     def _replay(self, sample: dict) -> tuple[Tensor, int, dict[str, Any]]:
         segment, shape = sample["net_input"]["segment"], sample["target"].shape
         state = self.carried.before(segment) or []
         if not self.entered:
             self.entered, self.left = ([layer.map(torch.empty_like) for layer in state] for _ in range(2))
-        _copy(state_tensors(self.entered), state_tensors(state))
+        copy_all(state_tensors(self.entered), state_tensors(state))
         if shape not in self.steps:
             self.steps[shape] = self._record(sample)
         step = self.steps[shape]
-        _copy(step.inputs, _sample_tensors(sample))
+        copy_all(step.inputs, _sample_tensors(sample))
         step.replay()
         self.carried.after(segment, self.entered, self.left)
         for i in step.moved:
@@ -177,14 +145,14 @@ class StepGraphs:
                 weight.grad = None
             loss, _, outcome = self.criterion(self.model, held)
             self.optimizer.backward(loss)
-            _copy(state_tensors(self.left), state_tensors(self.carried.left or []))
+            copy_all(state_tensors(self.left), state_tensors(self.carried.left or []))
             moved[:] = [i for i, weight in enumerate(self.weights) if weight.grad is not None]
-            _copy([self.gradients[i] for i in moved], [self.weights[i].grad for i in moved])
+            copy_all([self.gradients[i] for i in moved], [self.weights[i].grad for i in moved])
             for weight in self.weights:
                 weight.grad = None  # its memory is free for the other graphs
             logged.update(outcome)
 
-        return _Recorded(_sample_tensors(held), self.recorder(run, self.pool), moved, logged)
+        return _Recorded(_sample_tensors(held), self.recorder.record(run), moved, logged)
 
 
 def _sample_tensors(sample: dict) -> list[Tensor]:
@@ -196,10 +164,3 @@ def _sample_tensors(sample: dict) -> list[Tensor]:
 def state_tensors(states: list[RKMState]) -> list[Tensor]:
     """All of a stack's state, layer by layer."""
     return [tensor for state in states for tensor in state.tensors()]
-
-
-def _copy(targets: list[Tensor], sources: list[Any]) -> None:
-    """All of one type at once."""
-    for dtype in {target.dtype for target in targets}:
-        pairs = [(t, s) for t, s in zip(targets, sources, strict=True) if t.dtype == dtype]
-        torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])

@@ -143,6 +143,31 @@ def test_reversal_is_learnt(reversing, generated):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", [[], ["--fp16"], ["--bf16"]], ids=["float32", "float16", "bfloat16"])
+def test_training_with_graphs_is_the_same_training(reversing, tmp_path, precision):
+    _, data, _, _ = reversing
+    on_gpu = [flag for flag in TRAIN if flag != "--cpu"]
+    flags = [
+        *on_gpu,
+        "--total-num-update",
+        240,
+        "--max-update",
+        240,
+        "--dropout",
+        0.1,
+        "--log-interval",
+        40,
+        *precision,
+    ]
+    losses = [
+        [float(e["loss"]) for e in succeed("train", data, *flags, *graphs, "--save-dir", run).entries("train_inner")]
+        for run, graphs in ((tmp_path / "plain", []), (tmp_path / "graphs", ["--cuda-graphs"]))
+    ]
+    assert len(losses[0]) == 6
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("precision", [[], ["--fp16"]], ids=["float32", "float16"])
 def test_a_gpu_translates_as_well(reversing, precision):
     pairs, data, pieces, checkpoint = reversing

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from fairseq_rkm import CELLS, RKM, RKMError
+from fairseq_rkm.models import rkm
 from fairseq_rkm.models.rkm import RKMConfig, RKMModel, check_flags, initialize, rkm_iwslt_de_en, rkm_tiny
+from fairseq_rkm.modules.graphed_function import GraphedFunction
 
 
 def dictionary(words):
@@ -30,6 +32,7 @@ SMALL = {
     "criterion_name": None,
 }  # fmt: skip
 JOINED = {"share_all_embeddings": True, "encoder_embed_dim": 7}
+JOINED_SOFTMAX = {"share_decoder_input_output_embed": True}
 
 
 def build(source=SOURCE, target=TARGET, **flags):
@@ -364,6 +367,66 @@ def test_checkpoints_of_another_dictionary_are_refused():
         build(source=dictionary(31)).load_state_dict(dict(state))
     with pytest.raises(RKMError, match="trained with another dictionary"):
         build(target=dictionary(41)).load_state_dict(dict(state))
+
+
+@pytest.mark.parametrize("flags", [{"ngram": 3, "dropout_words": 0.2}, {"input_feeding": True}])
+def test_replayed_training_is_the_same(monkeypatch, flags):
+    """Recording and replaying is done again, on a CPU: :mod:`modules.test_graphed_function` has it on GPUs."""
+
+    def run_at_once(run, _pool):
+        with torch.random.fork_rng():
+            run()
+        return run
+
+    monkeypatch.setattr(rkm, "check_graphs", lambda _tokens: None)
+    monkeypatch.setattr(GraphedFunction.__init__, "__defaults__", (run_at_once,))
+    batches = [batch(), batch(source_length=4), batch(), batch(source_length=4), batch()]
+    batches[2][0][1, 4:] = SOURCE.pad()
+    outcomes = []
+    for graphs in (False, True):
+        torch.manual_seed(0)
+        model = build(cuda_graphs=graphs, dropout=0.2, layer_norm=True, decoder_layers=2, **JOINED_SOFTMAX, **flags)
+        optimizer = torch.optim.SGD(model.train().parameters(), lr=0.1)
+        for number, (source, tokens) in enumerate(batches):
+            torch.manual_seed(number)
+            scores, extra = model(source, None, tokens)
+            assert extra["attn"][0].shape == (3, 7, source.size(1))
+            scores.logsumexp(-1).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        outcomes.append(model.state_dict())
+        assert (model.graphs is not None and len(model.graphs.recorded) == 2) == graphs
+        source, tokens = batches[0]
+        recorded = model.graphs
+        model.eval()(source, None, tokens)
+        with torch.no_grad():
+            model.train()(source, None, tokens)
+        assert model.graphs is recorded
+        assert recorded is None or recorded.forward_passes == 3
+    for name, wanted in outcomes[0].items():
+        torch.testing.assert_close(outcomes[1][name], wanted, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ({}, "needs a CUDA GPU"),
+        ({"initialized": True}, "is for one process"),
+        ({"autocast": True}, r"cannot be had with --amp.*use --bf16 or --fp16"),
+    ],
+)
+def test_where_there_can_be_no_graphs_the_first_step_says_so(monkeypatch, where, message):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: "initialized" in where)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: "autocast" in where)
+    with pytest.raises(RKMError, match=f"--cuda-graphs {message}"):
+        rkm.check_graphs(SimpleNamespace(is_cuda=bool(where)))
+    if not where:
+        model = build(cuda_graphs=True)
+        source, tokens = batch()
+        model(source, None, tokens)
+        with pytest.raises(RKMError, match="--cuda-graphs needs a CUDA GPU"):
+            model.train()(source, None, tokens)
 
 
 def test_an_exported_program_needs_torch_alone_and_gives_the_same(tmp_path):

@@ -1,0 +1,114 @@
+"""A function of tensors whose forward and backward pass are CUDA graphs, a pair for each shape of its inputs."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fairseq_rkm.errors import RKMError
+from fairseq_rkm.modules.cuda_graphs import GraphRecorder, Run, copy_all, record
+
+Shapes = tuple[torch.Size, ...]
+MOST = 1000
+"""Pairs of graphs that are kept; shapes beyond them are done without."""
+
+
+class _Passes(NamedTuple):
+    """The recorded passes of one shape, and the tensors at which they find inputs and leave and find the rest."""
+
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+    grad_outputs: list[Tensor]
+    forward: Run
+    backward: Run
+    moved: list[int]
+
+
+class GraphedFunction:
+    """Replay a function in training: what it launches costs the host one launch forward and one backward.
+
+    A shape is met once without graphs and recorded when it is met again. All graphs share their memory: what a forward
+    pass keeps for its backward pass is there until the next forward pass.
+
+    Args:
+        function: of tensors that need no gradients, to a tuple of tensors; it must wait for nothing of the GPU's.
+        weights: all that gradients are to go to.
+        recorder: :func:`~fairseq_rkm.modules.cuda_graphs.record`.
+    """
+
+    def __init__(
+        self, function: Callable[..., tuple[Tensor, ...]], weights: Sequence[Tensor], recorder: Callable = record
+    ) -> None:
+        self.function, self.weights = function, list(weights)
+        self.gradients = [torch.empty_like(weight) for weight in self.weights]
+        self.recorder = GraphRecorder(self.weights[0].device, recorder)
+        self.met: set[Shapes] = set()
+        self.recorded: dict[Shapes, _Passes] = {}
+        self.forward_passes = 0
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """What the function returns; ``inputs`` must be of one type each time, and of any shapes.
+
+        Raises:
+            RKMError: a function that cannot be recorded.
+        """
+        shapes = tuple(x.shape for x in inputs)
+        with self.recorder.own_stream():
+            known = shapes in self.recorded or (shapes in self.met and len(self.recorded) < MOST)
+            self.met.add(shapes)
+            if not known:
+                return self.function(*inputs)
+            if shapes not in self.recorded:
+                self.recorded[shapes] = self._record(inputs)
+            outputs: tuple[Tensor, ...] = _Replay.apply(self, self.recorded[shapes], *inputs, *self.weights)
+            return outputs
+
+    def _record(self, inputs: Sequence[Tensor]) -> _Passes:
+        held = [x.clone() for x in inputs]
+        alive: list[Tensor] = []  # from the forward to the backward pass, and with them all that the latter needs
+        outputs: list[Tensor] = []
+        moved: list[int] = []
+
+        def forward() -> None:
+            with torch.enable_grad():
+                alive[:] = self.function(*held)
+            if not outputs:
+                outputs.extend(torch.empty_like(x) for x in alive)
+            copy_all(outputs, [x.detach() for x in alive])
+
+        def backward() -> None:
+            grads = torch.autograd.grad(alive, self.weights, grad_outputs, allow_unused=True)
+            alive.clear()
+            moved[:] = [i for i, grad in enumerate(grads) if grad is not None]
+            copy_all([self.gradients[i] for i in moved], [grads[i] for i in moved])
+
+        replay_forward = self.recorder.record(forward)
+        grad_outputs = [torch.empty_like(x) for x in outputs]
+        return _Passes(held, outputs, grad_outputs, replay_forward, self.recorder.record(backward), moved)
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, owner: GraphedFunction, passes: _Passes, *tensors: Tensor) -> tuple[Tensor, ...]:
+        copy_all(passes.inputs, tensors[: len(passes.inputs)])
+        passes.forward()
+        owner.forward_passes += 1
+        ctx.owner, ctx.passes, ctx.number = owner, passes, owner.forward_passes
+        return tuple(x.detach() for x in passes.outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
+        owner, passes = ctx.owner, ctx.passes
+        if ctx.number != owner.forward_passes:
+            raise RKMError(
+                "two forward passes before the first one's backward pass, which shares its memory with the second: "
+                "train without --cuda-graphs"
+            )
+        copy_all(passes.grad_outputs, grad_outputs)
+        passes.backward()
+        moved = set(passes.moved)
+        grads = [grad if i in moved else None for i, grad in enumerate(owner.gradients)]
+        return (None, None, *[None] * len(passes.inputs), *grads)
