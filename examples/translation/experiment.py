@@ -43,11 +43,11 @@ from report import circumstances, parse_line, portable, write_json
 COMMON = (
     "--user-dir {plugin} --task translation --criterion label_smoothed_cross_entropy --label-smoothing 0.1 "
     # Adam in one launch for all models alike, with no average.
-    "--optimizer adamw_average --adam-betas (0.9,0.98) --weight-decay 1e-4 --clip-norm 1 "
+    "--optimizer adamw_average --adam-betas (0.9,0.98) --weight-decay 0.05 --clip-norm 1 "
     "--lr-scheduler inverse_sqrt --warmup-init-lr 1e-7 --batch-size 256 --num-workers 0 --log-format json "
     "--log-interval 20 --share-all-embeddings --dropout 0.3 --seed {seed} --tokenizer moses --bpe sentencepiece"
 )
-RKM = "--arch rkm_iwslt_de_en --lr 2e-3 --warmup-updates 400"
+RKM = "--arch rkm_iwslt_de_en --lr 3e-3 --warmup-updates 400"
 MODELS = {
     "rkm_lstm": f"{RKM} --cell rkm_lstm",
     "rkm_cifg": f"{RKM} --cell rkm_cifg",
@@ -60,7 +60,7 @@ MODELS = {
     # fairseq's own, of the same sizes, and its transformer at one that suits a corpus of this size.
     "fairseq_lstm": "--arch lstm --encoder-embed-dim 256 --encoder-hidden-size 256 --encoder-layers 2 "
     "--encoder-bidirectional --decoder-embed-dim 256 --decoder-hidden-size 512 --decoder-layers 2 "
-    "--decoder-out-embed-dim 256 --lr 2e-3 --warmup-updates 400",
+    "--decoder-out-embed-dim 256 --lr 3e-3 --warmup-updates 400",
     "fairseq_transformer": "--arch transformer --encoder-embed-dim 128 --encoder-ffn-embed-dim 256 --encoder-layers 4 "
     "--encoder-attention-heads 4 --decoder-embed-dim 128 --decoder-ffn-embed-dim 256 --decoder-layers 4 "
     "--decoder-attention-heads 4 --lr 5e-3 --warmup-updates 2000",
