@@ -9,6 +9,7 @@
 
 #include <math.h>
 #include <omp.h>
+#include <sched.h>
 #include <string.h>
 #ifdef __AVX__
 #include <immintrin.h>
@@ -27,6 +28,7 @@
 #endif
 #define CACHE (1 << 20) // bytes of weights that a core's own cache holds
 #define MIN_ROWS 4      // of a thread, for its products to be fast
+#define LOOKS 1000      // at whether the others have come, before a thread lets another have its processor
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 #define EPSILON 1e-5f
@@ -330,8 +332,34 @@ static void finish_row(const Problem* p, int t, int b) {
     }
 }
 
+// Where threads meet. OpenMP's own barrier looks on for milliseconds: at every step, if two threads have to share a
+// processor, since another program has the other one.
+typedef struct {
+    int arrived, round;
+} Meeting;
+
+static void meet(Meeting* m, int threads) {
+    const int round = __atomic_load_n(&m->round, __ATOMIC_RELAXED);
+    if (__atomic_add_fetch(&m->arrived, 1, __ATOMIC_ACQ_REL) == threads) {
+        __atomic_store_n(&m->arrived, 0, __ATOMIC_RELAXED);
+        __atomic_store_n(&m->round, round + 1, __ATOMIC_RELEASE);
+        return;
+    }
+    for (int looks = 0; __atomic_load_n(&m->round, __ATOMIC_ACQUIRE) == round;) {
+        if (looks == LOOKS) {
+            sched_yield();
+            continue;
+        }
+        ++looks;
+#ifdef __AVX__
+        _mm_pause();
+#endif
+    }
+}
+
 void recurrence_forward(const Problem* p) {
     const int d = p->size, vectors = (d + LANES - 1) / LANES;
+    Meeting meeting = {0, 0};
 #pragma omp parallel num_threads(p->threads)
     {
         const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
@@ -340,7 +368,7 @@ void recurrence_forward(const Problem* p) {
 #if RECURRENT
         share(d, LANES, thread, threads, &first, &last);
         pack(p, first, last);
-#pragma omp barrier
+        meet(&meeting, threads);
 #endif
         share(vectors * part.blocks, 1, part.share, part.shares, &first, &last);
         for (int t = 0; t < p->steps; ++t) {
@@ -350,13 +378,9 @@ void recurrence_forward(const Problem* p) {
                 const int rows = block_rows(&part, tile % part.blocks, &b);
                 forward_tile(p, t, j, d - j < LANES ? d - j : LANES, b, rows);
             }
-            if (p->norm && !part.alone) {
-#pragma omp barrier
-            }
+            if (p->norm && !part.alone) meet(&meeting, threads);
             for (int b = part.row; p->norm && b < part.end; ++b) finish_row(p, t, b);
-            if ((RECURRENT || p->norm) && !part.alone) {
-#pragma omp barrier
-            }
+            if ((RECURRENT || p->norm) && !part.alone) meet(&meeting, threads);
         }
     }
 }
@@ -511,6 +535,7 @@ static void finish_tile(const Problem* p, int t, Tile at) {
 
 void recurrence_backward(const Problem* p) {
     const int d = p->size, vectors = (d + LANES - 1) / LANES;
+    Meeting meeting = {0, 0};
 #pragma omp parallel num_threads(p->threads)
     {
         const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
@@ -519,23 +544,17 @@ void recurrence_backward(const Problem* p) {
         int from, to;
         share(d, LANES, thread, threads, &from, &to);
         pack_columns(p, from, to);
-#pragma omp barrier
+        meet(&meeting, threads);
 #endif
         const int first = first_tile(vectors, part.blocks, part.share, part.shares);
         const int last = first_tile(vectors, part.blocks, part.share + 1, part.shares);
         for (int t = p->steps - 1; t >= 0; --t) {
             for (int i = first; i < last; ++i) backward_tile(p, t, tile_at(p, &part, i));
-            if (p->norm && !part.alone) {
-#pragma omp barrier
-            }
+            if (p->norm && !part.alone) meet(&meeting, threads);
             for (int b = part.row; p->norm && b < part.end; ++b) norm_sums(p, t, b, p->sums + 2 * b);
-            if (p->norm && !part.alone) {
-#pragma omp barrier
-            }
+            if (p->norm && !part.alone) meet(&meeting, threads);
             for (int i = first; p->norm && i < last; ++i) finish_tile(p, t, tile_at(p, &part, i));
-            if ((RECURRENT || p->norm) && !part.alone) {
-#pragma omp barrier
-            }
+            if ((RECURRENT || p->norm) && !part.alone) meet(&meeting, threads);
         }
         if (RECURRENT)
             for (int i = first; i < last; ++i) backward_tile(p, -1, tile_at(p, &part, i));

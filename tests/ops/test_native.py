@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import os
 import platform
 
 import pytest
@@ -85,6 +86,33 @@ def test_threads_do_not_change_the_result(threads, batch, layer_norm):
         compare("native", dtype=torch.float32, steps=6, batch=batch, sizes=(8, 50), layer_norm=layer_norm, mask="mixed")
     finally:
         torch.set_num_threads(before)
+
+
+@compiled
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs a system that can bind threads")
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_threads_that_share_a_processor_let_each_other_have_it(layer_norm):
+    """With three to a processor each meeting takes another's turn, in which nobody may be left waiting."""
+    rnn, x = RKM(5, 40, layer_norm=layer_norm, backend="native"), torch.randn(200, 2, 5, requires_grad=True)
+    allowed, threads = os.sched_getaffinity(0), torch.get_num_threads()
+
+    def run():
+        output, _ = rnn(x)
+        return output, *torch.autograd.grad(output.square().sum(), [x, *rnn.parameters()])
+
+    wanted = run()
+    try:
+        torch.set_num_threads(3)
+        run()  # now they are there
+        for thread in os.listdir("/proc/self/task"):
+            os.sched_setaffinity(int(thread), {min(allowed)})
+        given = run()
+    finally:
+        torch.set_num_threads(threads)
+        for thread in os.listdir("/proc/self/task"):
+            os.sched_setaffinity(int(thread), allowed)
+    for got, want in zip(given, wanted, strict=True):
+        assert_close(got, want)
 
 
 @compiled
