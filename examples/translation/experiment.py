@@ -42,7 +42,7 @@ from report import circumstances, parse_line, portable, write_json
 
 COMMON = (
     "--user-dir {plugin} --task translation --criterion label_smoothed_cross_entropy --label-smoothing 0.1 "
-    # Adam in one launch for all models alike, with no average.
+    # AdamW in one launch for all models alike, with no average.
     "--optimizer adamw_average --adam-betas (0.9,0.98) --weight-decay 0.05 --clip-norm 1 "
     "--lr-scheduler inverse_sqrt --warmup-init-lr 1e-7 --batch-size 256 --num-workers 0 --log-format json "
     "--log-interval 20 --share-all-embeddings --dropout 0.3 --seed {seed} --tokenizer moses --bpe sentencepiece"
