@@ -115,8 +115,10 @@ def adapt() -> None:
 def _wrap(owner: Any, name: str, wrapper: Any) -> None:
     """Put a wrapper around a function of fairseq's, once."""
     function = getattr(owner, name)
-    if not hasattr(function, "__wrapped__"):
-        setattr(owner, name, wrapper(function))
+    if not hasattr(function, "adapted"):
+        function = wrapper(function)
+        function.adapted = True
+        setattr(owner, name, function)
 
 
 class _SetTorchSeed(utils.set_torch_seed):

@@ -101,3 +101,12 @@ def test_gradients_on_the_host_are_clipped_beside_a_gpu(aggregate, sizes):
     for weight in weights:
         torch.testing.assert_close(weight.grad, torch.full_like(weight, 2 / wanted))
     assert utils.clip_grad_norm_([torch.nn.Parameter(torch.zeros(1))], 1.0) == 0
+
+
+def test_what_fairseq_has_wrapped_itself_is_wrapped_once():
+    fairseq_rkm.register()
+    assert utils.clip_grad_norm_.__wrapped__.__module__ == "fairseq.utils"
+    assert utils.clip_grad_norm_.__code__.co_filename == compat.__file__
+    before = utils.clip_grad_norm_
+    fairseq_rkm.register()
+    assert utils.clip_grad_norm_ is before
