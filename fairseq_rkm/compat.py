@@ -17,7 +17,8 @@
    be killed within PyTorch likewise. Those groups are left before.
 10. The task ``sentence_prediction`` checks its data before training (see ``tasks/sentence_prediction_checks.py``).
 11. ``--bf16`` copies weights and gradients to and from float32 one by one (see ``optim/half_precision.py``).
-12. On a GPU the trainer waits for it at each update; with our optimizers it no longer does (``optim/late_norm.py``).
+12. On a GPU the trainer waits for it at each update; with our optimizers it no longer does (``optim/late_norm.py`` and
+    ``optim/late_log.py``).
 13. On a command line fairseq takes ``--bf16`` for a wish for a TPU, and ends where there is none.
 14. Where there is a GPU, fairseq takes the norm of gradients there, also of those that ``--cpu`` leaves on the host,
     which it then cannot clip by it.
@@ -51,7 +52,7 @@ from fairseq.trainer import Trainer
 
 from fairseq_rkm import compat_translation
 from fairseq_rkm.errors import RKMError
-from fairseq_rkm.optim import half_precision, late_norm
+from fairseq_rkm.optim import half_precision, late_log, late_norm
 from fairseq_rkm.tasks import sentence_prediction_checks
 
 _reconstruct = np.ndarray(0).__reduce__()[0]
@@ -102,6 +103,7 @@ def adapt() -> None:
         _wrap(options, "parse_args_and_arch", _without_tpu)
     AMPOptimizer.step = _step_once_unscaled
     _wrap(Trainer, "clip_grad_norm", late_norm.late)
+    _wrap(Trainer, "_reduce_and_log_stats", late_log.late)
     for name, copy in HALF_PRECISION.items():
         _wrap(FP16Optimizer, name, functools.partial(half_precision.at_once, copy))
     for leave in (_stop_preparing_batches, _leave_process_groups):

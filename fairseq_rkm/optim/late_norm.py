@@ -37,11 +37,9 @@ def late(clip_grad_norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _decides_alone(trainer: Any) -> Optional[AveragingOptimizer]:
     """The optimizer, unless loss scaling, which the norm governs, or other processes, which compare theirs, need it."""
-    optimizer = trainer.optimizer
-    inner = getattr(optimizer, "fp32_optimizer", optimizer)
-    if getattr(optimizer, "scaler", None) is not None or trainer.data_parallel_world_size > 1:
+    if getattr(trainer.optimizer, "scaler", None) is not None or trainer.data_parallel_world_size > 1:
         return None
-    return inner if isinstance(inner, AveragingOptimizer) else None
+    return AveragingOptimizer.of(trainer)
 
 
 def _is_on_gpu(norm: Tensor) -> bool:

@@ -23,7 +23,6 @@ from fairseq_rkm.modules import RKMState
 from fairseq_rkm.modules.continuous_cache import ContinuousCache
 from fairseq_rkm.tasks.averaged_validation import AveragedValidation
 from fairseq_rkm.tasks.graphed_steps import GraphedSteps, state_tensors
-from fairseq_rkm.tasks.late_log import LateLog
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +81,7 @@ class StatefulLanguageModelingTask(AveragedValidation, GraphedSteps, LanguageMod
     ``--max-update``, since their number in an epoch varies.
 
     With ``--cuda-graphs`` training steps are recorded once for each length and replayed (see
-    :mod:`fairseq_rkm.tasks.graphed_steps`). On GPUs the log of training is an update late.
+    :mod:`fairseq_rkm.tasks.graphed_steps`).
 
     With ``--cache-size`` evaluation mixes in a continuous cache (Grave et al. 2017), which any trained model can have.
     """
@@ -92,7 +91,6 @@ class StatefulLanguageModelingTask(AveragedValidation, GraphedSteps, LanguageMod
         self.training_state: Any = None
         self.gathered: Optional[list[Tensor]] = None
         self.lr_scale = 1.0
-        self.late_log = LateLog()
 
     @classmethod
     def setup_task(cls, cfg: StatefulLanguageModelingConfig, **_kwargs: Any) -> "StatefulLanguageModelingTask":
@@ -226,12 +224,6 @@ class StatefulLanguageModelingTask(AveragedValidation, GraphedSteps, LanguageMod
         optimizer.set_lr(scheduled * self.lr_scale)
         super().optimizer_step(optimizer, model, update_num)
         optimizer.set_lr(scheduled)
-
-    def reduce_metrics(self, logging_outputs: list[dict[str, Any]], criterion: Any) -> None:
-        """fairseq's; in training on GPUs with what the update before logged."""
-        if criterion.training:
-            logging_outputs = self.late_log.exchange(logging_outputs)
-        super().reduce_metrics(logging_outputs, criterion)
 
     def get_checkpoint_dict(self) -> dict[str, dict[str, Any]]:
         """What a checkpoint in the middle of an epoch needs: the last segment's number and the state it left."""

@@ -1,5 +1,3 @@
-import math
-
 import pytest
 import torch
 from fairseq.data import Dictionary
@@ -7,10 +5,8 @@ from fairseq.logging import metrics
 from fairseq.logging.meters import MetersDict
 from omegaconf import OmegaConf
 
-from fairseq_rkm.criterions.cross_entropy_ar_tar import CrossEntropyARTARCriterion
 from fairseq_rkm.data.token_stream import TokenStream, random_lengths
 from fairseq_rkm.optim.nt_asgd import FairseqNonMonotoneASGD, NonMonotoneASGDConfig
-from fairseq_rkm.tasks import late_log
 from fairseq_rkm.tasks.stateful_language_modeling import StatefulLanguageModelingConfig, StatefulLanguageModelingTask
 
 
@@ -103,19 +99,3 @@ def test_the_average_is_in_the_model_from_validation_to_the_next_update():
     torch.testing.assert_close(iterates[-1], torch.full((3,), -30.0 * 6), msg="training went on with the weights")
     assert history["validation_losses"] == [2.0, 2.5, 4.0, 4.0, 4.0], "the first validation set's"
     assert history["averaged_updates"] == 3, "begun when 2.5 was above 2.0, recorded a validation before"
-
-
-def test_on_a_gpu_training_is_logged_an_update_late_and_validation_at_once(monkeypatch):
-    monkeypatch.setattr(late_log, "_is_on_gpu", lambda _: True)
-
-    def logged(task, training, loss):
-        with metrics.aggregate(new_root=True) as agg:
-            criterion = CrossEntropyARTARCriterion(task, False, 2.0, 1.0).train(training)
-            output = {"loss": torch.tensor(loss), "nll_loss": torch.tensor(loss), "ntokens": 1, "sample_size": 1}
-            task.reduce_metrics([{**output, "nsentences": 1}], criterion)
-        return float(agg["loss"].avg) * math.log(2)
-
-    task = build()
-    assert [logged(task, True, loss) for loss in (1.0, 2.0, 3.0)] == pytest.approx([1, 1, 2])
-    assert logged(task, False, 9.0) == pytest.approx(9)
-    assert logged(task, True, 4.0) == pytest.approx(3), "validation is no update"

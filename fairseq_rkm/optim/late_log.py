@@ -1,16 +1,19 @@
 """What the criterion logs, an update late, so that the host need not wait for the GPU.
 
-At each update fairseq's metrics add the logged tensors up on the GPU, some hundred launches, and read averages from it,
-for which the host waits until all that it has asked for is done. Here the numbers of an update go to the host in one
-copy while the GPU works on, and are logged with the next update. So a run's log lags by one update; the first is waited
-for, and counts twice, and the last of a run is not logged.
+At each update of training fairseq's metrics add the logged tensors up on the GPU, some hundred launches, and read
+averages from it, for which the host waits until all that it has asked for is done. Here the numbers of an update go to
+the host in one copy while the GPU works on, and are logged with the next update. So a run's log lags by one update; the
+first is waited for, and counts twice, and the last of a run is not logged.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
 
 from fairseq_rkm.late_values import LateValues
+from fairseq_rkm.optim.averaging import AveragingOptimizer
 
 Outputs = list[dict[str, Any]]
 
@@ -31,6 +34,21 @@ class LateLog:
         skeleton = [{key: None if torch.is_tensor(v) else v for key, v in output.items()} for output in outputs]
         before, self._before = self._before or skeleton, skeleton
         return [{key: next(numbers) if v is None else v for key, v in output.items()} for output in before]
+
+
+def late(reduce_and_log: Callable[..., dict]) -> Callable[..., dict]:
+    """``Trainer._reduce_and_log_stats``, in training with one of our optimizers with what the last update logged."""
+
+    @functools.wraps(reduce_and_log)
+    def logged(trainer: Any, logging_outputs: Outputs, sample_size: float, grad_norm: Any = None) -> dict:
+        # Validation has no gradients.
+        if grad_norm is not None and AveragingOptimizer.of(trainer) is not None:
+            if not hasattr(trainer, "late_log"):
+                trainer.late_log = LateLog()
+            logging_outputs = trainer.late_log.exchange(logging_outputs)
+        return reduce_and_log(trainer, logging_outputs, sample_size, grad_norm)
+
+    return logged
 
 
 def _is_on_gpu(tensor: torch.Tensor) -> bool:
