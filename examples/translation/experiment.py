@@ -44,10 +44,13 @@ COMMON = (
     "--user-dir {plugin} --task translation --criterion label_smoothed_cross_entropy --label-smoothing 0.1 "
     # AdamW in one launch for all models alike, with no average.
     "--optimizer adamw_average --adam-betas (0.9,0.98) --weight-decay 0.05 --clip-norm 1 "
-    "--lr-scheduler inverse_sqrt --warmup-init-lr 1e-7 --batch-size 256 --num-workers 0 --log-format json "
-    "--log-interval 20 --share-all-embeddings --dropout 0.3 --seed {seed} --tokenizer moses --bpe sentencepiece"
+    "--lr-scheduler inverse_sqrt --warmup-init-lr 1e-7 --batch-size 256 --log-format json --log-interval 20 "
+    "--share-all-embeddings --seed {seed} --tokenizer moses --bpe sentencepiece"
 )
+# Batches are put together beside training, which keeps a GPU waiting otherwise.
+ON_GPU, ON_CPU = "--num-workers 2", "--num-workers 0 --cpu"
 RKM = "--arch rkm_iwslt_de_en --lr 3e-3 --warmup-updates 400"
+RKM_ON_GPU = "--cuda-graphs"
 MODELS = {
     "rkm_lstm": f"{RKM} --cell rkm_lstm",
     "rkm_cifg": f"{RKM} --cell rkm_cifg",
@@ -60,10 +63,10 @@ MODELS = {
     # fairseq's own, of the same sizes, and its transformer at one that suits a corpus of this size.
     "fairseq_lstm": "--arch lstm --encoder-embed-dim 256 --encoder-hidden-size 256 --encoder-layers 2 "
     "--encoder-bidirectional --decoder-embed-dim 256 --decoder-hidden-size 512 --decoder-layers 2 "
-    "--decoder-out-embed-dim 256 --lr 3e-3 --warmup-updates 400",
+    "--decoder-out-embed-dim 256 --dropout 0.3 --lr 3e-3 --warmup-updates 400",
     "fairseq_transformer": "--arch transformer --encoder-embed-dim 128 --encoder-ffn-embed-dim 256 --encoder-layers 4 "
     "--encoder-attention-heads 4 --decoder-embed-dim 128 --decoder-ffn-embed-dim 256 --decoder-layers 4 "
-    "--decoder-attention-heads 4 --lr 5e-3 --warmup-updates 2000",
+    "--decoder-attention-heads 4 --dropout 0.3 --lr 5e-3 --warmup-updates 2000",
 }
 """Flags of fairseq-train for each."""
 
@@ -92,10 +95,12 @@ class Run:
 
     def flags(self) -> list[str]:
         """fairseq-train's."""
-        text = f"{COMMON} {MODELS[self.model]}".format(seed=self.seed, plugin=ROOT / "fairseq_rkm")
-        text += f" --source-lang {self.source} --target-lang {self.target} {self.args.train_flags}"
-        cpu = [] if torch.cuda.is_available() else ["--cpu"]
-        return [str(self.args.data / "bin"), *text.split(), "--sentencepiece-model", str(self.pieces), *cpu]
+        model, on_gpu = MODELS[self.model], torch.cuda.is_available()
+        parts = [COMMON.format(seed=self.seed, plugin=ROOT / "fairseq_rkm"), model, ON_GPU if on_gpu else ON_CPU]
+        if on_gpu and model.startswith(RKM):
+            parts.append(RKM_ON_GPU)
+        text = f"{' '.join(parts)} --source-lang {self.source} --target-lang {self.target} {self.args.train_flags}"
+        return [str(self.args.data / "bin"), *text.split(), "--sentencepiece-model", str(self.pieces)]
 
     @property
     def pieces(self) -> Path:

@@ -336,10 +336,15 @@ def test_a_centred_window_must_be_odd_in_the_encoder_alone():
 
 
 @pytest.mark.parametrize("preset", [rkm_tiny, rkm_iwslt_de_en])
-def test_presets_fill_what_is_not_given_and_are_idempotent(preset):
-    args = SimpleNamespace(encoder_embed_dim=12, dropout=0.5)
+@pytest.mark.parametrize("flags", [{}, {"layer_norm": True}, {"memory_clip": 2.0}])
+def test_presets_fill_what_is_not_given_and_are_idempotent(preset, flags):
+    args = SimpleNamespace(encoder_embed_dim=12, dropout=0.5, **flags)
     preset(args)
-    assert (args.encoder_embed_dim, args.dropout, args.layer_norm) == (12, 0.5, True)
+    assert (args.encoder_embed_dim, args.dropout) == (12, 0.5)
+    bounds = {"layer_norm": preset is rkm_tiny, "memory_clip": None if preset is rkm_tiny else 3.0}
+    if flags:
+        bounds = {"layer_norm": False, "memory_clip": None, **flags}
+    assert (getattr(args, "layer_norm", False), getattr(args, "memory_clip", None)) == tuple(bounds.values())
     again = copy.copy(args)
     preset(again)
     assert again == args
@@ -347,10 +352,11 @@ def test_presets_fill_what_is_not_given_and_are_idempotent(preset):
 
 
 def test_a_preset_yields_to_flags_that_it_would_contradict():
-    args = SimpleNamespace(ngram=1, adaptive_softmax_cutoff="10,20", memory_clip=2.0)
+    args = SimpleNamespace(ngram=1, adaptive_softmax_cutoff="10,20", layer_norm=True, input_feeding=True)
     rkm_iwslt_de_en(args)
     model = build(**vars(args))
-    assert not model.encoder.layers[0].layer_norm
+    assert model.encoder.layers[0].memory_clip is None
+    assert model.encoder.layers[0].weight_dropout == 0
     assert {layer.ngram for layer in model.encoder.layers} == {1}
     assert model.decoder.adaptive_softmax is not None
     args = SimpleNamespace()
