@@ -29,6 +29,15 @@ def test_register_makes_the_plugin_known_outside_fairseq_s_commands():
     )
 
 
+@pytest.mark.parametrize(
+    "load", ["import fairseq_rkm; fairseq_rkm.register()", "from fairseq_rkm.models import RKMModel"]
+)
+@pytest.mark.parametrize("own", ["", "logging.basicConfig(level=17)"])
+def test_fairseq_s_import_leaves_a_program_s_logging_as_it_is(load, own):
+    show = "print(logging.getLogger().level, len(logging.getLogger().handlers))"
+    assert python(f"import logging; {own}\n{load}\n{show}") == ("17 1\n" if own else "30 0\n")
+
+
 def test_python_m_prints_the_plugin_s_folder():
     output = subprocess.run([sys.executable, "-m", "fairseq_rkm"], cwd="/", capture_output=True, text=True, check=True)
     assert Path(output.stdout.strip()) == ROOT / "fairseq_rkm"

@@ -1,0 +1,12 @@
+"""Import fairseq and leave a program's logging as it was: one of fairseq's models sets the root logger to DEBUG."""
+
+import importlib
+import logging
+import sys
+
+if "fairseq" not in sys.modules:
+    _root = logging.getLogger()
+    _before = _root.level, list(_root.handlers)
+    importlib.import_module("fairseq")
+    _root.setLevel(_before[0])
+    _root.handlers[:] = _before[1]
