@@ -50,7 +50,7 @@ COMMON = (
 # Batches are put together beside training, which keeps a GPU waiting otherwise.
 ON_GPU, ON_CPU = "--num-workers 2", "--num-workers 0 --cpu"
 RKM = "--arch rkm_iwslt_de_en --lr 3e-3 --warmup-updates 400"
-RKM_ON_GPU = "--cuda-graphs"
+RKM_ON_GPU = "--cuda-graphs"  # not with input feeding, where a graph would hold every step of every layer
 MODELS = {
     "rkm_lstm": f"{RKM} --cell rkm_lstm",
     "rkm_cifg": f"{RKM} --cell rkm_cifg",
@@ -97,7 +97,7 @@ class Run:
         """fairseq-train's."""
         model, on_gpu = MODELS[self.model], torch.cuda.is_available()
         parts = [COMMON.format(seed=self.seed, plugin=ROOT / "fairseq_rkm"), model, ON_GPU if on_gpu else ON_CPU]
-        if on_gpu and model.startswith(RKM):
+        if on_gpu and model.startswith(RKM) and "--input-feeding" not in model:
             parts.append(RKM_ON_GPU)
         text = f"{' '.join(parts)} --source-lang {self.source} --target-lang {self.target} {self.args.train_flags}"
         return [str(self.args.data / "bin"), *text.split(), "--sentencepiece-model", str(self.pieces)]
