@@ -3,7 +3,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh
-.venv/bin/ruff check .
-.venv/bin/ruff format --check .
-.venv/bin/mypy
-.venv/bin/pytest "$@"
+# As modules: where .venv sees the packages of the Python it was made with, these may be there, without commands in .venv.
+tool() { .venv/bin/python -m "$@"; }
+tool ruff check .
+tool ruff format --check .
+tool mypy
+tool pytest "$@"
