@@ -54,6 +54,7 @@ from fairseq_rkm import compat_translation
 from fairseq_rkm.errors import RKMError
 from fairseq_rkm.optim import half_precision, late_log, late_norm
 from fairseq_rkm.tasks import sentence_prediction_checks
+from fairseq_rkm.wrapping import wrap
 
 _reconstruct = np.ndarray(0).__reduce__()[0]
 
@@ -96,31 +97,22 @@ def adapt() -> None:
     if not hasattr(np, "compat"):
         np.compat = types.SimpleNamespace(long=int)  # type: ignore[attr-defined]  # noqa: NPY201
     sentence_prediction_checks.adapt()
-    _wrap(checkpoint_utils, "load_checkpoint_to_cpu", _explain)
-    _wrap(utils, "clip_grad_norm_", _clip_where_gradients_are)
+    wrap(checkpoint_utils, "load_checkpoint_to_cpu", _explain)
+    wrap(utils, "clip_grad_norm_", _clip_where_gradients_are)
     if utils.xm is None:
         utils.set_torch_seed = _SetTorchSeed
-        _wrap(options, "parse_args_and_arch", _without_tpu)
+        wrap(options, "parse_args_and_arch", _without_tpu)
     AMPOptimizer.step = _step_once_unscaled
-    _wrap(Trainer, "clip_grad_norm", late_norm.late)
-    _wrap(Trainer, "_reduce_and_log_stats", late_log.late)
+    wrap(Trainer, "clip_grad_norm", late_norm.late)
+    wrap(Trainer, "_reduce_and_log_stats", late_log.late)
     for name, copy in HALF_PRECISION.items():
-        _wrap(FP16Optimizer, name, functools.partial(half_precision.at_once, copy))
+        wrap(FP16Optimizer, name, functools.partial(half_precision.at_once, copy))
     for leave in (_stop_preparing_batches, _leave_process_groups):
         atexit.unregister(leave)
         atexit.register(leave)
     compat_translation.adapt()
     if _in_fairseq_command() and sys.excepthook is sys.__excepthook__:
         sys.excepthook = _print_error
-
-
-def _wrap(owner: Any, name: str, wrapper: Any) -> None:
-    """Put a wrapper around a function of fairseq's, once."""
-    function = getattr(owner, name)
-    if not hasattr(function, "adapted"):
-        function = wrapper(function)
-        function.adapted = True
-        setattr(owner, name, function)
 
 
 class _SetTorchSeed(utils.set_torch_seed):
@@ -136,7 +128,6 @@ class _SetTorchSeed(utils.set_torch_seed):
 def _without_tpu(parse: Any) -> Any:
     """``parse_args_and_arch`` of fairseq where ``torch_xla``, through which it reaches TPUs, is not installed."""
 
-    @functools.wraps(parse)
     def parse_args_and_arch(*args: Any, **kwargs: Any) -> Any:
         parsed = parse(*args, **kwargs)
         flags = parsed[0] if isinstance(parsed, tuple) else parsed
@@ -150,7 +141,6 @@ def _without_tpu(parse: Any) -> Any:
 def _clip_where_gradients_are(clip: Any) -> Any:
     """``clip_grad_norm_`` of fairseq with the norm brought to the gradients' device."""
 
-    @functools.wraps(clip)
     def clip_grad_norm_(params: Any, max_norm: float, aggregate_norm_fn: Any = None) -> torch.Tensor:
         params = [params] if torch.is_tensor(params) else list(params)
         gradients = (p.grad for p in params if getattr(p, "grad", None) is not None)
@@ -193,7 +183,6 @@ def _step_once_unscaled(optimizer: AMPOptimizer) -> None:
 def _explain(load: Any) -> Any:
     """``load_checkpoint_to_cpu`` of fairseq with errors that say what is wrong with the file."""
 
-    @functools.wraps(load)
     def load_checkpoint_to_cpu(path: str, *args: Any, **kwargs: Any) -> Any:
         try:
             return load(path, *args, **kwargs)

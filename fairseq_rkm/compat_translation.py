@@ -7,7 +7,6 @@
 """
 
 import copy
-import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -21,26 +20,19 @@ from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from omegaconf import MissingMandatoryValue
 
 from fairseq_rkm.errors import RKMError
+from fairseq_rkm.wrapping import wrap
 
 logger = logging.getLogger(__name__)
 
 
 def adapt() -> None:
     """Do all of the above; a second call changes nothing."""
-    _wrap(utils, "load_align_dict", _without_default_file)
-    _wrap(utils, "replace_unk", _by_pairs)
-    _wrap(FairseqTask, "build_generator", _with_alignment)
-    _wrap(FairseqTask, "build_bpe", _with_fitting_pieces)
-    _wrap(FairseqTask, "filter_indices_by_size", _with_sizes_told)
-    if not hasattr(TranslationTask.setup_task, "__wrapped__"):
-        setup = TranslationTask.setup_task.__func__
-        TranslationTask.setup_task = classmethod(_with_known_languages(setup))
-
-
-def _wrap(owner: Any, name: str, wrapper: Callable) -> None:
-    given = getattr(owner, name)
-    if not hasattr(given, "__wrapped__"):
-        setattr(owner, name, functools.wraps(given)(wrapper(given)))
+    wrap(utils, "load_align_dict", _without_default_file)
+    wrap(utils, "replace_unk", _by_pairs)
+    wrap(FairseqTask, "build_generator", _with_alignment)
+    wrap(FairseqTask, "build_bpe", _with_fitting_pieces)
+    wrap(FairseqTask, "filter_indices_by_size", _with_sizes_told)
+    wrap(TranslationTask, "setup_task", _with_known_languages)
 
 
 def _without_default_file(load: Callable) -> Callable:
@@ -77,7 +69,6 @@ def _aligned(entry: Any) -> int:
 
 
 def _with_known_languages(setup: Callable) -> Callable:
-    @functools.wraps(setup)
     def setup_task(cls: type, cfg: TranslationConfig, **kwargs: Any) -> TranslationTask:
         check_languages(cfg)
         return setup(cls, cfg, **kwargs)

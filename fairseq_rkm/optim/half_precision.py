@@ -4,7 +4,6 @@ fairseq makes them one by one where the float32 weights are not one flat tensor,
 weight and update, of which the host pays each.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +13,6 @@ import torch
 def at_once(copy: Callable[[Any], None], separately: Callable[[Any], None]) -> Callable[[Any], None]:
     """A method of ``FP16Optimizer`` that is ``copy``, and fairseq's ``separately`` for flat weights."""
 
-    @functools.wraps(separately)
     def method(optimizer: Any) -> None:
         (separately if optimizer.has_flat_params else copy)(optimizer)
 

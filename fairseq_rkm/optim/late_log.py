@@ -6,7 +6,6 @@ the host in one copy while the GPU works on, and are logged with the next update
 first is waited for, and counts twice, and the last of a run is not logged.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, Optional
 
@@ -39,7 +38,6 @@ class LateLog:
 def late(reduce_and_log: Callable[..., dict]) -> Callable[..., dict]:
     """``Trainer._reduce_and_log_stats``, in training with one of our optimizers with what the last update logged."""
 
-    @functools.wraps(reduce_and_log)
     def logged(trainer: Any, logging_outputs: Outputs, sample_size: float, grad_norm: Any = None) -> dict:
         # Validation has no gradients.
         if grad_norm is not None and AveragingOptimizer.of(trainer) is not None:

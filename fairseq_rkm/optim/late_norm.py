@@ -7,7 +7,6 @@ norm is not finite changes no weights, which the optimizer decides on the GPU, a
 an update later. The first update is waited for.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, Optional
 
@@ -20,7 +19,6 @@ from fairseq_rkm.optim.averaging import AveragingOptimizer
 def late(clip_grad_norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """``Trainer.clip_grad_norm``, an update late where nothing but the trainer's question depends on it."""
 
-    @functools.wraps(clip_grad_norm)
     def clipped(trainer: Any, clip_norm: float) -> Tensor:
         norm = clip_grad_norm(trainer, clip_norm)
         optimizer = _decides_alone(trainer)

@@ -4,7 +4,6 @@ The task itself ends in bare assertions where a flag or a file is missing, leave
 than ``--max-positions``, and trains on labels outside its dictionary until the loss fails.
 """
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +11,16 @@ from fairseq.data import Dictionary, data_utils
 from fairseq.tasks.sentence_prediction import SentencePredictionTask
 
 from fairseq_rkm.errors import RKMError
+from fairseq_rkm.wrapping import wrap
 
 
 def adapt() -> None:
     """Check what the task is given; a second call changes nothing."""
-    if hasattr(SentencePredictionTask.load_dataset, "__wrapped__"):
-        return
-    SentencePredictionTask.setup_task = classmethod(_check_flags(SentencePredictionTask.setup_task.__func__))
-    SentencePredictionTask.load_dataset = _check_split(SentencePredictionTask.load_dataset)
+    wrap(SentencePredictionTask, "setup_task", _check_flags)
+    wrap(SentencePredictionTask, "load_dataset", _check_split)
 
 
 def _check_flags(setup_task: Any) -> Any:
-    @functools.wraps(setup_task)
     def checked(cls: type, cfg: Any, **kwargs: Any) -> Any:
         kinds = ["input0"] if cfg.regression_target else ["input0", "label"]
         for path in (Path(cfg.data, kind, "dict.txt") for kind in kinds):
@@ -46,7 +43,6 @@ def _classes(cfg: Any) -> int:
 
 
 def _check_split(load_dataset: Any) -> Any:
-    @functools.wraps(load_dataset)
     def checked(task: SentencePredictionTask, split: str, *args: Any, **kwargs: Any) -> Any:
         for kind in ("input0",) if task.cfg.regression_target else ("input0", "label"):
             binary = Path(task.cfg.data, kind, f"{split}.bin")
