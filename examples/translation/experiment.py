@@ -49,8 +49,8 @@ COMMON = (
 )
 # Batches are put together beside training, which keeps a GPU waiting otherwise.
 ON_GPU, ON_CPU = "--num-workers 2", "--num-workers 0 --cpu"
-RKM = "--arch rkm_iwslt_de_en --lr 3e-3 --warmup-updates 400"
-RKM_ON_GPU = "--cuda-graphs"  # not with input feeding, where a graph would hold every step of every layer
+RKM_IN_STEPS = "--arch rkm_iwslt_de_en --lr 3e-3 --warmup-updates 400"
+RKM = f"{RKM_IN_STEPS} {{graphs}}"
 MODELS = {
     "rkm_lstm": f"{RKM} --cell rkm_lstm",
     "rkm_cifg": f"{RKM} --cell rkm_cifg",
@@ -58,7 +58,8 @@ MODELS = {
     "linear_kernel_gated": f"{RKM} --cell linear_kernel_gated",
     # Which default is better: attention below the last layer, after it, or after it and fed back; and what n-grams do.
     "rkm_lstm_attention_last": f"{RKM} --cell rkm_lstm --attention-layer 0",
-    "rkm_lstm_input_feeding": f"{RKM} --cell rkm_lstm --attention-layer 0 --input-feeding",
+    # Without graphs, each of which would hold every step of every layer.
+    "rkm_lstm_input_feeding": f"{RKM_IN_STEPS} --cell rkm_lstm --attention-layer 0 --input-feeding",
     "rkm_lstm_1gram": f"{RKM} --cell rkm_lstm --encoder-ngram 1",
     # fairseq's own, of the same sizes, and its transformer at one that suits a corpus of this size.
     "fairseq_lstm": "--arch lstm --encoder-embed-dim 256 --encoder-hidden-size 256 --encoder-layers 2 "
@@ -95,11 +96,11 @@ class Run:
 
     def flags(self) -> list[str]:
         """fairseq-train's."""
-        model, on_gpu = MODELS[self.model], torch.cuda.is_available()
-        parts = [COMMON.format(seed=self.seed, plugin=ROOT / "fairseq_rkm"), model, ON_GPU if on_gpu else ON_CPU]
-        if on_gpu and model.startswith(RKM) and "--input-feeding" not in model:
-            parts.append(RKM_ON_GPU)
-        text = f"{' '.join(parts)} --source-lang {self.source} --target-lang {self.target} {self.args.train_flags}"
+        on_gpu = torch.cuda.is_available()
+        text = f"{COMMON} {MODELS[self.model]} {ON_GPU if on_gpu else ON_CPU}".format(
+            seed=self.seed, plugin=ROOT / "fairseq_rkm", graphs="--cuda-graphs" if on_gpu else ""
+        )
+        text += f" --source-lang {self.source} --target-lang {self.target} {self.args.train_flags}"
         return [str(self.args.data / "bin"), *text.split(), "--sentencepiece-model", str(self.pieces)]
 
     @property

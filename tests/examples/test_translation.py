@@ -81,6 +81,33 @@ def test_the_hydra_configuration_is_the_preset():
     assert dict(given) == {"_name": "rkm", **vars(preset)}
 
 
+def test_each_model_s_flags_on_a_gpu_and_on_a_cpu(tmp_path):
+    """In a process of its own, since the experiment hides its GPUs from the process that imports it."""
+    about = {"languages": ["de", "en"], "splits": {"train": "train", "valid": "val", "test": "test"}}
+    (tmp_path / "data.json").write_text(json.dumps(about))
+    code = f"""
+import sys
+sys.path.insert(0, "examples/translation")
+import experiment
+sys.argv = ["experiment", {str(tmp_path)!r}, "--out", "out", "--train-flags=--dropout 0.7"]
+args, flags = experiment.parse_arguments(), {{}}
+for on_gpu in (False, True):
+    experiment.torch.cuda.is_available = lambda: on_gpu
+    flags[on_gpu] = {{model: experiment.Run(args, model, 5).flags() for model in experiment.MODELS}}
+print(experiment.json.dumps([flags[False], flags[True]]))"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    on_cpu, on_gpu = json.loads(done.stdout.splitlines()[-1])
+    graphed = {model for model, flags in on_gpu.items() if "--cuda-graphs" in flags}
+    assert graphed == set(on_gpu) - {"rkm_lstm_input_feeding", "fairseq_lstm", "fairseq_transformer"}
+    for flags in on_cpu.values():
+        assert "--cuda-graphs" not in flags
+        assert "--cpu" in flags
+    for flags in (*on_gpu.values(), *on_cpu.values()):
+        assert flags[flags.index("--seed") + 1] == "5"
+        assert flags.index("0.7") > max(i for i, flag in enumerate(flags) if flag == "--dropout"), "the user's counts"
+    assert not any("--cpu" in flags for flags in on_gpu.values())
+
+
 def test_out_of_time_before_anything_began(tmp_path):
     about = {"languages": ["de", "en"], "splits": {"train": "train", "valid": "val", "test": "test"}}
     (tmp_path / "data.json").write_text(json.dumps(about))
