@@ -23,6 +23,13 @@ from fairseq_rkm import RKMError
 PROGRESS_SECONDS = 20
 
 
+def split_command_line(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A command line's own part, and what follows ``--``, which is for another command."""
+    given = list(arguments)
+    end = given.index("--") if "--" in given else len(given)
+    return given[:end], given[end + 1 :]
+
+
 class Task(NamedTuple):
     """A function to call, and what its log is called."""
 
@@ -119,6 +126,12 @@ def run_all(
             one.process.terminate()
             one.process.join()
     return failed
+
+
+def exit_if_failed(failed: Sequence[str], out: Path) -> None:
+    """End with a failure, if any of :func:`run_all`'s tasks failed, that names them and their logs."""
+    if failed:
+        sys.exit("failed: " + ", ".join(f"{name} (see {out / name}.log)" for name in failed))
 
 
 def _call(task: Task, log: Path, gpu: str | None) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "scripts"))
 
-from parallel import Task, fairseq_command, gpus, hide_gpus, run_all
+from parallel import Task, exit_if_failed, fairseq_command, gpus, hide_gpus, run_all, split_command_line
 
 VISIBLE_GPUS = hide_gpus()
 
@@ -114,14 +114,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{len(jobs) - len(waiting)} of {len(jobs)} classifiers are done; {args.jobs} at a time now", flush=True)
     tasks = [Task(job.name, run_job, (args, job)) for job in ready]
     failed += run_all(tasks, args.out, args.jobs, [None] if args.cpu else gpus(VISIBLE_GPUS), deadline, outcome)
-    if failed:
-        sys.exit("failed: " + ", ".join(f"{name} (see {args.out / name}.log)" for name in failed))
+    exit_if_failed(failed, args.out)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The flags."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    own, extra = (given[: given.index("--")], given[given.index("--") + 1 :]) if "--" in given else (given, [])
+    own, extra = split_command_line(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", type=Path, required=True, help="folder of data sets")

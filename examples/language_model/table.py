@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "scripts"))
 
-from parallel import Task, gpus, hide_gpus, run_all
+from parallel import Task, exit_if_failed, gpus, hide_gpus, run_all, split_command_line
 
 VISIBLE_GPUS = hide_gpus()
 
@@ -49,9 +49,7 @@ class Row(NamedTuple):
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
-    own, changes = arguments, []
-    if "--" in arguments:
-        own, changes = arguments[: arguments.index("--")], arguments[arguments.index("--") + 1 :]
+    own, changes = split_command_line(arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpora", nargs="+", metavar="CONFIG=DATA")
     parser.add_argument("--out", type=Path, required=True, help="where the runs go")
@@ -88,15 +86,18 @@ def train(row: Row, out: Path, changes: list[str]) -> None:
     """Run train.sh, and end with it or let it end with this process."""
     command = ["bash", "examples/language_model/train.sh", row.config, str(row.data), str(out / row.name)]
     command += [f"model.cell={row.cell}", f"common.seed={row.seed}", *changes]
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    # All that train.sh starts, from its first moment on, is in a group that ends as a whole.
+    os.setsid()
 
     def stop(*_: Any) -> None:
-        os.killpg(process.pid, signal.SIGTERM)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        os.killpg(0, signal.SIGTERM)
         sys.exit(1)
 
     signal.signal(signal.SIGTERM, stop)
-    if process.wait():
-        sys.exit(process.returncode)
+    status = subprocess.run(command, cwd=ROOT, check=False).returncode
+    if status:
+        sys.exit(status)
 
 
 def outcome(folder: Path) -> str:
@@ -123,9 +124,7 @@ def main(arguments: list[str]) -> None:
     print(f"{len(rows) - len(waiting)} of {len(rows)} runs are done; {args.jobs} at a time now", flush=True)
     tasks = [Task(row.name, train, (row, out, args.changes)) for row in waiting]
     deadline = time.monotonic() + 60 * args.minutes
-    failed = run_all(tasks, out, args.jobs, gpus(VISIBLE_GPUS), deadline, outcome, progress)
-    if failed:
-        sys.exit("failed: " + ", ".join(f"{name} (see {out / name}.log)" for name in failed))
+    exit_if_failed(run_all(tasks, out, args.jobs, gpus(VISIBLE_GPUS), deadline, outcome, progress), out)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from parallel import Task, fairseq_command, gpus, hide_gpus, run_all
+from parallel import Task, exit_if_failed, fairseq_command, gpus, hide_gpus, run_all
 
 VISIBLE_GPUS = hide_gpus()
 
@@ -280,9 +280,7 @@ def main() -> None:
     waiting = [run for run in runs if not run.result.is_file()]
     print(f"{len(runs) - len(waiting)} of {len(runs)} models are done; {args.jobs} at a time now", flush=True)
     tasks = [Task(run.folder.name, run.time if args.speed else run.measure, ()) for run in waiting]
-    failed = run_all(tasks, args.out, args.jobs, gpus(VISIBLE_GPUS), deadline, outcome, progress)
-    if failed:
-        sys.exit("failed: " + ", ".join(f"{name} (see {args.out / name}.log)" for name in failed))
+    exit_if_failed(run_all(tasks, args.out, args.jobs, gpus(VISIBLE_GPUS), deadline, outcome, progress), args.out)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,14 @@
 """examples/language_model/table.py, small, on a CPU."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import time
+from pathlib import Path
+
+import pytest
 
 from cli.conftest import ROOT
 
@@ -17,6 +22,26 @@ def table(*arguments):
     command = [sys.executable, ROOT / "examples/language_model/table.py", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def command_lines(text):
+    """Those of running processes that hold a text."""
+    lines = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # ended in between
+            lines.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+    return [line for line in lines if str(text) in line]
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="reads Linux's /proc")
+@pytest.mark.parametrize("seconds", [0.6, 6])
+def test_a_table_that_is_stopped_leaves_nothing_running(data, tmp_path, seconds):
+    flags = [f"ptb_fast={data}", "--out", tmp_path, "--cells", "lstm", "--minutes", seconds / 60]
+    assert "out of time, 1 not done" in table(*flags, "--", *TINY, "optimization.max_update=100000").stdout
+    end = time.monotonic() + 10
+    while (left := command_lines(tmp_path)) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert left == []
 
 
 def test_a_table_is_stopped_and_goes_on_until_all_its_runs_are_done(data, tmp_path):

@@ -5,6 +5,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from helpers import ROOT, load_script
 
 parallel = load_script(ROOT / "scripts" / "parallel.py")
@@ -62,6 +63,25 @@ def test_what_fails_is_named_and_does_not_stop_the_rest(tmp_path, capfd):
     assert (tmp_path / "last.txt").is_file()
     assert (tmp_path / "mistake.log").read_text() == "error: as it must\n"
     assert "ZeroDivisionError" in (tmp_path / "defect.log").read_text()
+
+
+def test_failures_end_the_command_and_name_their_logs():
+    parallel.exit_if_failed([], Path("out"))
+    with pytest.raises(SystemExit, match=r"^failed: a \(see out/a\.log\), b/c \(see out/b/c\.log\)$"):
+        parallel.exit_if_failed(["a", "b/c"], Path("out"))
+
+
+@pytest.mark.parametrize(
+    ("given", "own", "rest"),
+    [
+        (["a", "--b", "1"], ["a", "--b", "1"], []),
+        (["a", "--", "--b", "1"], ["a"], ["--b", "1"]),
+        (["a", "--", "b", "--", "c"], ["a"], ["b", "--", "c"]),
+        (["--"], [], []),
+    ],
+)
+def test_what_follows_two_dashes_is_for_another_command(given, own, rest):
+    assert parallel.split_command_line(given) == (own, rest)
 
 
 def test_at_the_deadline_what_runs_is_stopped_and_the_rest_not_begun(tmp_path, capsys):
