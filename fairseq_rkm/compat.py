@@ -3,7 +3,7 @@
 1. torch >= 2.6 loads checkpoints with ``weights_only=True``. The classes that fairseq's own checkpoints hold beside
    tensors are named here, and no more: any other class is refused, and nothing of it runs.
 2. A checkpoint that is truncated or refused, and every :class:`~fairseq_rkm.errors.RKMError`, ends fairseq's commands
-   with one sentence in place of a stack trace.
+   with one sentence in place of a stack trace; so does a task, criterion and architecture that cannot go together.
 3. numpy 2 has no ``np.compat``, from which fairseq's blocks of tokens take Python's integer.
 4. A warning that every CPU run would print at each epoch is silenced.
 5. fairseq seeds torch before each update, and ``torch.manual_seed`` then files a stack trace for every kind of device
@@ -81,6 +81,9 @@ CHECKPOINT_CLASSES: list[Any] = [
 ]
 """Classes that hold data and run no code when a checkpoint is read."""
 
+
+DOCUMENTS = "--task sentence_prediction --criterion sentence_prediction --arch rkm_classifier"
+"""What classifies documents: each of the three reads flags of the others."""
 
 HALF_PRECISION = {
     "_sync_fp16_grads_to_fp32": half_precision.gradients_to_float,
@@ -232,6 +235,8 @@ def _sentence(error: BaseException | None) -> str | None:
     for link in chain:
         if isinstance(link, RKMError):
             return str(link)
+        if isinstance(link, omegaconf.errors.InterpolationKeyError):
+            return f"{_first_line(link)}: --task, --criterion and --arch must go together, as {DOCUMENTS} do"
         in_worker = re.search(rf"{RKMError.__module__}.{RKMError.__name__}: (.*)", str(link))
         if in_worker:
             return in_worker[1]

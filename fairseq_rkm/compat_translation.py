@@ -4,6 +4,8 @@
    ``--print-alignment`` as if they were numbers, and without a value looks for a file called ``"@@ "``.
 2. A language pair that the data has not, a sentence beyond the longest, an empty source sentence, and a sentencepiece
    model that the source's dictionary was not made with are told in a sentence, before anything is translated.
+3. A training set in several files (``train``, ``train1``, ...) has each of them once unless ``--upsample-primary`` is
+   given: fairseq 0.12 repeats the first -1 times by default, and fails.
 """
 
 import copy
@@ -71,6 +73,7 @@ def _aligned(entry: Any) -> int:
 def _with_known_languages(setup: Callable) -> Callable:
     def setup_task(cls: type, cfg: TranslationConfig, **kwargs: Any) -> TranslationTask:
         check_languages(cfg)
+        cfg.upsample_primary = max(cfg.upsample_primary, 1)
         return setup(cls, cfg, **kwargs)
 
     return setup_task

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import fairseq_rkm
 from fairseq_rkm.compat_translation import check_pieces
 from fairseq_rkm.errors import RKMError
+from fairseq_rkm.models.fitting_task import check_task
 from fairseq_rkm.models.hub import TranslationHub
 from fairseq_rkm.models.options import CELL_CHOICES, RKMOptions
 from fairseq_rkm.models.rkm_decoder import RKMAttentionDecoder
@@ -102,8 +103,9 @@ class RKMModel(FairseqEncoderDecoderModel):
         """Build the model for a task's dictionaries.
 
         Raises:
-            RKMError: flags that contradict each other or do not fit the dictionaries.
+            RKMError: flags that contradict each other or do not fit the dictionaries, or a task for another model.
         """
+        check_task("rkm", task)
         source, target = task.source_dictionary, task.target_dictionary
         check_flags(cfg, joined=source == target)
         source_embedding = build_embedding(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fairseq_rkm.data.dictionary import check_fingerprint, fingerprint
 from fairseq_rkm.errors import RKMError
+from fairseq_rkm.models.fitting_task import check_task
 from fairseq_rkm.models.options import NGRAM_PADDING_CHOICES, RKMOptions, build_rkm
 from fairseq_rkm.models.word_layers import build_embedding
 from fairseq_rkm.modules import POOLINGS, LockedDropout, dropped_embedding, pool
@@ -64,8 +65,9 @@ class RKMClassifier(BaseFairseqModel):
         """Build the model for a task's dictionary.
 
         Raises:
-            RKMError: flags that contradict each other, or word vectors that do not fit.
+            RKMError: flags that contradict each other, word vectors that do not fit, or a task for another model.
         """
+        check_task("rkm_classifier", task)
         check_flags(cfg)
         return cls(cfg, task.source_dictionary)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fairseq_rkm.data.dictionary import check_fingerprint, fingerprint
 from fairseq_rkm.errors import RKMError
 from fairseq_rkm.models.carried_state import CarriedState
+from fairseq_rkm.models.fitting_task import check_task
 from fairseq_rkm.models.options import NO_LIMIT, RKMOptions, build_rkm
 from fairseq_rkm.models.word_layers import SoftmaxOptions, build_embedding, build_softmax, check_softmax
 from fairseq_rkm.modules import LockedDropout, RKMState, dropped_embedding
@@ -55,8 +56,9 @@ class RKMLanguageModel(FairseqLanguageModel):
         """Build the model for a task's dictionaries.
 
         Raises:
-            RKMError: flags that contradict each other or do not fit the dictionaries.
+            RKMError: flags that contradict each other or do not fit the dictionaries, or a task for another model.
         """
+        check_task("rkm_lm", task)
         check_flags(cfg, len(task.source_dictionary), len(task.target_dictionary))
         return cls(RKMDecoder(cfg, task.source_dictionary, task.target_dictionary))
 

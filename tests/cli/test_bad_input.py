@@ -38,6 +38,10 @@ def test_unknown_names(data, tmp_path, flag, value):
             ["--arch", "lstm_lm", "--decoder-out-embed-dim", 8],
             "LSTMLanguageModel carries no state between segments: use --arch rkm_lm",
         ),
+        (
+            ["--arch", "rkm"],
+            "--task stateful_language_modeling goes with --arch rkm_lm or a preset of it, not with rkm",
+        ),
         (["--train-subset", "nowhere"], "no binarized split 'nowhere'"),
         (["--valid-subset", "nowhere"], "no binarized split 'nowhere'"),
     ],

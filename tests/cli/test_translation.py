@@ -236,6 +236,30 @@ def test_bad_input_is_told_in_a_sentence(reversing, tmp_path):
     assert "does not fit the source's dictionary" in interactive(strangers, ["kalo"], tmp_path).error
 
 
+def test_a_task_or_criterion_for_another_model_is_told_in_a_sentence(reversing):
+    for flags, message in (
+        (["--arch", "rkm_lm"], "--task translation goes with --arch rkm or a preset of it, not with rkm_lm"),
+        (
+            ["--arch", "rkm_classifier"],
+            "'task.max_positions' not found: --task, --criterion and --arch must go together",
+        ),
+    ):
+        result = fairseq("train", reversing[1], *TASK, *flags, "--optimizer", "adam", "--batch-size", 2, "--cpu")
+        assert message in result.error
+
+
+def test_a_training_set_in_two_files(reversing, tmp_path):
+    data = shutil.copytree(reversing[1], tmp_path / "data")
+    for path in list(data.glob("train.*")):
+        shutil.copy(path, data / path.name.replace("train", "train1"))
+    flags = ["--max-epoch", 1, "--batch-size", 600, "--no-save", "--total-num-update", 1]
+    updates = [
+        int(succeed("train", folder, *TRAIN, *flags, *more).entries("train")[-1]["train_num_updates"])
+        for folder, more in ((reversing[1], []), (data, []), (data, ["--upsample-primary", 2]))
+    ]
+    assert updates == [10, 20, 30]
+
+
 def test_from_python(reversing, tmp_path):
     pairs, data, pieces, checkpoint = reversing
     shutil.copy(checkpoint, tmp_path / "model.pt")

@@ -1,0 +1,21 @@
+"""Which of this package's architectures is for which of fairseq's tasks."""
+
+from typing import Any
+
+from fairseq.tasks import TASK_REGISTRY
+from fairseq.tasks.language_modeling import LanguageModelingTask
+from fairseq.tasks.sentence_prediction import SentencePredictionTask
+from fairseq.tasks.translation import TranslationTask
+
+from fairseq_rkm.errors import RKMError
+
+ARCHITECTURES = {LanguageModelingTask: "rkm_lm", TranslationTask: "rkm", SentencePredictionTask: "rkm_classifier"}
+"""For each kind of task; one of another kind may go with any."""
+
+
+def check_task(arch: str, task: Any) -> None:
+    """Raises RKMError if a task is of a kind that another architecture is for."""
+    for kind, fitting in ARCHITECTURES.items():
+        if isinstance(task, kind) and arch != fitting:
+            name = next((name for name, known in TASK_REGISTRY.items() if known is type(task)), type(task).__name__)
+            raise RKMError(f"--task {name} goes with --arch {fitting} or a preset of it, not with {arch}")
