@@ -4,5 +4,6 @@ import fairseq_rkm.quiet_fairseq  # noqa: F401  before anything that imports fai
 from fairseq_rkm.models import rkm, rkm_classifier, rkm_lm, rkm_lm_presets
 from fairseq_rkm.models.rkm import RKMModel
 from fairseq_rkm.models.rkm_classifier import RKMClassifier
+from fairseq_rkm.models.rkm_lm import RKMLanguageModel
 
-__all__ = ["RKMClassifier", "RKMModel", "rkm", "rkm_classifier", "rkm_lm", "rkm_lm_presets"]
+__all__ = ["RKMClassifier", "RKMLanguageModel", "RKMModel", "rkm", "rkm_classifier", "rkm_lm", "rkm_lm_presets"]

@@ -1,21 +1,17 @@
 """``rkm``: an encoder-decoder of RKM layers with attention, for fairseq's ``translation`` task and its kin."""
 
 import argparse
-import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from fairseq import hub_utils
 from fairseq.models import FairseqEncoderDecoderModel, register_model, register_model_architecture
 from torch import Tensor, nn
 
-import fairseq_rkm
 from fairseq_rkm.compat_translation import check_pieces
 from fairseq_rkm.errors import RKMError
+from fairseq_rkm.models import hub
 from fairseq_rkm.models.fitting_task import check_task
-from fairseq_rkm.models.hub import TranslationHub
 from fairseq_rkm.models.options import CELL_CHOICES, RKMOptions
 from fairseq_rkm.models.rkm_decoder import RKMAttentionDecoder
 from fairseq_rkm.models.rkm_encoder import RKMEncoder
@@ -147,7 +143,7 @@ class RKMModel(FairseqEncoderDecoderModel):
     @classmethod
     def from_pretrained(
         cls, model_name_or_path: str, checkpoint_file: str = "model.pt", data_name_or_path: str = ".", **kwargs: Any
-    ) -> TranslationHub:
+    ) -> hub.TranslationHub:
         """Load a trained model for use from Python.
 
         Args:
@@ -159,15 +155,15 @@ class RKMModel(FairseqEncoderDecoderModel):
                 ``tokenizer="moses"``, ``source_lang=...``.
 
         Raises:
-            RKMError: no checkpoint there, one that is damaged or carries code, or files that do not fit together.
+            RKMError: no checkpoint there, one that is damaged, carries code or does not translate, or files that do not
+                fit together.
         """
-        fairseq_rkm.register()
-        if "://" not in model_name_or_path:
-            _check_files(Path(model_name_or_path), checkpoint_file.split(os.pathsep))
-        loaded = hub_utils.from_pretrained(model_name_or_path, checkpoint_file, data_name_or_path, **kwargs)
-        hub = TranslationHub(loaded["args"], loaded["task"], loaded["models"])
-        check_pieces(hub.bpe, hub.src_dict)
-        return hub
+        loaded = hub.load(
+            FairseqEncoderDecoderModel, "translate", model_name_or_path, checkpoint_file, data_name_or_path, **kwargs
+        )
+        translation = hub.TranslationHub(loaded["args"], loaded["task"], loaded["models"])
+        check_pieces(translation.bpe, translation.src_dict)
+        return translation
 
 
 def check_graphs(tokens: Tensor) -> None:
@@ -251,14 +247,6 @@ def _check_sharing(cfg: RKMConfig, joined: bool) -> None:
             f"{tying} needs --decoder-out-embed-dim ({cfg.decoder_out_embed_dim}) to be --decoder-embed-dim "
             f"({cfg.decoder_embed_dim}): leave it out"
         )
-
-
-def _check_files(path: Path, checkpoints: list[str]) -> None:
-    if not path.exists():
-        raise RKMError(f"no model at {path}: give the folder of a trained model's checkpoint")
-    missing = [file for file in checkpoints if path.is_dir() and not (path / file).is_file()]
-    if missing:
-        raise RKMError(f"no checkpoint {missing[0]} in {path}: name it by checkpoint_file")
 
 
 def _flag(name: str) -> str:

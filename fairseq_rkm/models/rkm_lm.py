@@ -6,11 +6,13 @@ from itertools import pairwise
 from typing import Any, Optional
 
 from fairseq.data import Dictionary
+from fairseq.hub_utils import GeneratorHubInterface
 from fairseq.models import FairseqIncrementalDecoder, FairseqLanguageModel, register_model
 from torch import Tensor, nn
 
 from fairseq_rkm.data.dictionary import check_fingerprint, fingerprint
 from fairseq_rkm.errors import RKMError
+from fairseq_rkm.models import hub
 from fairseq_rkm.models.carried_state import CarriedState
 from fairseq_rkm.models.fitting_task import check_task
 from fairseq_rkm.models.options import NO_LIMIT, RKMOptions, build_rkm
@@ -61,6 +63,32 @@ class RKMLanguageModel(FairseqLanguageModel):
         check_task("rkm_lm", task)
         check_flags(cfg, len(task.source_dictionary), len(task.target_dictionary))
         return cls(RKMDecoder(cfg, task.source_dictionary, task.target_dictionary))
+
+    @classmethod
+    def from_pretrained(
+        cls, model_name_or_path: str, checkpoint_file: str = "checkpoint_best.pt", data_name_or_path: str = ".",
+        **kwargs: Any,
+    ) -> GeneratorHubInterface:  # fmt: skip
+        """Load a trained language model, whose ``sample`` continues text and whose ``score`` weighs it.
+
+        >>> model = RKMLanguageModel.from_pretrained("run", data_name_or_path="data")
+        >>> model.sample("the following example", beam=1, sampling=True, sampling_topp=0.8, max_len_b=30)
+        >>> model.score("the following example")["positional_scores"]  # the logarithm of each word's probability
+
+        Args:
+            model_name_or_path: the folder that ``checkpoint_file`` is in, or an archive of it or its URL.
+            checkpoint_file: a checkpoint, or several separated by colons: an ensemble.
+            data_name_or_path: the folder of dict.txt; ``"."`` is the model's own.
+            kwargs: fairseq's options where they differ from training's: ``bpe="sentencepiece"``, ...
+
+        Raises:
+            RKMError: no checkpoint or dictionary there, a checkpoint that is damaged, carries code or is of another
+                kind of model, or another dictionary than the model's.
+        """
+        loaded = hub.load(
+            FairseqLanguageModel, "continue text", model_name_or_path, checkpoint_file, data_name_or_path, **kwargs
+        )
+        return GeneratorHubInterface(loaded["args"], loaded["task"], loaded["models"])
 
 
 def check_flags(cfg: RKMLanguageModelConfig, source_types: int, target_types: int) -> None:

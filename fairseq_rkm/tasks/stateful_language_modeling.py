@@ -156,7 +156,7 @@ class StatefulLanguageModelingTask(AveragedValidation, GraphedSteps, LanguageMod
 
     def get_batch_iterator(
         self,
-        dataset: TokenStream,
+        dataset: Any,
         max_tokens: Optional[int] = None,
         max_sentences: Optional[int] = None,
         num_shards: int = 1,
@@ -170,9 +170,18 @@ class StatefulLanguageModelingTask(AveragedValidation, GraphedSteps, LanguageMod
     ) -> iterators.EpochBatchIterator:
         """The segments, in order, of one process's streams; arguments as fairseq's.
 
+        Sentences to continue or to score, which fairseq's generation makes a data set of, are batched as its own task
+        does, each with a zero state.
+
         Raises:
             RKMError: no ``--batch-size``, or fewer tokens than streams.
         """
+        if not isinstance(dataset, TokenStream):
+            return super().get_batch_iterator(
+                dataset, max_tokens, max_sentences, num_shards=num_shards, shard_id=shard_id, num_workers=num_workers,
+                seed=seed, epoch=epoch, data_buffer_size=data_buffer_size, skip_remainder_batch=skip_remainder_batch,
+                **kwargs,
+            )  # fmt: skip
         if not max_sentences:
             raise RKMError("--task stateful_language_modeling needs --batch-size, the number of parallel streams")
         rows = (shard_id * max_sentences, (shard_id + 1) * max_sentences)
@@ -206,6 +215,19 @@ class StatefulLanguageModelingTask(AveragedValidation, GraphedSteps, LanguageMod
         for unused in ("max_tokens", "max_positions"):
             kwargs.pop(unused, None)
         return self.get_batch_iterator(dataset, max_sentences=batch_size, **kwargs).next_epoch_itr(shuffle=False)
+
+    def inference_step(self, generator: Any, models: list, sample: dict, *args: Any, **kwargs: Any) -> Any:
+        """fairseq's, which continues sentences.
+
+        Raises:
+            RKMError: a segment of a split's stream, which fairseq-generate would take for a sentence.
+        """
+        if "segment" in sample["net_input"]:
+            raise RKMError(
+                "--task stateful_language_modeling has streams, and fairseq-generate continues sentences: "
+                "give --task language_modeling --sample-break-mode eos"
+            )
+        return super().inference_step(generator, models, sample, *args, **kwargs)
 
     def train_step(self, sample: dict, *args: Any, **kwargs: Any) -> tuple:
         """fairseq's; takes note of the segment's length for the update that follows."""

@@ -1,6 +1,7 @@
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -9,7 +10,9 @@ import torch
 from fairseq.data import Dictionary, data_utils
 from omegaconf import OmegaConf
 
-from cli.conftest import ROOT, SMALL, TASK, succeed
+from cli.conftest import ROOT, SMALL, TASK, fairseq, succeed
+from fairseq_rkm import RKMError
+from fairseq_rkm.models import RKMLanguageModel, RKMModel
 from fairseq_rkm.models.rkm_lm import RKMDecoder
 
 
@@ -95,12 +98,13 @@ def test_fairseq_validate_agrees_with_training_s_validation(trained, data):
     assert float(loss) == pytest.approx(min(float(e["valid_loss"]) for e in training.entries("valid")), abs=0.002)
 
 
-def test_interactive_continues_a_prompt(trained, data, tmp_path):
+@pytest.mark.parametrize("task", ["language_modeling", "stateful_language_modeling"])
+def test_interactive_continues_a_prompt(trained, data, tmp_path, task):
     run, _ = trained
     prompts = tmp_path / "prompts"
     prompts.write_text("w1 w4\nw2\n")
     result = succeed(
-        "interactive", data, "--user-dir", "fairseq_rkm", "--task", "language_modeling", "--path",
+        "interactive", data, "--user-dir", "fairseq_rkm", "--task", task, "--path",
         run / "checkpoint_best.pt", "--input", prompts, "--beam", 3, "--max-len-b", 8, "--cpu", "--buffer-size", 2,
         "--batch-size", 2,
     )  # fmt: skip
@@ -133,6 +137,43 @@ def test_generate_scores_the_test_set_with_language_modeling(trained, data):
         "--cpu", "--required-batch-size-multiple", 1,
     )  # fmt: skip
     assert len(re.findall(r"^H-\d+", result.output, re.M)) == 9
+
+
+def test_generate_wants_sentences(trained, data):
+    flags = ["--path", trained[0] / "checkpoint_best.pt", "--batch-size", 4, "--cpu"]
+    assert "give --task language_modeling --sample-break-mode eos" in fairseq("generate", data, *TASK, *flags).error
+
+
+def test_from_python(trained, data, tmp_path):
+    run, _ = trained
+    model = RKMLanguageModel.from_pretrained(str(run), data_name_or_path=str(data))
+    assert model.sample("w1 w4", beam=3, max_len_b=8).startswith("w1 w4 ")
+    short, long = model.sample(["w2", "w1 w4 w2"], beam=1, sampling=True, sampling_topp=0.8, max_len_b=8)
+    assert (short[:2], long[:8]) == ("w2", "w1 w4 w2")
+    words = model.encode("w1 w4 w2")[:-1]  # the end of the sentence is not scored
+    scores = model.score("w1 w4 w2")["positional_scores"]
+    read = torch.cat([words.new_tensor([model.task.dictionary.eos()]), words])[None, :-1]
+    outputs, _ = model.models[0](read)
+    torch.testing.assert_close(scores, outputs[0].log_softmax(-1).gather(1, words[:, None])[:, 0], rtol=1e-4, atol=1e-5)
+    shutil.copy(data / "dict.txt", tmp_path)
+    shutil.copy(run / "checkpoint_best.pt", tmp_path)
+    beside = RKMLanguageModel.from_pretrained(str(tmp_path))
+    torch.testing.assert_close(beside.score("w1 w4 w2")["positional_scores"], scores, rtol=0, atol=0)
+
+
+def test_mistakes_from_python(trained, data, tmp_path):
+    folder, (run, _) = str(data), trained
+    with pytest.raises(RKMError, match=r"is of an RKMLanguageModel, which does not translate"):
+        RKMModel.from_pretrained(str(run), "checkpoint_best.pt", folder)
+    with pytest.raises(RKMError, match=r"no dictionary at"):
+        RKMLanguageModel.from_pretrained(str(run))
+    with pytest.raises(RKMError, match=r"no model at"):
+        RKMLanguageModel.from_pretrained(str(tmp_path / "none"), data_name_or_path=folder)
+    with pytest.raises(RKMError, match=r"no checkpoint model.pt in"):
+        RKMLanguageModel.from_pretrained(str(run), "model.pt", folder)
+    (tmp_path / "model.pt").write_bytes((run / "checkpoint_best.pt").read_bytes()[:1000])
+    with pytest.raises(RKMError, match=r"model.pt"):
+        RKMLanguageModel.from_pretrained(str(tmp_path), "model.pt", folder)
 
 
 def test_fairseq_s_own_task_trains_it_with_an_adaptive_softmax_and_word_vectors(data, tmp_path):
