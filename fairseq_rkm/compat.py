@@ -3,7 +3,8 @@
 1. torch >= 2.6 loads checkpoints with ``weights_only=True``. The classes that fairseq's own checkpoints hold beside
    tensors are named here, and no more: any other class is refused, and nothing of it runs.
 2. A checkpoint that is truncated or refused, and every :class:`~fairseq_rkm.errors.RKMError`, ends fairseq's commands
-   with one sentence in place of a stack trace; so does a task, criterion and architecture that cannot go together.
+   with one sentence in place of a stack trace; so do flags of a configuration that are unknown or do not go together,
+   and training that has diverged. In ``fairseq-hydra-train`` hydra is told to leave errors alone for that.
 3. numpy 2 has no ``np.compat``, from which fairseq's blocks of tokens take Python's integer.
 4. A warning that every CPU run would print at each epoch is silenced.
 5. fairseq seeds torch before each update, and ``torch.manual_seed`` then files a stack trace for every kind of device
@@ -29,6 +30,7 @@ import atexit
 import collections
 import contextlib
 import functools
+import os
 import pickle
 import queue
 import re
@@ -85,6 +87,12 @@ CHECKPOINT_CLASSES: list[Any] = [
 DOCUMENTS = "--task sentence_prediction --criterion sentence_prediction --arch rkm_classifier"
 """What classifies documents: each of the three reads flags of the others."""
 
+DIVERGED = (
+    "training has diverged: gradients are not finite. Lower --lr, warm it up, or give --clip-norm; cells whose output "
+    "is not squashed (rkm_lstm, rkm_cifg, linear_kernel_gated) may need a bounded memory: --layer-norm or "
+    "--memory-clip 1"
+)
+
 HALF_PRECISION = {
     "_sync_fp16_grads_to_fp32": half_precision.gradients_to_float,
     "_sync_fp32_params_to_fp16": half_precision.weights_to_half,
@@ -116,6 +124,8 @@ def adapt() -> None:
     compat_translation.adapt()
     if _in_fairseq_command() and sys.excepthook is sys.__excepthook__:
         sys.excepthook = _print_error
+        # Without it hydra prints errors itself, with a stack trace, and ends.
+        os.environ.setdefault("HYDRA_FULL_ERROR", "1")
 
 
 class _SetTorchSeed(utils.set_torch_seed):
@@ -237,9 +247,18 @@ def _sentence(error: BaseException | None) -> str | None:
             return str(link)
         if isinstance(link, omegaconf.errors.InterpolationKeyError):
             return f"{_first_line(link)}: --task, --criterion and --arch must go together, as {DOCUMENTS} do"
-        in_worker = re.search(rf"{RKMError.__module__}.{RKMError.__name__}: (.*)", str(link))
+        if isinstance(link, (omegaconf.errors.ValidationError, omegaconf.errors.ConfigKeyError)):
+            return f"configuration key {link.full_key}: {_first_line(link)}"
+        if isinstance(link, FloatingPointError):
+            return _of_numbers(str(link))
+        in_worker = re.search(rf"({RKMError.__module__}.{RKMError.__name__}|FloatingPointError): (.*)", str(link))
         if in_worker:
-            return in_worker[1]
+            return _of_numbers(in_worker[2])
     # A bare Exception is how fairseq itself tells users of a mistake.
     told = (str(link) for link in chain if isinstance(link, OSError) or type(link) is Exception)
     return next(told, None)
+
+
+def _of_numbers(message: str) -> str:
+    """A message, or if it is fairseq's of gradients that are not finite, what to do about them."""
+    return DIVERGED if message == "gradients are Nan/Inf" else message

@@ -10,7 +10,7 @@ from fairseq.optim import AMPOptimizer
 from omegaconf import OmegaConf
 
 import fairseq_rkm
-from fairseq_rkm import compat
+from fairseq_rkm import RKMError, compat
 
 
 def test_seeding_is_torch_s_without_its_stack_traces(monkeypatch):
@@ -110,3 +110,23 @@ def test_what_fairseq_has_wrapped_itself_is_wrapped_once():
     before = utils.clip_grad_norm_
     fairseq_rkm.register()
     assert utils.clip_grad_norm_ is before
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (RKMError("ngram must be at least 1"), "ngram must be at least 1"),
+        (RuntimeError("-- Process 1 ended:\nfairseq_rkm.errors.RKMError: no data\n"), "no data"),
+        (FloatingPointError("Minimum loss scale reached"), "Minimum loss scale reached"),
+        (FloatingPointError("gradients are Nan/Inf"), compat.DIVERGED),
+        (RuntimeError("-- Process 1 ended:\nFloatingPointError: gradients are Nan/Inf\n"), compat.DIVERGED),
+        (Exception("Cannot load model parameters"), "Cannot load model parameters"),
+        (RuntimeError("a defect"), None),
+        (KeyError("a defect"), None),
+    ],
+)
+def test_what_is_told_in_a_sentence(error, sentence):
+    assert compat._sentence(error) == sentence
+    later = TypeError("while that was handled")
+    later.__context__ = error
+    assert compat._sentence(later) == sentence

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from cli.conftest import SMALL, TASK, fairseq, preprocess, succeed, write_text
+from cli.conftest import ROOT, SMALL, TASK, fairseq, preprocess, succeed, write_text
 
 
 def train(data, tmp_path, *flags):
@@ -73,6 +73,41 @@ def test_a_validation_set_shorter_than_its_streams_is_refused_before_training(tm
     data = preprocess(text, tmp_path / "bin")
     message = "the split 'valid' has 3 tokens, fewer than the 4 parallel streams"
     assert message in train(data, tmp_path).error
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "nt_asgd"])
+def test_training_that_diverges(data, tmp_path, optimizer):
+    flags = [*SMALL, "--optimizer", optimizer, "--lr", 1e20, "--max-update", 20, "--save-dir", tmp_path]
+    error = fairseq("train", data, *flags).error
+    assert "training has diverged" in error
+    assert "--memory-clip 1" in error
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("model.ngram=0", "ngram must be at least 1, not 0"),
+        ("model.cell=gru", "configuration key cell: Invalid value 'gru', expected one of [lstm, rkm_lstm,"),
+        ("+model.units=3", "configuration key units: Key 'units' not in 'RKMLanguageModelConfig'"),
+        ("optimization.lr=[1e20]", "training has diverged"),
+    ],
+)
+def test_mistakes_in_a_configuration_for_hydra(data, tmp_path, change, message):
+    (tmp_path / "small.yaml").write_text(
+        f"""# @package _group_
+common: {{user_dir: {ROOT / "fairseq_rkm"}, cpu: true}}
+task: {{_name: stateful_language_modeling, data: {data}, tokens_per_sample: 7}}
+model: {{_name: rkm_lm, cell: rkm_lstm, decoder_embed_dim: 8, decoder_hidden_size: 8, ngram: 2}}
+criterion: {{_name: cross_entropy}}
+optimizer: {{_name: nt_asgd}}
+lr_scheduler: {{_name: fixed}}
+dataset: {{batch_size: 4, num_workers: 0}}
+optimization: {{max_update: 9, lr: [0.01]}}
+checkpoint: {{save_dir: {tmp_path / "run"}}}
+"""
+    )
+    flags = ["--config-dir", tmp_path, "--config-name", "small", f"hydra.run.dir={tmp_path / 'out'}"]
+    assert message in fairseq("hydra_train", *flags, change).error
 
 
 def evaluate(data, checkpoint):
