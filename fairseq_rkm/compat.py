@@ -250,15 +250,15 @@ def _sentence(error: BaseException | None) -> str | None:
         if isinstance(link, (omegaconf.errors.ValidationError, omegaconf.errors.ConfigKeyError)):
             return f"configuration key {link.full_key}: {_first_line(link)}"
         if isinstance(link, FloatingPointError):
-            return _of_numbers(str(link))
+            return _advised(str(link))
         in_worker = re.search(rf"({RKMError.__module__}.{RKMError.__name__}|FloatingPointError): (.*)", str(link))
         if in_worker:
-            return _of_numbers(in_worker[2])
+            return _advised(in_worker[2])
     # A bare Exception is how fairseq itself tells users of a mistake.
     told = (str(link) for link in chain if isinstance(link, OSError) or type(link) is Exception)
     return next(told, None)
 
 
-def _of_numbers(message: str) -> str:
-    """A message, or if it is fairseq's of gradients that are not finite, what to do about them."""
+def _advised(message: str) -> str:
+    """A message, or in place of fairseq's of gradients that are not finite what to do about them."""
     return DIVERGED if message == "gradients are Nan/Inf" else message

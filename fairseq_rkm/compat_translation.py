@@ -73,7 +73,8 @@ def _aligned(entry: Any) -> int:
 def _with_known_languages(setup: Callable) -> Callable:
     def setup_task(cls: type, cfg: TranslationConfig, **kwargs: Any) -> TranslationTask:
         check_languages(cfg)
-        cfg.upsample_primary = max(cfg.upsample_primary, 1)
+        if cfg.upsample_primary == TranslationConfig.upsample_primary:
+            cfg.upsample_primary = 1
         return setup(cls, cfg, **kwargs)
 
     return setup_task

@@ -8,6 +8,7 @@ import importlib
 import logging
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -96,6 +97,8 @@ def run_all(
     running: list[Running] = []
     failed: list[str] = []
     told = time.monotonic()
+    # To be told to end is to be interrupted: what runs is stopped.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     try:
         while running or waiting:
             if time.monotonic() > deadline:
@@ -125,6 +128,7 @@ def run_all(
         for one in running:
             one.process.terminate()
             one.process.join()
+        signal.signal(signal.SIGTERM, before)
     return failed
 
 
@@ -136,6 +140,7 @@ def exit_if_failed(failed: Sequence[str], out: Path) -> None:
 
 def _call(task: Task, log: Path, gpu: str | None) -> None:
     """Call a task's function with all output in its log and one GPU in sight."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file:
         for stream in (1, 2):

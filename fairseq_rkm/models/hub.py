@@ -35,7 +35,7 @@ def load(wanted: type, use: str, folder: str, checkpoint_file: str, data: str, *
     loaded = hub_utils.from_pretrained(folder, checkpoint_file, data, **kwargs)
     for model in loaded["models"]:
         if not isinstance(model, wanted):
-            raise RKMError(f"{checkpoint_file} in {folder} is of an {type(model).__name__}, which does not {use}")
+            raise RKMError(f"{checkpoint_file} in {folder}: {type(model).__name__} does not {use}")
     return loaded
 
 

@@ -170,8 +170,8 @@ class StatefulLanguageModelingTask(AveragedValidation, GraphedSteps, LanguageMod
     ) -> iterators.EpochBatchIterator:
         """The segments, in order, of one process's streams; arguments as fairseq's.
 
-        Sentences to continue or to score, which fairseq's generation makes a data set of, are batched as its own task
-        does, each with a zero state.
+        Sentences that fairseq-interactive or a hub continues or scores are batched as by fairseq's own task, and begin
+        with a zero state.
 
         Raises:
             RKMError: no ``--batch-size``, or fewer tokens than streams.

@@ -21,6 +21,25 @@ SMALL = [
 ]  # fmt: skip
 
 
+def hydra_flags(data: Path, folder: Path) -> list[object]:
+    """Of fairseq-hydra-train for three updates of a small model on a CPU, with all that it writes in a folder."""
+    (folder / "small.yaml").write_text(
+        f"""# @package _group_
+common: {{user_dir: {ROOT / "fairseq_rkm"}, cpu: true, log_format: json, log_interval: 1}}
+task: {{_name: stateful_language_modeling, data: {data}, tokens_per_sample: 7}}
+model: {{_name: rkm_lm, cell: rkm_lstm, decoder_embed_dim: 8, decoder_hidden_size: 8, ngram: 2}}
+criterion: {{_name: cross_entropy}}
+optimizer: {{_name: nt_asgd}}
+lr_scheduler: {{_name: fixed}}
+dataset: {{batch_size: 4, num_workers: 0}}
+optimization: {{max_update: 3, lr: [0.01]}}
+checkpoint: {{save_dir: {folder / "run"}, no_save: true}}
+distributed_training: {{distributed_world_size: 1}}
+"""
+    )
+    return ["--config-dir", folder, "--config-name", "small", f"hydra.run.dir={folder / 'out'}"]
+
+
 @dataclass
 class Result:
     """What a command left."""

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from cli.conftest import ROOT, SMALL, TASK, fairseq, preprocess, succeed, write_text
+from cli.conftest import SMALL, TASK, fairseq, hydra_flags, preprocess, succeed, write_text
 
 
 def train(data, tmp_path, *flags):
@@ -93,21 +93,7 @@ def test_training_that_diverges(data, tmp_path, optimizer):
     ],
 )
 def test_mistakes_in_a_configuration_for_hydra(data, tmp_path, change, message):
-    (tmp_path / "small.yaml").write_text(
-        f"""# @package _group_
-common: {{user_dir: {ROOT / "fairseq_rkm"}, cpu: true}}
-task: {{_name: stateful_language_modeling, data: {data}, tokens_per_sample: 7}}
-model: {{_name: rkm_lm, cell: rkm_lstm, decoder_embed_dim: 8, decoder_hidden_size: 8, ngram: 2}}
-criterion: {{_name: cross_entropy}}
-optimizer: {{_name: nt_asgd}}
-lr_scheduler: {{_name: fixed}}
-dataset: {{batch_size: 4, num_workers: 0}}
-optimization: {{max_update: 9, lr: [0.01]}}
-checkpoint: {{save_dir: {tmp_path / "run"}}}
-"""
-    )
-    flags = ["--config-dir", tmp_path, "--config-name", "small", f"hydra.run.dir={tmp_path / 'out'}"]
-    assert message in fairseq("hydra_train", *flags, change).error
+    assert message in fairseq("hydra_train", *hydra_flags(data, tmp_path), change).error
 
 
 def evaluate(data, checkpoint):

@@ -10,7 +10,7 @@ import torch
 from fairseq.data import Dictionary, data_utils
 from omegaconf import OmegaConf
 
-from cli.conftest import ROOT, SMALL, TASK, fairseq, succeed
+from cli.conftest import ROOT, SMALL, TASK, fairseq, hydra_flags, succeed
 from fairseq_rkm import RKMError
 from fairseq_rkm.models import RKMLanguageModel, RKMModel
 from fairseq_rkm.models.rkm_lm import RKMDecoder
@@ -163,7 +163,7 @@ def test_from_python(trained, data, tmp_path):
 
 def test_mistakes_from_python(trained, data, tmp_path):
     folder, (run, _) = str(data), trained
-    with pytest.raises(RKMError, match=r"is of an RKMLanguageModel, which does not translate"):
+    with pytest.raises(RKMError, match=r"checkpoint_best.pt in .*: RKMLanguageModel does not translate"):
         RKMModel.from_pretrained(str(run), "checkpoint_best.pt", folder)
     with pytest.raises(RKMError, match=r"no dictionary at"):
         RKMLanguageModel.from_pretrained(str(run))
@@ -207,25 +207,7 @@ def test_other_cells_train_through_the_same_command(data, tmp_path, cell):
 
 
 def test_hydra_train_has_the_same_flags(data, tmp_path):
-    config = tmp_path / "conf"
-    config.mkdir()
-    (config / "small.yaml").write_text(
-        f"""# @package _group_
-common: {{user_dir: {ROOT / "fairseq_rkm"}, cpu: true, log_format: json, log_interval: 1}}
-task: {{_name: stateful_language_modeling, data: {data}, tokens_per_sample: 7}}
-model: {{_name: rkm_lm, cell: ran, decoder_embed_dim: 8, decoder_hidden_size: 8, ngram: 2}}
-criterion: {{_name: cross_entropy}}
-optimizer: {{_name: adam}}
-lr_scheduler: {{_name: fixed}}
-dataset: {{batch_size: 4, num_workers: 0}}
-optimization: {{max_update: 3, lr: [0.01]}}
-checkpoint: {{no_save: true}}
-distributed_training: {{distributed_world_size: 1}}
-"""
-    )
-    result = succeed(
-        "hydra_train", "--config-dir", config, "--config-name", "small", f"hydra.run.dir={tmp_path / 'out'}"
-    )
+    result = succeed("hydra_train", *hydra_flags(data, tmp_path), "model.cell=ran", "optimizer._name=adam")
     log = result.output + "".join(p.read_text() for p in (tmp_path / "out").glob("*.log"))
     assert '"num_updates": "3"' in log
 

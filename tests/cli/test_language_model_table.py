@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -18,10 +19,16 @@ TINY = [
 ]  # fmt: skip
 
 
+def command_line(*arguments):
+    return [sys.executable, str(ROOT / "examples/language_model/table.py"), *map(str, arguments)]
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+
+
 def table(*arguments):
-    command = [sys.executable, ROOT / "examples/language_model/table.py", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(command_line(*arguments), env=environment(), capture_output=True, text=True, check=False)
 
 
 def command_lines(text):
@@ -33,15 +40,25 @@ def command_lines(text):
     return [line for line in lines if str(text) in line]
 
 
+def wait_until(condition):
+    end = time.monotonic() + 60
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+    assert condition()
+
+
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="reads Linux's /proc")
-@pytest.mark.parametrize("seconds", [0.6, 6])
-def test_a_table_that_is_stopped_leaves_nothing_running(data, tmp_path, seconds):
-    flags = [f"ptb_fast={data}", "--out", tmp_path, "--cells", "lstm", "--minutes", seconds / 60]
-    assert "out of time, 1 not done" in table(*flags, "--", *TINY, "optimization.max_update=100000").stdout
-    end = time.monotonic() + 10
-    while (left := command_lines(tmp_path)) and time.monotonic() < end:
-        time.sleep(0.1)
-    assert left == []
+@pytest.mark.parametrize("command", ["train.sh", "fairseq-hydra-train"])
+@pytest.mark.parametrize("told", [signal.SIGINT, signal.SIGTERM])
+def test_a_table_that_is_told_to_end_leaves_nothing_running(data, tmp_path, command, told):
+    flags = [f"ptb_fast={data}", "--out", tmp_path, "--cells", "lstm", "--", *TINY, "optimization.max_update=100000"]
+    process = subprocess.Popen(
+        command_line(*flags), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
+    )
+    wait_until(lambda: any(f"/{command} " in line for line in command_lines(tmp_path)))
+    process.send_signal(told)
+    assert process.wait(60) != 0
+    wait_until(lambda: not command_lines(tmp_path))
 
 
 def test_a_table_is_stopped_and_goes_on_until_all_its_runs_are_done(data, tmp_path):

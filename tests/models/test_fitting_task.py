@@ -5,6 +5,7 @@ from fairseq.tasks.sentence_prediction import SentencePredictionTask
 from fairseq.tasks.translation import TranslationTask
 
 from fairseq_rkm import RKMError
+from fairseq_rkm.models import RKMClassifier, RKMLanguageModel, RKMModel
 from fairseq_rkm.models.fitting_task import check_task
 from fairseq_rkm.tasks.stateful_language_modeling import StatefulLanguageModelingTask
 
@@ -28,6 +29,15 @@ def test_a_task_goes_with_its_architecture_alone(arch, kind):
             RKMError, match=f"^--task {name} goes with --arch {fitting} or a preset of it, not with {arch}$"
         ):
             check_task(arch, task)
+
+
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    [(RKMModel, LanguageModelingTask), (RKMLanguageModel, TranslationTask), (RKMClassifier, LanguageModelingTask)],
+)
+def test_each_model_is_built_for_a_fitting_task_alone(model, kind):
+    with pytest.raises(RKMError, match=r"^--task \w+ goes with --arch"):
+        model.build_model(None, kind.__new__(kind))
 
 
 def test_a_task_that_is_not_in_the_registry_goes_by_its_class():
