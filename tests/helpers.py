@@ -21,6 +21,12 @@ TOLERANCES: dict[torch.dtype | str, float] = {
 """How far from the reference a result may be, ``||given - wanted|| / ||wanted||``; never relaxed for a test."""
 
 
+def product_type(dtype: torch.dtype, device: str) -> torch.dtype | str:
+    """In what type matrix products of a type are computed, as the table of tolerances has it."""
+    rounded = device == "cuda" and dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if rounded else dtype
+
+
 def assert_close(given: Tensor, wanted: Tensor, what: str = "", dtype: torch.dtype | str | None = None) -> None:
     """Within the tolerance of ``dtype``, by default the given tensor's."""
     assert given.shape == wanted.shape, f"{what}: shape {tuple(given.shape)}, not {tuple(wanted.shape)}"

@@ -14,10 +14,14 @@ from fairseq_rkm.models.options import NO_LIMIT, build_rkm, first_given
 from fairseq_rkm.models.rkm_encoder import EncoderOut
 from fairseq_rkm.models.word_layers import build_softmax
 from fairseq_rkm.modules import RKM, GlobalAttention, RKMState, Stepper, dropped_embedding
+from fairseq_rkm.modules.decoding_graphs import DecodingGraphs
 from fairseq_rkm.ops import CELLS
+from fairseq_rkm.ops.weights import memory_dtype
 
 Layers = Iterable[Callable[..., tuple[Tensor, RKMState]]]
 """The decoder's layers, or what stands in for them."""
+Source = tuple[Tensor, Tensor]
+"""The encoder's states ``(S, B, e)`` and their padding mask ``(B, S)``."""
 
 
 class DecoderState(NamedTuple):
@@ -33,7 +37,16 @@ class DecoderState(NamedTuple):
 
     def index_select(self, rows: Tensor) -> "DecoderState":
         """The state of a batch made of these rows of this one: how beams are reordered."""
-        return DecoderState([state.index_select(rows) for state in self.layers], self.fed.index_select(0, rows))
+        return self.with_rows(row.index_select(0, rows) for row in self.rows())
+
+    def rows(self) -> list[Tensor]:
+        """All of its tensors, the batch first."""
+        return [tensor.transpose(0, 1) for layer in self.layers for tensor in layer.tensors()] + [self.fed]
+
+    def with_rows(self, rows: Iterable[Tensor]) -> "DecoderState":
+        """The state that has these tensors as :meth:`rows`."""
+        given = iter(rows)
+        return DecoderState([layer.map(lambda _: next(given).transpose(0, 1)) for layer in self.layers], next(given))
 
 
 class RKMAttentionDecoder(FairseqIncrementalDecoder):
@@ -85,6 +98,7 @@ class RKMAttentionDecoder(FairseqIncrementalDecoder):
         softmax = build_softmax(cfg, features, len(dictionary), embed_tokens if tied else None)
         self.adaptive_softmax = softmax if cfg.adaptive_softmax_cutoff else None
         self.output_projection = None if cfg.adaptive_softmax_cutoff else softmax
+        self.graphs = DecodingGraphs()
 
     def forward(
         self,
@@ -107,23 +121,22 @@ class RKMAttentionDecoder(FairseqIncrementalDecoder):
             ``(B, T, V)`` scores, or ``(B, T, d)`` features with an adaptive softmax or ``features_only``, and
             ``{"attn": [weights]}``, the attention's weights ``(B, T, S)``.
         """
-        state, tokens = None, prev_output_tokens
-        layers: Layers = self.layers
+        state, order, tokens = None, None, prev_output_tokens
         if incremental_state is not None:
-            state = self.get_incremental_state(incremental_state, "state")
+            state, order = (self.get_incremental_state(incremental_state, name) for name in ("state", "order"))
             if state is not None:
                 tokens = tokens[:, -1:]
-            if tokens.size(1) == 1:
-                layers = self._steppers(incremental_state)
         if state is None:
             state = self._initial_state(encoder_out)
-        mask = tokens.eq(self.padding_idx) if tokens.size(1) > 1 else None
-        x = self.dropout_in(dropped_embedding(self.embed_tokens, tokens.t(), self.dropout_words, self.training))
-        run = self._run_fed if self.fed_size else self._run
-        features, weights, state = run(layers, x, state, encoder_out, mask)
+        source = encoder_out["encoder_out"][0], encoder_out["encoder_padding_mask"][0]
+        if incremental_state is not None and tokens.size(1) == 1 and self._can_step():
+            features, weights, state = self._step(incremental_state, tokens, source, state, order)
+        else:
+            state = state if order is None else state.index_select(order)
+            features, weights, state = self._run(self.layers, tokens, source, state)
         if incremental_state is not None:
             self.set_incremental_state(incremental_state, "state", state)
-        features = features.transpose(0, 1)
+            self.set_incremental_state(incremental_state, "order", None)
         return (features if features_only else self.output_layer(features)), {"attn": [weights]}
 
     def _initial_state(self, encoder_out: EncoderOut) -> DecoderState:
@@ -134,18 +147,52 @@ class RKMAttentionDecoder(FairseqIncrementalDecoder):
         states = [bridge(hiddens[k], cells[k]) for bridge, k in zip(self.bridges, beside, strict=True)]
         return DecoderState(states, states[0].hidden.new_zeros(hiddens.size(1), self.fed_size))
 
-    def _steppers(self, incremental_state: dict) -> Layers:
-        """The layers for single steps: packed once for what this state decodes, unless gradients are wanted."""
-        if torch.is_grad_enabled() or any(layer.backend != "auto" for layer in self.layers):
-            return self.layers
+    def _can_step(self) -> bool:
+        """Whether single steps need not go through the layers, as gradients and a chosen backend do."""
+        return not torch.is_grad_enabled() and all(layer.backend == "auto" for layer in self.layers)
+
+    def _step(
+        self, incremental_state: dict, tokens: Tensor, source: Source, state: DecoderState, order: Optional[Tensor]
+    ) -> tuple[Tensor, Tensor, DecoderState]:
+        """As :meth:`_run` for the state in another order, with weights that are packed once for a sequence.
+
+        On a GPU the step is replayed, the reordering with it.
+        """
         steppers = self.get_incremental_state(incremental_state, "steppers")
         if steppers is None:
             steppers = [Stepper(cast(RKM, layer)) for layer in self.layers]
+            if self.graphs.available(tokens):
+                steppers = self.graphs.hold(steppers, self.parameters())
             self.set_incremental_state(incremental_state, "steppers", steppers)
-        return steppers
+        if steppers is not self.graphs.steppers or not self.graphs.available(tokens):
+            return self._run(steppers, tokens, source, state if order is None else state.index_select(order))
+
+        def step(
+            tokens: Tensor, order: Tensor, source: Tensor, padding_mask: Tensor, *rows: Tensor
+        ) -> tuple[Tensor, ...]:
+            before = state.with_rows(row.index_select(0, order) for row in rows)
+            features, weights, after = self._run(steppers, tokens, (source.transpose(0, 1), padding_mask), before)
+            return features, weights, *after.rows()
+
+        if order is None:
+            order = torch.arange(tokens.size(0), device=tokens.device)
+        states, padding_mask = source
+        inputs = [tokens, order, states.transpose(0, 1), padding_mask, *state.rows()]
+        features, weights, *rows = self.graphs(step, inputs)
+        return features, weights, state.with_rows(rows)
 
     def _run(
-        self, layers: Layers, x: Tensor, state: DecoderState, encoder_out: EncoderOut, mask: Optional[Tensor]
+        self, layers: Layers, tokens: Tensor, source: Source, state: DecoderState
+    ) -> tuple[Tensor, Tensor, DecoderState]:
+        """Features ``(B, T, d)``, attention weights ``(B, T, S)`` and the next state."""
+        mask = tokens.eq(self.padding_idx) if tokens.size(1) > 1 else None
+        x = self.dropout_in(dropped_embedding(self.embed_tokens, tokens.t(), self.dropout_words, self.training))
+        run = self._run_fed if self.fed_size else self._run_layers
+        features, weights, state = run(layers, x, source, state, mask)
+        return features.transpose(0, 1), weights, state
+
+    def _run_layers(
+        self, layers: Layers, x: Tensor, source: Source, state: DecoderState, mask: Optional[Tensor]
     ) -> tuple[Tensor, Tensor, DecoderState]:
         """Features ``(T, B, d)``, attention weights ``(B, T, S)`` and the next state; each layer in one pass."""
         states, fed = [], state.fed
@@ -154,21 +201,21 @@ class RKMAttentionDecoder(FairseqIncrementalDecoder):
             x, left = layer(x, before) if mask is None else layer(x, before, mask)
             states.append(left)
             if number == self.attention_layer:
-                x, weights = self.attention(x, encoder_out["encoder_out"][0], encoder_out["encoder_padding_mask"][0])
+                x, weights = self.attention(x, *source)
             x = self.dropout_out(x)
             if number == self.attention_layer and self.fed_size:
                 fed = x[-1]
         return x, weights, DecoderState(states, fed)
 
     def _run_fed(
-        self, layers: Layers, x: Tensor, state: DecoderState, encoder_out: EncoderOut, mask: Optional[Tensor]
+        self, layers: Layers, x: Tensor, source: Source, state: DecoderState, mask: Optional[Tensor]
     ) -> tuple[Tensor, Tensor, DecoderState]:
-        """As :meth:`_run`, a step at a time, each reading the last one's attentional vector (Luong et al., 3.3)."""
+        """As :meth:`_run_layers`, a step at a time, each reading the last's attentional vector (Luong et al., 3.3)."""
         features, weights = [], []
         for t in range(x.size(0)):
             padding = None if mask is None else mask[:, t : t + 1]
-            step = torch.cat([x[t], state.fed], dim=-1).unsqueeze(0)
-            output, weight, left = self._run(layers, step, state, encoder_out, padding)
+            fed = torch.cat([x[t], state.fed], dim=-1).unsqueeze(0)
+            output, weight, left = self._run_layers(layers, fed, source, state, padding)
             if padding is not None:
                 left = left._replace(fed=torch.where(padding, state.fed, left.fed))
             state = left
@@ -187,10 +234,10 @@ class RKMAttentionDecoder(FairseqIncrementalDecoder):
         return self.forward(prev_output_tokens, encoder_out, features_only=True, **kwargs)
 
     def reorder_incremental_state(self, incremental_state: dict, new_order: Tensor) -> None:
-        """Follow the beams: all of the state, n-gram contexts and the fed vector included."""
-        state = self.get_incremental_state(incremental_state, "state")
-        if state is not None:
-            self.set_incremental_state(incremental_state, "state", state.index_select(new_order))
+        """Follow the beams: the next step reads all of the state, n-gram contexts and the fed vector, in this order."""
+        order = self.get_incremental_state(incremental_state, "order")
+        order = new_order if order is None else order.index_select(0, new_order)
+        self.set_incremental_state(incremental_state, "order", order)
 
     def reorder_incremental_state_scripting(self, incremental_state: dict, new_order: Tensor) -> None:
         """As fairseq's, without its walk over all submodules at every step: none of them has a state of its own."""
@@ -218,6 +265,7 @@ class StateBridge(nn.Module):
     def __init__(self, source_size: int, layer: RKM) -> None:
         super().__init__()
         self.size = layer.hidden_size
+        self.context_size = layer.ngram - 1, layer.input_size
         self.hidden = nn.Linear(source_size, self.size) if layer.feedback else None
         self.cell = nn.Linear(source_size, self.size) if CELLS[layer.cell].has_memory else None
 
@@ -227,4 +275,6 @@ class StateBridge(nn.Module):
             hidden.new_zeros(hidden.size(0), self.size) if map_ is None else map_(value.to(hidden.dtype))
             for map_, value in ((self.hidden, hidden), (self.cell, cell))
         ]
-        return RKMState(mapped[0].unsqueeze(0), mapped[1].unsqueeze(0))
+        steps, size = self.context_size
+        context = [hidden.new_zeros(steps, hidden.size(0), size)] if steps else None
+        return RKMState(mapped[0].unsqueeze(0), mapped[1].to(memory_dtype(hidden.dtype)).unsqueeze(0), context)

@@ -65,7 +65,13 @@ class GraphRecorder:
 
 
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Any]) -> None:
-    """Copy tensors to tensors, all of one type at once."""
-    for dtype in {target.dtype for target in targets}:
-        pairs = [(t, s) for t, s in zip(targets, sources, strict=True) if t.dtype == dtype]
-        torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])
+    """Copy tensors to tensors: those that are contiguous in one launch for each type."""
+    groups: dict[tuple[torch.dtype, bool], tuple[list[Tensor], list[Any]]] = {}
+    for target, source in zip(targets, sources, strict=True):
+        # One that is not would have PyTorch copy all of its group one by one.
+        kind = target.dtype, target.is_contiguous() and source.is_contiguous()
+        group = groups.setdefault(kind, ([], []))
+        group[0].append(target)
+        group[1].append(source)
+    for to, of in groups.values():
+        torch._foreach_copy_(to, of)

@@ -37,9 +37,9 @@ class RKMState(NamedTuple):
         return [self.hidden, self.cell, *(self.context or [])]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "RKMState":
-        """The state of which each tensor is ``function`` of this one's."""
-        context = None if self.context is None else [function(c) for c in self.context]
-        return RKMState(function(self.hidden), function(self.cell), context)
+        """The state of which each tensor is ``function`` of this one's, called in the order of :meth:`tensors`."""
+        hidden, cell, *context = [function(tensor) for tensor in self.tensors()]
+        return RKMState(hidden, cell, None if self.context is None else context)
 
     def detach(self) -> "RKMState":
         """The same state, cut from the graph."""

@@ -40,6 +40,10 @@ class Stepper:
         self.weights = weights._replace(input=packed, recurrent=None).widen(wide)
         self.memory_dtype = wide
 
+    def tensors(self) -> list[Tensor]:
+        """The packed weights."""
+        return [weight for weight in self.weights.tensors() if weight is not None]
+
     def __call__(self, x: Tensor, state: RKMState) -> tuple[Tensor, RKMState]:
         """The output and the next state.
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from fairseq.data import Dictionary
 from fairseq.sequence_generator import SequenceGenerator
-from helpers import assert_close, randomized
+from helpers import assert_close, product_type, randomized
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from fairseq_rkm import CELLS, RKM, RKMError
 from fairseq_rkm.models import rkm
 from fairseq_rkm.models.rkm import RKMConfig, RKMModel, check_flags, initialize, rkm_iwslt_de_en, rkm_tiny
+from fairseq_rkm.modules.decoding_graphs import DecodingGraphs
 from fairseq_rkm.modules.graphed_function import GraphedFunction
 
 
@@ -83,6 +84,102 @@ def test_step_by_step_equals_the_full_pass_and_beams_reorder(cell, ngram, input_
     assert_steps_equal_the_full_pass(
         build(cell=cell, ngram=ngram, input_feeding=input_feeding, decoder_layers=2, attention_layer=1)
     )
+
+
+@pytest.fixture
+def replayed(monkeypatch):
+    """Steps of decoders are replayed on a CPU too, where to replay is to do again; GPUs do it by themselves."""
+
+    def run_at_once(run, _pool):
+        run()
+        return run
+
+    monkeypatch.setattr(DecodingGraphs.__init__, "__defaults__", (run_at_once,))
+    monkeypatch.setattr(DecodingGraphs, "available", lambda *_: True)
+
+
+@pytest.mark.usefixtures("replayed")
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("ngram", [1, 3])
+@pytest.mark.parametrize("flags", [{}, {"input_feeding": True}, {"layer_norm": True, "attention_layer": 0}])
+def test_replayed_steps_equal_the_full_pass(cell, ngram, flags):
+    model = build(**{"cell": cell, "ngram": ngram, "decoder_layers": 2, "attention_layer": 1, **flags})
+    for recorded in (1, 1):
+        with torch.no_grad():
+            _assert_steps_equal_the_full_pass(model)
+        assert len(model.decoder.graphs.recorded) == recorded
+    _assert_steps_equal_the_full_pass(model)  # with gradients, through the layers
+
+
+@pytest.mark.usefixtures("replayed")
+def test_two_sequences_in_turns_do_not_mix():
+    """Graphs are the decoder's and states are not."""
+    model = build(ngram=2, decoder_layers=2).requires_grad_(False)
+    batches = [batch(), batch(2), batch()]
+    for _ in range(2):
+        incremental = [{} for _ in batches]
+        for t in range(7):
+            for (source, tokens), state in zip(batches, incremental, strict=True):
+                with torch.no_grad():
+                    step, _ = model.decoder(tokens[:, : t + 1], model.encoder(source), state)
+                assert_close(step[:, 0], model(source, None, tokens)[0][:, t])
+    assert len(model.decoder.graphs.recorded) == 1
+
+
+@pytest.mark.usefixtures("replayed")
+@pytest.mark.parametrize("feeding", [False, True])
+def test_beam_search_of_replayed_steps_is_the_same_also_after_training_on(feeding):
+    model = build(ngram=2, decoder_layers=2, input_feeding=feeding, **JOINED_SOFTMAX)
+    found = []
+    for number in range(4):
+        torch.manual_seed(number)
+        source, _ = batch(5, source_length=6 + number % 2)
+        found.append([generate(model, source, beam_size=3) for _ in range(2)])
+        assert len(model.decoder.graphs.recorded) == min(number + 1, 2)
+        model.decoder.graphs.refused = True
+        found[-1].append(generate(model, source, beam_size=3))
+        model.decoder.graphs.refused = False
+        for parameter in model.parameters():
+            parameter.data.mul_(1.1)
+    for one, again, without in found:
+        assert one == again == without
+    assert found[0] != found[2]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_replays_the_steps_of_beam_search():
+    model = build(ngram=3, decoder_layers=2, layer_norm=True, attention_layer=1).to("cuda")
+    for rows in (5, 3, 8):
+        source = batch(rows)[0].cuda()
+        replays = generate(model, source, beam_size=4)
+        assert model.decoder.graphs.recorded
+        model.decoder.graphs.refused = True
+        assert generate(model, source, beam_size=4) == replays
+        model.decoder.graphs.refused = False
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("flags", [{}, {"input_feeding": True}])
+def test_replayed_steps_on_a_gpu_equal_those_that_are_not(dtype, flags):
+    model = build(ngram=3, decoder_layers=2, layer_norm=True, **flags).to("cuda", dtype)
+    source, tokens = (x.cuda() for x in batch(6))
+    outcomes = []
+    for refused in (True, False, False):
+        model.decoder.graphs.refused = refused
+        incremental, scores, given = {}, [], tokens
+        with torch.no_grad():
+            encoder_out = model.encoder(source)
+            for t in range(7):
+                if t in {3, 5}:
+                    order = torch.tensor([5, 0, 0, 2] if t == 3 else [3, 1], device="cuda")
+                    model.decoder.reorder_incremental_state(incremental, order)
+                    encoder_out, given = model.encoder.reorder_encoder_out(encoder_out, order), given[order]
+                scores += [x.float() for x in model.decoder(given[:, : t + 1], encoder_out, incremental)[0]]
+        outcomes.append(torch.cat(scores))
+    assert [graph.rows for graph in model.decoder.graphs.recorded.values()] == [6]
+    for replayed in outcomes[1:]:
+        assert_close(replayed, outcomes[0], dtype=product_type(dtype, "cuda"))
 
 
 @pytest.mark.parametrize("flags", [{"attention_layer": 0}, {"attention_layer": 2, "input_feeding": True}])

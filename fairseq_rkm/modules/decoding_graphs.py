@@ -1,0 +1,155 @@
+"""Single steps of decoding replayed as CUDA graphs, one for each shape of what a step reads."""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from fairseq_rkm.errors import RKMError
+from fairseq_rkm.modules.cuda_graphs import GraphRecorder, Run, copy_all, record
+from fairseq_rkm.modules.stepping import Stepper
+
+logger = logging.getLogger(__name__)
+
+KEPT = 4
+"""Graphs that are kept; of more the one that was not used for longest goes."""
+MOST = 1 << 25
+"""Elements that a step may read: with more the GPU takes longer than the host, which graphs spare."""
+
+Step = Callable[..., tuple[Tensor, ...]]
+Kind = tuple[tuple[torch.Size, torch.dtype], ...]
+
+
+class _Recorded(NamedTuple):
+    """A graph, the tensors at which it finds its inputs and leaves its outputs, and how many rows they have."""
+
+    rows: int
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+    replay: Run
+
+
+class DecodingGraphs:
+    """Replay a decoder's steps: what a step launches costs the host one launch, and a few for what goes in and out.
+
+    All of a step's inputs and outputs have the batch as their first dimension, and no row depends on another. So a
+    graph serves every batch of at most the rows that it was recorded with, and goes on serving one that shrinks when
+    sentences are finished; the rows beyond compute what nobody reads. A step is done once without a graph, and recorded
+    when its shapes are met again.
+
+    Graphs outlive the sequence for which they were recorded, and read weights where those were then:
+    :meth:`hold` is to be told at the beginning of each sequence which there are now. They are of this process: a copy,
+    or what is loaded from a pickle, begins without any.
+
+    Args:
+        recorder: :func:`~fairseq_rkm.modules.cuda_graphs.record`.
+    """
+
+    def __init__(self, recorder: Callable[[Run, Any], Run] = record) -> None:
+        self._record = recorder
+        self.recorder: Optional[GraphRecorder] = None
+        self.steppers: list[Stepper] = []
+        self.places: list[Any] = []
+        self.recorded: OrderedDict[Kind, _Recorded] = OrderedDict()
+        self.met: dict[Kind, int] = {}
+        self.refused = False
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self._record,)
+
+    def available(self, like: Tensor) -> bool:
+        """Whether steps that read such a tensor can be replayed."""
+        return (
+            like.is_cuda
+            and not self.refused
+            and not torch.is_autocast_enabled()  # which would keep what it casts in a graph's memory
+            and not torch.cuda.is_current_stream_capturing()
+        )
+
+    def hold(self, steppers: list[Stepper], others: Iterable[Tensor]) -> list[Stepper]:
+        """Begin a sequence.
+
+        Args:
+            steppers: of the decoder's layers, as packed now.
+            others: all other weights that a step reads.
+
+        Returns:
+            Steppers of the same weights for the steps of the sequence: those of before, into which the weights are
+            copied, or if something has moved or is of another shape or type, those given, and all graphs are forgotten.
+        """
+        places: list[Any] = [torch.is_inference_mode_enabled(), *(weight.data_ptr() for weight in others)]
+        given, held = ([w for stepper in each for w in stepper.tensors()] for each in (steppers, self.steppers))
+        if places == self.places and [_like(w) for w in given] == [_like(w) for w in held]:
+            copy_all(held, given)
+        else:
+            self.recorded.clear()
+            self.met.clear()
+            self.steppers, self.places = steppers, places
+        return self.steppers
+
+    def __call__(self, step: Step, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """What the step returns for these inputs: replayed, or if it has to be, done.
+
+        Args:
+            step: of tensors without gradients to tensors without gradients; the same function of them and the weights
+                each time.
+            inputs: as many of them as the first has rows, or more, are what the step reads of each.
+
+        Returns:
+            As many rows of each output as the first input has.
+        """
+        if self.refused or sum(x.numel() for x in inputs) > MOST:
+            return step(*inputs)
+        kind = tuple((x.shape[1:], x.dtype) for x in inputs)
+        rows = max(x.size(0) for x in inputs)
+        graph = self.recorded.get(kind)
+        if graph is None or graph.rows < rows:
+            if self.recorder is None:
+                self.recorder = GraphRecorder(inputs[0].device, self._record)
+            if self.met.get(kind, 0) < rows:
+                self.met[kind] = rows
+                with self.recorder.own_stream():
+                    return step(*inputs)
+            graph = self._make(self.recorder, step, inputs, rows)
+            if graph is None:
+                return step(*inputs)
+            self._keep(kind, graph)
+        self.recorded.move_to_end(kind)
+        copy_all([held[: x.size(0)] for held, x in zip(graph.inputs, inputs, strict=True)], inputs)
+        graph.replay()
+        left = [output[: inputs[0].size(0)] for output in graph.outputs]
+        outputs = [torch.empty_like(x) for x in left]
+        copy_all(outputs, left)
+        return tuple(outputs)
+
+    def _keep(self, kind: Kind, graph: _Recorded) -> None:
+        self.recorded[kind] = graph
+        self.recorded.move_to_end(kind)
+        if len(self.recorded) > KEPT:
+            self.recorded.popitem(last=False)
+
+    def _make(self, recorder: GraphRecorder, step: Step, inputs: Sequence[Tensor], rows: int) -> Optional[_Recorded]:
+        """A graph of the step for so many rows, or None where there can be none, which is said once."""
+        outputs: list[Tensor] = []
+        with recorder.own_stream():
+            # Zeros: what rows beyond a batch's hold must be an index of a row if it is one of others' is.
+            held = [x.new_zeros(rows, *x.shape[1:]) for x in inputs]
+
+            def run() -> None:
+                outputs[:] = step(*held)
+
+            try:
+                replay = recorder.record(run)
+            except RKMError as error:
+                reason = str(error.__cause__ or error).splitlines()[0]
+                logger.warning(f"a step could not be recorded as a CUDA graph ({reason}): decoding goes on without")
+                self.refused = True
+                return None
+        return _Recorded(rows, held, outputs, replay)
+
+
+def _like(weight: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return weight.shape, weight.dtype, weight.device

@@ -1,0 +1,173 @@
+import copy
+import logging
+
+import pytest
+import torch
+from helpers import assert_close, product_type
+from torch import nn
+
+from fairseq_rkm import RKM, RKMError
+from fairseq_rkm.modules import RKMState, Stepper, decoding_graphs
+from fairseq_rkm.modules.cuda_graphs import record
+from fairseq_rkm.modules.decoding_graphs import DecodingGraphs
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+
+
+def run_at_once(run, _pool):
+    """What stands in for a graph on a CPU: to replay is to run again."""
+    run()
+    return run
+
+
+def refuse(_run, _pool):
+    raise RKMError("no")
+
+
+class Decoder(nn.Module):
+    """A step of one layer, without fairseq's or attention's part in it; ``steps`` counts those not replayed."""
+
+    def __init__(self, device, recorder=None, ngram=2):
+        super().__init__()
+        self.embedding = nn.Embedding(20, 5)
+        self.rkm = RKM(5, 7, ngram=ngram)
+        self.graphs = DecodingGraphs(recorder or (record if device == "cuda" else run_at_once))
+        self.steps = 0
+        self.to(device).requires_grad_(False)
+
+    def begin(self):
+        self.steppers = self.graphs.hold([Stepper(self.rkm)], self.parameters())
+
+    def step(self, tokens, order, hidden, memory, context):
+        self.steps += 1
+        hidden, memory, context = (x.index_select(0, order).transpose(0, 1) for x in (hidden, memory, context))
+        output, state = self.steppers[0](self.embedding(tokens).unsqueeze(0), RKMState(hidden, memory, [context]))
+        return output[0], *(x.transpose(0, 1) for x in state.tensors())
+
+    def decode(self, sequence, replayed):
+        """The outputs of a sequence of (tokens, order), from zeros."""
+        self.begin()
+        rows, like = len(sequence[0][0]), self.embedding.weight
+        state = [like.new_zeros(rows, 1, 7), like.new_zeros(rows, 1, 7), like.new_zeros(rows, self.rkm.ngram - 1, 5)]
+        outputs = []
+        for tokens, order in sequence:
+            inputs = [torch.tensor(x, device=like.device) for x in (tokens, order)]
+            step = self.graphs if replayed else lambda function, given: function(*given)
+            output, *state = step(self.step, [*inputs, *state])
+            outputs.append(output)
+        return outputs
+
+
+# Beams that cross, a batch that shrinks, and one that grows again.
+LONG = [([1, 2, 3, 4], [0, 1, 2, 3]), ([5, 6, 7, 8], [1, 1, 0, 3]), ([9, 1], [3, 0]), ([2, 2], [1, 0]), ([3], [1])]
+SHORT = [([4, 5], [0, 1]), ([6, 7], [1, 0]), ([8, 9, 1], [1, 1, 0])]
+WIDE = [([1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5]), ([1, 2, 3, 4, 5, 7], [5, 4, 3, 2, 1, 0]), ([4], [5])]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_replayed_steps_are_the_same_steps(device):
+    decoder = Decoder(device)
+    for sequence, recorded_rows in [(LONG, 4), (SHORT, 4), (WIDE, 6), (LONG, 6)]:
+        wanted = decoder.decode(sequence, replayed=False)
+        given = decoder.decode(sequence, replayed=True)
+        for got, want in zip(given, wanted, strict=True):
+            assert_close(got, want, dtype=product_type(torch.float32, device))
+        assert [graph.rows for graph in decoder.graphs.recorded.values()] == [recorded_rows]
+    decoder.steps = 0
+    decoder.decode(LONG, replayed=True)
+    assert decoder.steps == (0 if device == "cuda" else len(LONG)), "one graph serves what it has room for"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_a_step_gave_is_left_alone_by_the_next(device):
+    decoder = Decoder(device)
+    decoder.decode(LONG, replayed=True)
+    outputs = decoder.decode(LONG, replayed=True)
+    first, kept = outputs[0], outputs[0].clone()
+    decoder.decode(WIDE[:1] + LONG[1:], replayed=True)
+    assert torch.equal(first, kept)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("change", ["in place", "moved", "other type", "other place"])
+def test_graphs_see_weights_that_have_changed(device, change):
+    decoder = Decoder(device)
+    decoder.decode(LONG, replayed=True)
+    assert len(decoder.graphs.recorded) == 1
+    if change == "in place":
+        for weight in decoder.parameters():
+            weight.mul_(-2)
+    elif change == "moved":
+        decoder.rkm.weight_ih_l0 = nn.Parameter(-decoder.rkm.weight_ih_l0, requires_grad=False)
+    elif change == "other place":
+        decoder.embedding.weight = nn.Parameter(-decoder.embedding.weight, requires_grad=False)
+    else:
+        decoder.double()
+    decoder.begin()
+    assert len(decoder.graphs.recorded) == (change == "in place")
+    for got, want in zip(decoder.decode(LONG, True), decoder.decode(LONG, False), strict=True):
+        assert_close(got, want, dtype=product_type(got.dtype, device))
+
+
+def test_under_inference_mode_and_then_not():
+    decoder = Decoder("cpu")
+    for _ in range(2):
+        with torch.inference_mode():
+            inside = decoder.decode(LONG, replayed=True)
+        outside = decoder.decode(LONG, replayed=True)
+        for got, want in zip(inside, outside, strict=True):
+            assert_close(got, want)
+
+
+def test_the_graph_not_used_for_longest_goes(monkeypatch):
+    monkeypatch.setattr(decoding_graphs, "KEPT", 2)
+    graphs = DecodingGraphs(run_at_once)
+    for width in (1, 1, 2, 2, 1, 3, 3):
+        assert torch.equal(graphs(lambda x: (x + 1,), [torch.zeros(2, width)])[0], torch.ones(2, width))
+    assert [kind[0][0] for kind in graphs.recorded] == [(1,), (3,)]
+
+
+def test_steps_that_read_much_are_done_without(monkeypatch):
+    monkeypatch.setattr(decoding_graphs, "MOST", 5)
+    graphs = DecodingGraphs(run_at_once)
+    for size in (5, 5, 6, 6):
+        graphs(lambda x: (x + 1,), [torch.zeros(size)])
+    assert [graph.rows for graph in graphs.recorded.values()] == [5]
+
+
+def test_where_a_step_cannot_be_recorded_decoding_goes_on_without(caplog):
+    decoder = Decoder("cpu", refuse)
+    with caplog.at_level(logging.WARNING):
+        given = decoder.decode(LONG, replayed=True)
+    assert [record.message for record in caplog.records] == [
+        "a step could not be recorded as a CUDA graph (no): decoding goes on without"
+    ]
+    assert decoder.graphs.refused
+    for got, want in zip(given, decoder.decode(LONG, replayed=False), strict=True):
+        assert_close(got, want)
+
+
+def test_a_copy_has_no_graphs():
+    decoder = Decoder("cpu")
+    decoder.decode(LONG, replayed=True)
+    twin = copy.deepcopy(decoder)
+    assert decoder.graphs.recorded
+    assert not twin.graphs.recorded
+    for got, want in zip(twin.decode(LONG, True), decoder.decode(LONG, False), strict=True):
+        assert_close(got, want)
+
+
+def test_where_steps_are_replayed(monkeypatch):
+    graphs = DecodingGraphs()
+    assert not graphs.available(torch.zeros(1))
+    tensor = type("OnGPU", (), {"is_cuda": True})()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert graphs.available(tensor)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda: True)
+    assert not graphs.available(tensor)
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not graphs.available(tensor)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    graphs.refused = True
+    assert not graphs.available(tensor)
