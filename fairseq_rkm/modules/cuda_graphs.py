@@ -10,6 +10,8 @@ from torch import Tensor
 from fairseq_rkm.errors import RKMError
 
 Run = Callable[[], None]
+LITTLE = 0.1
+"""Of a GPU's memory: with less than this free, what PyTorch keeps for later is given back before recording."""
 
 
 def record(run: Run, pool: Any) -> Run:
@@ -18,11 +20,17 @@ def record(run: Run, pool: Any) -> Run:
     Raises:
         RKMError: a step that asks the GPU for something while it is recorded.
     """
+    free, total = torch.cuda.mem_get_info()
+    if free < LITTLE * total:
+        torch.cuda.empty_cache()  # which cannot be done within; torch.cuda.graph does it each time, for milliseconds
     graph = torch.cuda.CUDAGraph()
     try:
         # Only this thread is held to what may be recorded: fairseq prepares batches in another.
-        with torch.cuda.graph(graph, pool, torch.cuda.current_stream(), capture_error_mode="thread_local"):
+        graph.capture_begin(pool, capture_error_mode="thread_local")
+        try:
             run()
+        finally:
+            graph.capture_end()
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise RKMError(f"a training step could not be recorded ({reason}): train without --cuda-graphs") from error

@@ -14,7 +14,7 @@ from fairseq_rkm.modules.stepping import Stepper
 
 logger = logging.getLogger(__name__)
 
-KEPT = 4
+KEPT = 16
 """Graphs that are kept; of more the one that was not used for longest goes."""
 MOST = 1 << 25
 """Elements that a step may read: with more the GPU takes longer than the host, which graphs spare."""
