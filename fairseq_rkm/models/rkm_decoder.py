@@ -164,7 +164,10 @@ class RKMAttentionDecoder(FairseqIncrementalDecoder):
             if self.graphs.available(tokens):
                 steppers = self.graphs.hold(steppers, self.parameters())
             self.set_incremental_state(incremental_state, "steppers", steppers)
-        if steppers is not self.graphs.steppers or not self.graphs.available(tokens):
+        drawing = any(
+            dropout.training or dropout.apply_during_inference for dropout in (self.dropout_in, self.dropout_out)
+        )
+        if drawing or steppers is not self.graphs.steppers or not self.graphs.available(tokens):
             return self._run(steppers, tokens, source, state if order is None else state.index_select(order))
 
         def step(

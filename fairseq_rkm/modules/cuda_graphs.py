@@ -65,7 +65,7 @@ class GraphRecorder:
         if self.stream is None:
             yield
             return
-        outside = torch.cuda.current_stream()
+        outside = torch.cuda.current_stream(self.stream.device)
         self.stream.wait_stream(outside)
         with torch.cuda.stream(self.stream):
             yield

@@ -1,6 +1,7 @@
 """Single steps of decoding replayed as CUDA graphs, one for each shape of what a step reads."""
 
 import logging
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Optional
@@ -56,6 +57,7 @@ class DecodingGraphs:
         self.recorded: OrderedDict[Kind, _Recorded] = OrderedDict()
         self.met: dict[Kind, int] = {}
         self.refused = False
+        self.lock = threading.Lock()  # threads that decode with one model share a graph's inputs and outputs
 
     def __reduce__(self) -> tuple:
         return type(self), (self._record,)
@@ -82,13 +84,14 @@ class DecodingGraphs:
         """
         places: list[Any] = [torch.is_inference_mode_enabled(), *(weight.data_ptr() for weight in others)]
         given, held = ([w for stepper in each for w in stepper.tensors()] for each in (steppers, self.steppers))
-        if places == self.places and [_like(w) for w in given] == [_like(w) for w in held]:
-            copy_all(held, given)
-        else:
-            self.recorded.clear()
-            self.met.clear()
-            self.steppers, self.places = steppers, places
-        return self.steppers
+        with self.lock:
+            if places == self.places and [_like(w) for w in given] == [_like(w) for w in held]:
+                copy_all(held, given)
+            else:
+                self.recorded.clear()
+                self.met.clear()
+                self.recorder, self.steppers, self.places = None, steppers, places
+            return self.steppers
 
     def __call__(self, step: Step, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """What the step returns for these inputs: replayed, or if it has to be, done.
@@ -103,52 +106,58 @@ class DecodingGraphs:
         """
         if self.refused or sum(x.numel() for x in inputs) > MOST:
             return step(*inputs)
+        with self.lock:
+            if self.recorder is None:
+                self.recorder = GraphRecorder(inputs[0].device, self._record)
+            graph = self._find(self.recorder, step, inputs)
+            if graph is not None:
+                return _replay(graph, inputs)
+            with self.recorder.own_stream():
+                return step(*inputs)
+
+    def _find(self, recorder: GraphRecorder, step: Step, inputs: Sequence[Tensor]) -> Optional[_Recorded]:
+        """A graph for these inputs, or None if the step is to be done without."""
         kind = tuple((x.shape[1:], x.dtype) for x in inputs)
         rows = max(x.size(0) for x in inputs)
         graph = self.recorded.get(kind)
         if graph is None or graph.rows < rows:
-            if self.recorder is None:
-                self.recorder = GraphRecorder(inputs[0].device, self._record)
             if self.met.get(kind, 0) < rows:
                 self.met[kind] = rows
-                with self.recorder.own_stream():
-                    return step(*inputs)
-            graph = self._make(self.recorder, step, inputs, rows)
-            if graph is None:
-                return step(*inputs)
-            self._keep(kind, graph)
-        self.recorded.move_to_end(kind)
-        copy_all([held[: x.size(0)] for held, x in zip(graph.inputs, inputs, strict=True)], inputs)
-        graph.replay()
-        left = [output[: inputs[0].size(0)] for output in graph.outputs]
-        outputs = [torch.empty_like(x) for x in left]
-        copy_all(outputs, left)
-        return tuple(outputs)
-
-    def _keep(self, kind: Kind, graph: _Recorded) -> None:
-        self.recorded[kind] = graph
-        self.recorded.move_to_end(kind)
-        if len(self.recorded) > KEPT:
-            self.recorded.popitem(last=False)
-
-    def _make(self, recorder: GraphRecorder, step: Step, inputs: Sequence[Tensor], rows: int) -> Optional[_Recorded]:
-        """A graph of the step for so many rows, or None where there can be none, which is said once."""
-        outputs: list[Tensor] = []
-        with recorder.own_stream():
-            # Zeros: what rows beyond a batch's hold must be an index of a row if it is one of others' is.
-            held = [x.new_zeros(rows, *x.shape[1:]) for x in inputs]
-
-            def run() -> None:
-                outputs[:] = step(*held)
-
+                return None
             try:
-                replay = recorder.record(run)
+                graph = self.recorded[kind] = _make(recorder, step, inputs, rows)
             except RKMError as error:
                 reason = str(error.__cause__ or error).splitlines()[0]
                 logger.warning(f"a step could not be recorded as a CUDA graph ({reason}): decoding goes on without")
                 self.refused = True
                 return None
-        return _Recorded(rows, held, outputs, replay)
+        self.recorded.move_to_end(kind)
+        if len(self.recorded) > KEPT:
+            self.recorded.popitem(last=False)
+        return graph
+
+
+def _make(recorder: GraphRecorder, step: Step, inputs: Sequence[Tensor], rows: int) -> _Recorded:
+    """A graph of the step for so many rows."""
+    outputs: list[Tensor] = []
+    with recorder.own_stream():
+        # Zeros, since some are numbers of rows: those beyond a batch must be of rows that there are.
+        held = [x.new_zeros(rows, *x.shape[1:]) for x in inputs]
+
+        def run() -> None:
+            outputs[:] = step(*held)
+
+        return _Recorded(rows, held, outputs, recorder.record(run))
+
+
+def _replay(graph: _Recorded, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Outputs of their own, which the next replay leaves alone."""
+    copy_all([held[: x.size(0)] for held, x in zip(graph.inputs, inputs, strict=True)], inputs)
+    graph.replay()
+    left = [output[: inputs[0].size(0)] for output in graph.outputs]
+    outputs = [torch.empty_like(x) for x in left]
+    copy_all(outputs, left)
+    return tuple(outputs)
 
 
 def _like(weight: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:

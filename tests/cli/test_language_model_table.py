@@ -31,13 +31,13 @@ def table(*arguments):
     return subprocess.run(command_line(*arguments), env=environment(), capture_output=True, text=True, check=False)
 
 
-def command_lines(text):
-    """Those of running processes that hold a text."""
-    lines = []
+def running(text):
+    """The command lines of running processes that hold a text, by the processes' numbers."""
+    lines = {}
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):  # ended in between
-            lines.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
-    return [line for line in lines if str(text) in line]
+            lines[int(path.parent.name)] = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    return {number: line for number, line in lines.items() if str(text) in line}
 
 
 def wait_until(condition):
@@ -47,6 +47,15 @@ def wait_until(condition):
     assert condition()
 
 
+@pytest.fixture
+def interruptible():
+    """What is started in the background ignores SIGINT; if these tests are, what they start is not to."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="reads Linux's /proc")
 @pytest.mark.parametrize("command", ["train.sh", "fairseq-hydra-train"])
 @pytest.mark.parametrize("told", [signal.SIGINT, signal.SIGTERM])
@@ -55,10 +64,14 @@ def test_a_table_that_is_told_to_end_leaves_nothing_running(data, tmp_path, comm
     process = subprocess.Popen(
         command_line(*flags), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
     )
-    wait_until(lambda: any(f"/{command} " in line for line in command_lines(tmp_path)))
-    process.send_signal(told)
-    assert process.wait(60) != 0
-    wait_until(lambda: not command_lines(tmp_path))
+    try:
+        wait_until(lambda: any(f"/{command} " in line for line in running(tmp_path).values()))
+        process.send_signal(told)
+        assert process.wait(60) != 0
+        wait_until(lambda: not running(tmp_path))
+    finally:
+        for number in running(tmp_path):
+            os.kill(number, signal.SIGKILL)
 
 
 def test_a_table_is_stopped_and_goes_on_until_all_its_runs_are_done(data, tmp_path):

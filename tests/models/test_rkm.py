@@ -146,6 +146,66 @@ def test_beam_search_of_replayed_steps_is_the_same_also_after_training_on(feedin
     assert found[0] != found[2]
 
 
+def test_beams_may_be_reordered_more_than_once_between_steps():
+    model = build(ngram=2).requires_grad_(False)
+    source, tokens = batch()
+    encoder_out, incremental = model.encoder(source), {}
+    model.decoder(tokens[:, :3], encoder_out, incremental)
+    for order in (torch.tensor([2, 0, 1]), torch.tensor([1, 1])):
+        model.decoder.reorder_incremental_state(incremental, order)
+        encoder_out, tokens = model.encoder.reorder_encoder_out(encoder_out, order), tokens[order]
+        source = source[order]
+    step, _ = model.decoder(tokens[:, :4], encoder_out, incremental)
+    assert_close(step[:, 0], model(source, None, tokens)[0][:, 3])
+
+
+@pytest.mark.usefixtures("replayed")
+def test_a_sequence_that_began_without_graphs_goes_on_without(monkeypatch):
+    """Its packed weights are not where graphs would look for those of the next."""
+    model = build().requires_grad_(False)
+    source, tokens = batch()
+    encoder_out, incremental = model.encoder(source), {}
+    for t in range(7):
+        monkeypatch.setattr(DecodingGraphs, "available", lambda *_, t=t: t > 0)
+        with torch.no_grad():
+            model.decoder(tokens[:, : t + 1], encoder_out, incremental)
+    assert not model.decoder.graphs.recorded
+
+
+@pytest.mark.usefixtures("replayed")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_length_has_one_graph(dtype):
+    """From the first step on states are of the same types, and n-grams have their contexts."""
+    model = build(ngram=3, decoder_layers=2).to(dtype)
+    for rows in (3, 2):
+        source, tokens = batch(rows)
+        incremental = {}
+        with torch.no_grad():
+            encoder_out = model.encoder(source)
+            for t in range(4):
+                model.decoder(tokens[:, : t + 1], encoder_out, incremental)
+    assert len(model.decoder.graphs.met) == len(model.decoder.graphs.recorded) == 1
+
+
+@pytest.mark.usefixtures("replayed")
+@pytest.mark.parametrize("draws", ["training", "retain dropout"])
+def test_steps_that_draw_dropout_are_not_replayed(draws):
+    model = build(dropout=0.5).requires_grad_(False)
+    source, tokens = batch()
+    encoder_out = model.encoder(source)
+    if draws == "training":
+        model.train()
+    else:
+        model.decoder.dropout_out.apply_during_inference = True
+    with torch.no_grad():
+        runs = []
+        for _ in range(4):
+            incremental = {}
+            runs.append([model.decoder(tokens[:, : t + 1], encoder_out, incremental)[0] for t in range(3)][-1])
+    assert not model.decoder.graphs.recorded
+    assert not torch.equal(runs[2], runs[3])
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_replays_the_steps_of_beam_search():
     model = build(ngram=3, decoder_layers=2, layer_norm=True, attention_layer=1).to("cuda")

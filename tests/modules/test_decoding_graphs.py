@@ -1,5 +1,6 @@
 import copy
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -35,8 +36,10 @@ class Decoder(nn.Module):
         self.steps = 0
         self.to(device).requires_grad_(False)
 
-    def begin(self):
-        self.steppers = self.graphs.hold([Stepper(self.rkm)], self.parameters())
+    def begin(self, replayed=True):
+        self.steppers = [Stepper(self.rkm)]
+        if replayed:
+            self.steppers = self.graphs.hold(self.steppers, self.parameters())
 
     def step(self, tokens, order, hidden, memory, context):
         self.steps += 1
@@ -46,7 +49,7 @@ class Decoder(nn.Module):
 
     def decode(self, sequence, replayed):
         """The outputs of a sequence of (tokens, order), from zeros."""
-        self.begin()
+        self.begin(replayed)
         rows, like = len(sequence[0][0]), self.embedding.weight
         state = [like.new_zeros(rows, 1, 7), like.new_zeros(rows, 1, 7), like.new_zeros(rows, self.rkm.ngram - 1, 5)]
         outputs = []
@@ -73,19 +76,39 @@ def test_replayed_steps_are_the_same_steps(device):
         for got, want in zip(given, wanted, strict=True):
             assert_close(got, want, dtype=product_type(torch.float32, device))
         assert [graph.rows for graph in decoder.graphs.recorded.values()] == [recorded_rows]
+    decoder.decode([(list(range(8)), list(range(8)))], replayed=True)
+    assert [graph.rows for graph in decoder.graphs.recorded.values()] == [6], "done once before it is recorded"
     decoder.steps = 0
     decoder.decode(LONG, replayed=True)
     assert decoder.steps == (0 if device == "cuda" else len(LONG)), "one graph serves what it has room for"
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_what_a_step_gave_is_left_alone_by_the_next(device):
-    decoder = Decoder(device)
-    decoder.decode(LONG, replayed=True)
-    outputs = decoder.decode(LONG, replayed=True)
-    first, kept = outputs[0], outputs[0].clone()
-    decoder.decode(WIDE[:1] + LONG[1:], replayed=True)
-    assert torch.equal(first, kept)
+@pytest.mark.usefixtures("poisoned")
+def test_rows_that_have_never_been_filled_are_harmless():
+    """The batch is smaller when the graph is recorded than when its shapes were met."""
+    decoder = Decoder("cpu")
+    shrinking = [LONG[0], ([9, 1], [3, 0]), ([2, 2], [1, 0])]
+    wanted = decoder.decode(shrinking, replayed=False)
+    for got, want in zip(decoder.decode(shrinking, replayed=True), wanted, strict=True):
+        assert_close(got, want)
+    assert [graph.rows for graph in decoder.graphs.recorded.values()] == [4]
+
+
+def test_what_a_step_gave_is_left_alone_by_the_next():
+    """A graph leaves its outputs where it left the last ones."""
+    at = {}
+
+    def record_in_place(run, _pool):
+        run()
+        return lambda: at["output"].add_(1)
+
+    def step(x):
+        at["output"] = x + 1
+        return (at["output"],)
+
+    graphs = DecodingGraphs(record_in_place)
+    outputs = [graphs(step, [torch.zeros(2, 3)])[0] for _ in range(3)]
+    assert [output.unique().tolist() for output in outputs] == [[1], [2], [3]]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -105,6 +128,7 @@ def test_graphs_see_weights_that_have_changed(device, change):
         decoder.double()
     decoder.begin()
     assert len(decoder.graphs.recorded) == (change == "in place")
+    assert (decoder.graphs.recorder is not None) == (change == "in place"), "it is of a device"
     for got, want in zip(decoder.decode(LONG, True), decoder.decode(LONG, False), strict=True):
         assert_close(got, want, dtype=product_type(got.dtype, device))
 
@@ -145,6 +169,18 @@ def test_where_a_step_cannot_be_recorded_decoding_goes_on_without(caplog):
     assert decoder.graphs.refused
     for got, want in zip(given, decoder.decode(LONG, replayed=False), strict=True):
         assert_close(got, want)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_threads_may_decode_with_one_model(device):
+    decoder = Decoder(device)
+    decoder.decode(LONG, replayed=True)
+    sequences = [[(list(range(k, k + 4)), [0, 1, 2, 3])] * 40 for k in range(8)]
+    wanted = [decoder.decode(sequence, replayed=False) for sequence in sequences]
+    with ThreadPoolExecutor(8) as pool:
+        given = list(pool.map(lambda sequence: decoder.decode(sequence, replayed=True), sequences * 4))
+    for outputs, rights in zip(given, wanted * 4, strict=True):
+        assert_close(outputs[-1], rights[-1], dtype=product_type(torch.float32, device))
 
 
 def test_a_copy_has_no_graphs():
