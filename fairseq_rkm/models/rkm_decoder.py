@@ -238,6 +238,8 @@ class RKMAttentionDecoder(FairseqIncrementalDecoder):
 
     def reorder_incremental_state(self, incremental_state: dict, new_order: Tensor) -> None:
         """Follow the beams: the next step reads all of the state, n-gram contexts and the fed vector, in this order."""
+        if self.get_incremental_state(incremental_state, "state") is None:
+            return
         order = self.get_incremental_state(incremental_state, "order")
         order = new_order if order is None else order.index_select(0, new_order)
         self.set_incremental_state(incremental_state, "order", order)

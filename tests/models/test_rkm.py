@@ -146,10 +146,11 @@ def test_beam_search_of_replayed_steps_is_the_same_also_after_training_on(feedin
     assert found[0] != found[2]
 
 
-def test_beams_may_be_reordered_more_than_once_between_steps():
+def test_beams_may_be_reordered_more_than_once_between_steps_and_before_the_first():
     model = build(ngram=2).requires_grad_(False)
     source, tokens = batch()
     encoder_out, incremental = model.encoder(source), {}
+    model.decoder.reorder_incremental_state(incremental, torch.tensor([1, 2, 0]))  # of nothing yet
     model.decoder(tokens[:, :3], encoder_out, incremental)
     for order in (torch.tensor([2, 0, 1]), torch.tensor([1, 1])):
         model.decoder.reorder_incremental_state(incremental, order)
