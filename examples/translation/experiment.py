@@ -10,8 +10,8 @@ until the validation loss has not improved for --patience epochs. Of the best ch
 that RKMModel.from_pretrained needs, the logs, the translations and result.json.
 
 What is done is not done again: the same command goes on where it was stopped. --jobs models are trained at once, spread
-over the GPUs that there are; --speed then measures tokens/s and sentences/s one model at a time, into
-OUT/MODEL-SEED/speed.json.
+over the GPUs that there are; --speed then measures tokens/s and sentences/s (of the training set's sentences on a GPU,
+of the first test set's on a CPU) one model at a time, into OUT/MODEL-SEED/speed.json.
 """
 
 import argparse

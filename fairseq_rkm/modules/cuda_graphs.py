@@ -10,8 +10,6 @@ from torch import Tensor
 from fairseq_rkm.errors import RKMError
 
 Run = Callable[[], None]
-LITTLE = 0.1
-"""Of a GPU's memory: with less than this free, what PyTorch keeps for later is given back before recording."""
 
 
 def record(run: Run, pool: Any) -> Run:
@@ -20,9 +18,10 @@ def record(run: Run, pool: Any) -> Run:
     Raises:
         RKMError: a step that asks the GPU for something while it is recorded.
     """
-    free, total = torch.cuda.mem_get_info()
-    if free < LITTLE * total:
-        torch.cuda.empty_cache()  # which cannot be done within; torch.cuda.graph does it each time, for milliseconds
+    # What ran once found room in what PyTorch holds, and will in as much beside it. Otherwise PyTorch must give back now
+    # what it keeps for later, since it cannot within; torch.cuda.graph has it do so each time, which takes milliseconds.
+    if torch.cuda.mem_get_info()[0] < torch.cuda.memory_reserved():
+        torch.cuda.empty_cache()
     graph = torch.cuda.CUDAGraph()
     try:
         # Only this thread is held to what may be recorded: fairseq prepares batches in another.

@@ -44,6 +44,7 @@ def test_recording_gives_memory_back_only_where_little_is_left(monkeypatch, free
             raise RuntimeError("no\nand why")
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 100))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 20)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("empty"))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     expected = [*(["empty"] if free == 5 else []), ("begin", "pool", "thread_local"), "run", "end"]
