@@ -18,8 +18,9 @@ def record(run: Run, pool: Any) -> Run:
     Raises:
         RKMError: a step that asks the GPU for something while it is recorded.
     """
-    # What ran once found room in what PyTorch holds, and will in as much beside it. Otherwise PyTorch must give back now
-    # what it keeps for later, since it cannot within; torch.cuda.graph has it do so each time, which takes milliseconds.
+    # What ran once found room in what PyTorch holds, and will in as much beside it. If that is not free, PyTorch must
+    # give back what it keeps for later now, since it cannot while it records. (torch.cuda.graph has it do so each time,
+    # which takes milliseconds.)
     if torch.cuda.mem_get_info()[0] < torch.cuda.memory_reserved():
         torch.cuda.empty_cache()
     graph = torch.cuda.CUDAGraph()
