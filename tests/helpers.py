@@ -1,6 +1,7 @@
 """What several tests share: the table of tolerances, and random problems."""
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -35,6 +36,13 @@ def assert_close(given: Tensor, wanted: Tensor, what: str = "", dtype: torch.dty
     assert error <= tolerance * size + 1e-15, (
         f"{what}: off by {error / max(size, 1e-30):.1e}, more than {tolerance:.0e}"
     )
+
+
+def run_at_once(run: Callable[[], None], _pool: object) -> Callable[[], None]:
+    """What stands in for a graph on a CPU: recording draws no random numbers, and to replay is to run again."""
+    with torch.random.fork_rng():
+        run()
+    return run
 
 
 def randomized(rkm: RKM, seed: int = 0) -> RKM:

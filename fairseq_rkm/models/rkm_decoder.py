@@ -160,14 +160,12 @@ class RKMAttentionDecoder(FairseqIncrementalDecoder):
         """
         steppers = self.get_incremental_state(incremental_state, "steppers")
         if steppers is None:
-            steppers = [Stepper(cast(RKM, layer)) for layer in self.layers]
-            if self.graphs.available(tokens):
-                steppers = self.graphs.hold(steppers, self.parameters())
+            steppers = self.graphs.hold([Stepper(cast(RKM, layer)) for layer in self.layers], self.parameters())
             self.set_incremental_state(incremental_state, "steppers", steppers)
         drawing = any(
             dropout.training or dropout.apply_during_inference for dropout in (self.dropout_in, self.dropout_out)
         )
-        if drawing or steppers is not self.graphs.steppers or not self.graphs.available(tokens):
+        if drawing or steppers is not self.graphs.steppers:
             return self._run(steppers, tokens, source, state if order is None else state.index_select(order))
 
         def step(

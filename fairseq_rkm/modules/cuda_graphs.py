@@ -19,8 +19,8 @@ def record(run: Run, pool: Any) -> Run:
         RKMError: a step that asks the GPU for something while it is recorded.
     """
     # What ran once found room in what PyTorch holds, and will in as much beside it. If that is not free, PyTorch must
-    # give back what it keeps for later now, since it cannot while it records. (torch.cuda.graph has it do so each time,
-    # which takes milliseconds.)
+    # give back what it keeps for later now, since it cannot while it records. torch.cuda.graph has it do so each time,
+    # and all of it is then to be allocated anew.
     if torch.cuda.mem_get_info()[0] < torch.cuda.memory_reserved():
         torch.cuda.empty_cache()
     graph = torch.cuda.CUDAGraph()

@@ -81,7 +81,10 @@ class DecodingGraphs:
         Returns:
             Steppers of the same weights for the steps of the sequence: those of before, into which the weights are
             copied, or if something has moved or is of another shape or type, those given, and all graphs are forgotten.
+            Where steps cannot be replayed those given, which are not held: what reads them must be done without graphs.
         """
+        if not self.available(steppers[0].tensors()[0]):
+            return steppers
         places: list[Any] = [torch.is_inference_mode_enabled(), *(weight.data_ptr() for weight in others)]
         given, held = ([w for stepper in each for w in stepper.tensors()] for each in (steppers, self.steppers))
         with self.lock:
@@ -104,7 +107,7 @@ class DecodingGraphs:
         Returns:
             As many rows of each output as the first input has.
         """
-        if self.refused or sum(x.numel() for x in inputs) > MOST:
+        if not self.available(inputs[0]) or sum(x.numel() for x in inputs) > MOST:
             return step(*inputs)
         with self.lock:
             if self.recorder is None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from fairseq.data import Dictionary
 from fairseq.sequence_generator import SequenceGenerator
-from helpers import assert_close, product_type, randomized
+from helpers import assert_close, product_type, randomized, run_at_once
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -89,13 +89,8 @@ def test_step_by_step_equals_the_full_pass_and_beams_reorder(cell, ngram, input_
 @pytest.fixture
 def replayed(monkeypatch):
     """Steps of decoders are replayed on a CPU too, where to replay is to do again; GPUs do it by themselves."""
-
-    def run_at_once(run, _pool):
-        run()
-        return run
-
     monkeypatch.setattr(DecodingGraphs.__init__, "__defaults__", (run_at_once,))
-    monkeypatch.setattr(DecodingGraphs, "available", lambda *_: True)
+    monkeypatch.setattr(DecodingGraphs, "available", lambda self, _like: not self.refused)
 
 
 @pytest.mark.usefixtures("replayed")
@@ -536,12 +531,6 @@ def test_checkpoints_of_another_dictionary_are_refused():
 @pytest.mark.parametrize("flags", [{"ngram": 3, "dropout_words": 0.2}, {"input_feeding": True}])
 def test_replayed_training_is_the_same(monkeypatch, flags):
     """Recording and replaying is done again, on a CPU: :mod:`modules.test_graphed_function` has it on GPUs."""
-
-    def run_at_once(run, _pool):
-        with torch.random.fork_rng():
-            run()
-        return run
-
     monkeypatch.setattr(rkm, "check_graphs", lambda _tokens: None)
     monkeypatch.setattr(GraphedFunction.__init__, "__defaults__", (run_at_once,))
     batches = [batch(), batch(source_length=4), batch(), batch(source_length=4), batch()]

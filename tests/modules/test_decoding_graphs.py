@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers import assert_close, product_type
+from helpers import assert_close, product_type, run_at_once
 from torch import nn
 
 from fairseq_rkm import RKM, RKMError
@@ -15,10 +15,13 @@ from fairseq_rkm.modules.decoding_graphs import DecodingGraphs
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 
 
-def run_at_once(run, _pool):
-    """What stands in for a graph on a CPU: to replay is to run again."""
-    run()
-    return run
+AVAILABLE = DecodingGraphs.available
+
+
+@pytest.fixture(autouse=True)
+def _available(monkeypatch):
+    """On a CPU too, where :func:`helpers.run_at_once` stands in."""
+    monkeypatch.setattr(DecodingGraphs, "available", lambda self, _like: not self.refused)
 
 
 def refuse(_run, _pool):
@@ -194,14 +197,21 @@ def test_a_copy_has_no_graphs():
 
 
 def test_where_steps_are_replayed(monkeypatch):
+    monkeypatch.setattr(DecodingGraphs, "available", AVAILABLE)
     graphs = DecodingGraphs()
     assert not graphs.available(torch.zeros(1))
+    steppers = [Stepper(RKM(5, 7))]
+    assert graphs.hold(steppers, []) is steppers
+    assert not graphs.steppers, "on a CPU nothing is kept"
+    for _ in range(3):
+        graphs(lambda x: (x + 1,), [torch.zeros(2)])
+    assert not graphs.met
     tensor = type("OnGPU", (), {"is_cuda": True})()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     assert graphs.available(tensor)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda: True)
     assert not graphs.available(tensor)
-    monkeypatch.undo()
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert not graphs.available(tensor)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)

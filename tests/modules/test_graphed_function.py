@@ -1,5 +1,6 @@
 import pytest
 import torch
+from helpers import run_at_once
 from torch import nn
 
 from fairseq_rkm import RKM, RKMError
@@ -8,13 +9,6 @@ from fairseq_rkm.modules.cuda_graphs import record
 from fairseq_rkm.modules.graphed_function import GraphedFunction
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
-
-
-def run_at_once(run, pool):
-    """What stands in for a graph on a CPU: recording draws no random numbers, and to replay is to run again."""
-    with torch.random.fork_rng():
-        run()
-    return run
 
 
 class Model(nn.Module):
