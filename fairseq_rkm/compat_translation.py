@@ -6,6 +6,8 @@
    model that the source's dictionary was not made with are told in a sentence, before anything is translated.
 3. A training set in several files (``train``, ``train1``, ...) has each of them once unless ``--upsample-primary`` is
    given: fairseq 0.12 repeats the first -1 times by default, and fails.
+
+And a model that has generators of its own (``generator_classes``) is translated with by them.
 """
 
 import copy
@@ -45,11 +47,23 @@ def _without_default_file(load: Callable) -> Callable:
 def _with_alignment(build: Callable) -> Callable:
     """A generator for ``--replace-unk`` needs the alignment, whether it is printed or not."""
 
-    def build_generator(self: FairseqTask, models: list, args: Any, *rest: Any, **kwargs: Any) -> Any:
+    def build_generator(
+        self: FairseqTask,
+        models: list,
+        args: Any,
+        seq_gen_cls: Any = None,
+        extra_gen_cls_kwargs: dict | None = None,
+        **kwargs: Any,
+    ) -> Any:
         if getattr(args, "replace_unk", None) is not None and not args.print_alignment:
             args = copy.deepcopy(args)
             args.print_alignment = "hard"
-        return build(self, models, args, *rest, **kwargs)
+        own = getattr(models[0], "generator_classes", None)
+        if own and seq_gen_cls is None:
+            kind = getattr(args, "print_alignment", None)
+            aligned = {"print_alignment": kind} if kind else {}
+            seq_gen_cls, extra_gen_cls_kwargs = own[bool(aligned)], {**(extra_gen_cls_kwargs or {}), **aligned}
+        return build(self, models, args, seq_gen_cls, extra_gen_cls_kwargs, **kwargs)
 
     return build_generator
 

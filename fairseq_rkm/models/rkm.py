@@ -15,6 +15,7 @@ from fairseq_rkm.models.fitting_task import check_task
 from fairseq_rkm.models.options import CELL_CHOICES, RKMOptions
 from fairseq_rkm.models.rkm_decoder import RKMAttentionDecoder
 from fairseq_rkm.models.rkm_encoder import RKMEncoder
+from fairseq_rkm.models.rkm_generator import RKMGenerator, RKMGeneratorWithAlignment
 from fairseq_rkm.models.word_layers import SoftmaxOptions, build_embedding, check_softmax
 from fairseq_rkm.modules.dropout import check_probability
 from fairseq_rkm.modules.graphed_function import GraphedFunction
@@ -91,6 +92,8 @@ class RKMModel(FairseqEncoderDecoderModel):
     With ``--cuda-graphs`` training replays all of it but the softmax (see :mod:`fairseq_rkm.modules.graphed_function`).
     """
 
+    generator_classes = RKMGenerator, RKMGeneratorWithAlignment
+    """What translates with it: without and with ``--print-alignment``."""
     cuda_graphs = False
     graphs: Optional[GraphedFunction] = None
 

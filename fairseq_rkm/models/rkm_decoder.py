@@ -127,19 +127,19 @@ class RKMAttentionDecoder(FairseqIncrementalDecoder):
             if state is not None:
                 tokens = tokens[:, -1:]
         if state is None:
-            state = self._initial_state(encoder_out)
+            state = self.initial_state(encoder_out)
         source = encoder_out["encoder_out"][0], encoder_out["encoder_padding_mask"][0]
         if incremental_state is not None and tokens.size(1) == 1 and self._can_step():
             features, weights, state = self._step(incremental_state, tokens, source, state, order)
         else:
             state = state if order is None else state.index_select(order)
-            features, weights, state = self._run(self.layers, tokens, source, state)
+            features, weights, state = self.run(self.layers, tokens, source, state)
         if incremental_state is not None:
             self.set_incremental_state(incremental_state, "state", state)
             self.set_incremental_state(incremental_state, "order", None)
         return (features if features_only else self.output_layer(features)), {"attn": [weights]}
 
-    def _initial_state(self, encoder_out: EncoderOut) -> DecoderState:
+    def initial_state(self, encoder_out: EncoderOut) -> DecoderState:
         """Each layer's from the encoder layer beside it, both counted from the top."""
         (hiddens,), (cells,) = encoder_out["encoder_hiddens"], encoder_out["encoder_cells"]
         ahead = hiddens.size(0) - len(self.layers)
@@ -151,28 +151,35 @@ class RKMAttentionDecoder(FairseqIncrementalDecoder):
         """Whether single steps need not go through the layers, as gradients and a chosen backend do."""
         return not torch.is_grad_enabled() and all(layer.backend == "auto" for layer in self.layers)
 
+    def can_replay(self) -> bool:
+        """Whether single steps can be replayed as CUDA graphs: on a GPU, and no step draws dropout of its own."""
+        dropouts = self.dropout_in, self.dropout_out
+        drawing = any(dropout.training or dropout.apply_during_inference for dropout in dropouts)
+        return self._can_step() and not drawing and self.graphs.available(self.embed_tokens.weight)
+
+    def pack(self) -> list[Stepper]:
+        """The layers for the single steps of one sequence: their weights of now, packed, where graphs look for them."""
+        return self.graphs.hold([Stepper(cast(RKM, layer)) for layer in self.layers], self.parameters())
+
     def _step(
         self, incremental_state: dict, tokens: Tensor, source: Source, state: DecoderState, order: Optional[Tensor]
     ) -> tuple[Tensor, Tensor, DecoderState]:
-        """As :meth:`_run` for the state in another order, with weights that are packed once for a sequence.
+        """As :meth:`run` for the state in another order, with weights that are packed once for a sequence.
 
         On a GPU the step is replayed, the reordering with it.
         """
         steppers = self.get_incremental_state(incremental_state, "steppers")
         if steppers is None:
-            steppers = self.graphs.hold([Stepper(cast(RKM, layer)) for layer in self.layers], self.parameters())
+            steppers = self.pack()
             self.set_incremental_state(incremental_state, "steppers", steppers)
-        drawing = any(
-            dropout.training or dropout.apply_during_inference for dropout in (self.dropout_in, self.dropout_out)
-        )
-        if drawing or steppers is not self.graphs.steppers:
-            return self._run(steppers, tokens, source, state if order is None else state.index_select(order))
+        if not self.can_replay() or steppers is not self.graphs.steppers:
+            return self.run(steppers, tokens, source, state if order is None else state.index_select(order))
 
         def step(
             tokens: Tensor, order: Tensor, source: Tensor, padding_mask: Tensor, *rows: Tensor
         ) -> tuple[Tensor, ...]:
             before = state.with_rows(row.index_select(0, order) for row in rows)
-            features, weights, after = self._run(steppers, tokens, (source.transpose(0, 1), padding_mask), before)
+            features, weights, after = self.run(steppers, tokens, (source.transpose(0, 1), padding_mask), before)
             return features, weights, *after.rows()
 
         if order is None:
@@ -182,7 +189,7 @@ class RKMAttentionDecoder(FairseqIncrementalDecoder):
         features, weights, *rows = self.graphs(step, inputs)
         return features, weights, state.with_rows(rows)
 
-    def _run(
+    def run(
         self, layers: Layers, tokens: Tensor, source: Source, state: DecoderState
     ) -> tuple[Tensor, Tensor, DecoderState]:
         """Features ``(B, T, d)``, attention weights ``(B, T, S)`` and the next state."""

@@ -26,17 +26,22 @@ class GlobalAttention(nn.Module):
 
         Args:
             query: ``(T, B, d)``.
-            source: ``(S, B, e)``.
-            padding_mask: ``(B, S)`` bool, True at the source's padding, which gets no weight.
+            source: ``(S, B, e)``. Or of ``B / K`` sentences, each that of K rows of the query which follow each other:
+                of its beams.
+            padding_mask: ``(B, S)`` or ``(B / K, S)`` bool, True at the source's padding, which gets no weight.
 
         Returns:
             The attentional vectors, ``(T, B, output_size)``, and the weights, ``(B, T, S)``; both of the query's dtype,
             the softmax computed in float32 or better.
         """
         source = source.transpose(0, 1)
-        scores = torch.bmm(self.score(query).transpose(0, 1), source.transpose(1, 2))
+        steps, sentences = query.size(0), source.size(0)
+        # A sentence is asked by each step of each of its beams.
+        asked = self.score(query).view(steps, sentences, -1, source.size(2)).transpose(0, 1).flatten(1, 2)
+        scores = torch.bmm(asked, source.transpose(1, 2))
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         scores = scores.masked_fill(padding_mask.unsqueeze(1), torch.finfo(scores.dtype).min)
         weights = torch.softmax(scores, dim=-1).to(source.dtype)
-        context = torch.bmm(weights, source).transpose(0, 1)
+        context = torch.bmm(weights, source).view(sentences, steps, -1, source.size(2)).transpose(0, 1).flatten(1, 2)
+        weights = weights.view(sentences, steps, -1, source.size(1)).transpose(1, 2).flatten(0, 1)
         return torch.tanh(self.combine(torch.cat([context, query], dim=-1))), weights

@@ -3,7 +3,7 @@
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -21,7 +21,7 @@ MOST = 1 << 25
 """Elements that a step may read: with more the GPU takes longer than the host, which graphs spare."""
 
 Step = Callable[..., tuple[Tensor, ...]]
-Kind = tuple[tuple[torch.Size, torch.dtype], ...]
+Kind = tuple[Hashable, ...]
 
 
 class _Recorded(NamedTuple):
@@ -96,13 +96,14 @@ class DecodingGraphs:
                 self.recorder, self.steppers, self.places = None, steppers, places
             return self.steppers
 
-    def __call__(self, step: Step, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def __call__(self, step: Step, inputs: Sequence[Tensor], *constants: Hashable) -> tuple[Tensor, ...]:
         """What the step returns for these inputs: replayed, or if it has to be, done.
 
         Args:
-            step: of tensors without gradients to tensors without gradients; the same function of them and the weights
-                each time.
+            step: of tensors without gradients to tensors without gradients; the same function of them, the weights and
+                the constants each time.
             inputs: as many of them as the first has rows, or more, are what the step reads of each.
+            constants: whatever else it depends on.
 
         Returns:
             As many rows of each output as the first input has.
@@ -112,15 +113,17 @@ class DecodingGraphs:
         with self.lock:
             if self.recorder is None:
                 self.recorder = GraphRecorder(inputs[0].device, self._record)
-            graph = self._find(self.recorder, step, inputs)
+            graph = self._find(self.recorder, step, inputs, constants)
             if graph is not None:
                 return _replay(graph, inputs)
             with self.recorder.own_stream():
                 return step(*inputs)
 
-    def _find(self, recorder: GraphRecorder, step: Step, inputs: Sequence[Tensor]) -> Optional[_Recorded]:
+    def _find(
+        self, recorder: GraphRecorder, step: Step, inputs: Sequence[Tensor], constants: Kind
+    ) -> Optional[_Recorded]:
         """A graph for these inputs, or None if the step is to be done without."""
-        kind = tuple((x.shape[1:], x.dtype) for x in inputs)
+        kind: Kind = (*((x.shape[1:], x.dtype) for x in inputs), *constants)
         rows = max(x.size(0) for x in inputs)
         graph = self.recorded.get(kind)
         if graph is None or graph.rows < rows:

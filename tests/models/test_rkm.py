@@ -6,51 +6,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fairseq.data import Dictionary
 from fairseq.sequence_generator import SequenceGenerator
-from helpers import assert_close, product_type, randomized, run_at_once
+from helpers import assert_close, product_type, run_at_once
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from small_translation import JOINED, JOINED_SOFTMAX, SMALL, SOURCE, TARGET, batch, build, dictionary, pad
 
-from fairseq_rkm import CELLS, RKM, RKMError
+from fairseq_rkm import CELLS, RKMError
 from fairseq_rkm.models import rkm
 from fairseq_rkm.models.rkm import RKMConfig, RKMModel, check_flags, initialize, rkm_iwslt_de_en, rkm_tiny
 from fairseq_rkm.modules.decoding_graphs import DecodingGraphs
 from fairseq_rkm.modules.graphed_function import GraphedFunction
-
-
-def dictionary(words):
-    made = Dictionary()
-    for i in range(words):
-        made.add_symbol(f"w{i}")
-    return made
-
-
-SOURCE, TARGET = dictionary(30), dictionary(40)
-SMALL = {
-    "encoder_embed_dim": 5, "encoder_hidden_size": 6, "decoder_embed_dim": 7, "decoder_hidden_size": 8, "dropout": 0.0,
-    "criterion_name": None,
-}  # fmt: skip
-JOINED = {"share_all_embeddings": True, "encoder_embed_dim": 7}
-JOINED_SOFTMAX = {"share_decoder_input_output_embed": True}
-
-
-def build(source=SOURCE, target=TARGET, **flags):
-    cfg = OmegaConf.structured(RKMConfig(**{**SMALL, **flags}))
-    task = SimpleNamespace(source_dictionary=source, target_dictionary=target)
-    model = RKMModel.build_model(cfg, task).double()
-    for module in model.modules():
-        if isinstance(module, RKM):
-            randomized(module)
-    for part in (model.decoder.attention, model.decoder.bridges):  # a source is to make a difference
-        for parameter in part.parameters():
-            torch.nn.init.uniform_(parameter, -1, 1)
-    return model.eval()
-
-
-def batch(rows=3, source_length=6, target_length=7):
-    return torch.randint(4, 34, (rows, source_length)), torch.randint(4, 44, (rows, target_length))
 
 
 def assert_steps_equal_the_full_pass(model):
@@ -263,11 +230,6 @@ def test_a_prefix_may_enter_the_incremental_state_at_once():
         encoder_out, incremental = model.encoder(source), {}
         assert_close(model.decoder(tokens[:, :4], encoder_out, incremental)[0], full[:, :4])
         assert_close(model.decoder(tokens[:, :5], encoder_out, incremental)[0][:, 0], full[:, 4])
-
-
-def pad(tokens, width, side):
-    filler = torch.full((tokens.size(0), width), SOURCE.pad())
-    return torch.cat([filler, tokens] if side == "left" else [tokens, filler], dim=1)
 
 
 @settings(max_examples=40, deadline=None)
