@@ -48,44 +48,73 @@ def follow_back(
     """
     *decisions, looked = (torch.stack(values) for values in zip(*steps, strict=True))
     tokens, scores, parents, ended, ended_scores, ended_parents = (values.cpu().numpy() for values in decisions)
-    count, sentences, beams = ended.shape
-    ends = ended.transpose(1, 0, 2).reshape(sentences, count * beams)
-    sentence, place = (ends & (ends.cumsum(axis=1) <= beams)).nonzero()
-    last, rank = np.divmod(place, beams)
-    total = ended_scores[last, sentence, rank]
-    score = total / ((last + 1.0) ** length_penalty).astype(total.dtype) if normalize else total
-    best_first = np.lexsort((-score, sentence))
-    sentence, last, rank, total, score = (values[best_first] for values in (sentence, last, rank, total, score))
+    ends = _find_ends(ended, ended_scores, ended_parents, normalize, length_penalty)
+    words, sums, path = _walk(tokens, scores, parents, ends, eos)
 
-    # From the last step to the first: each hypothesis' token, log-probability up to it, and beam.
-    words, sums, path = np.full((count, len(last)), eos), np.tile(total, (count, 1)), np.zeros((count, len(last)), int)
-    beam = ended_parents[last, sentence, rank]
-    for step in reversed(range(count)):
-        inside = step < last
-        words[step] = np.where(inside, tokens[step, sentence, beam], eos)
-        sums[step] = np.where(inside, scores[step, sentence, beam], total)
-        path[step] = beam = np.where(inside, parents[step, sentence, beam], beam)
-
-    # One hypothesis after another.
-    lengths = last + 1
+    # All hypotheses one after another, to be cut into pieces.
+    lengths = ends.step + 1
     number = np.repeat(np.arange(len(lengths)), lengths)
     step = np.arange(len(number)) - np.repeat(lengths.cumsum() - lengths, lengths)
-    before = np.where(step > 0, sums[step - 1, number], 0)
-    attention = looked[tuple(_on(looked, index) for index in (step, sentence[number], path[step, number]))]
-    pieces = lengths.tolist()
-    found = zip(
-        _on(looked, words[step, number]).split(pieces),
-        _on(looked, score).unbind(),
-        attention.float().t().split(pieces, dim=1),
-        _on(looked, sums[step, number] - before).split(pieces),
+    alone = sums[step, number] - np.where(step > 0, sums[step - 1, number], 0)
+    places = step, ends.sentence[number], path[step, number]
+    attention = looked[tuple(_beside(looked, place) for place in places)].float().t()
+
+    pieces, none = lengths.tolist(), torch.empty(0)
+    columns = zip(
+        _beside(looked, words[step, number]).split(pieces),
+        _beside(looked, ends.score).unbind(),
+        attention.split(pieces, dim=1),
+        _beside(looked, alone).split(pieces),
         strict=True,
     )
-    names = "tokens", "score", "attention", "positional_scores"
-    hypotheses: list[list[dict[str, Tensor]]] = [[] for _ in range(sentences)]
-    for index, values in zip(sentence.tolist(), found, strict=True):
-        hypotheses[index].append({**dict(zip(names, values, strict=True)), "alignment": torch.empty(0)})
+    hypotheses: list[list[dict[str, Tensor]]] = [[] for _ in range(looked.size(1))]
+    for sentence, (word, score, weights, share) in zip(ends.sentence.tolist(), columns, strict=True):
+        hypotheses[sentence].append(
+            {"tokens": word, "score": score, "attention": weights, "alignment": none, "positional_scores": share}
+        )
     return hypotheses
 
 
-def _on(like: Tensor, values: np.ndarray) -> Tensor:
+class _Ends(NamedTuple):
+    """Of N hypotheses, sentence by sentence and the best of each first: arrays ``(N,)``."""
+
+    sentence: np.ndarray
+    step: np.ndarray
+    beam: np.ndarray
+    total: np.ndarray
+    score: np.ndarray
+
+
+def _find_ends(
+    ended: np.ndarray, scores: np.ndarray, parents: np.ndarray, normalize: bool, length_penalty: float
+) -> _Ends:
+    """The first K of each sentence, from arrays ``(steps, B, K)``."""
+    count, sentences, beams = ended.shape
+    in_turn = ended.transpose(1, 0, 2).reshape(sentences, count * beams)
+    sentence, place = (in_turn & (in_turn.cumsum(axis=1) <= beams)).nonzero()
+    step, rank = np.divmod(place, beams)
+    total = score = scores[step, sentence, rank]
+    if normalize:
+        score = total / ((step + 1.0) ** length_penalty).astype(total.dtype)
+    best_first = np.lexsort((-score, sentence))
+    values = sentence, step, parents[step, sentence, rank], total, score
+    return _Ends(*(value[best_first] for value in values))
+
+
+def _walk(
+    tokens: np.ndarray, scores: np.ndarray, parents: np.ndarray, ends: _Ends, eos: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Each hypothesis' token, log-probability up to it, and beam at each step: ``(steps, N)``, to its end."""
+    shape = len(tokens), len(ends.step)
+    words, sums, path = np.empty(shape, tokens.dtype), np.empty(shape, scores.dtype), np.empty(shape, parents.dtype)
+    beam = ends.beam
+    for step in reversed(range(len(tokens))):
+        inside = step < ends.step
+        words[step] = np.where(inside, tokens[step, ends.sentence, beam], eos)
+        sums[step] = np.where(inside, scores[step, ends.sentence, beam], ends.total)
+        path[step] = beam = np.where(inside, parents[step, ends.sentence, beam], beam)
+    return words, sums, path
+
+
+def _beside(like: Tensor, values: np.ndarray) -> Tensor:
     return torch.from_numpy(values).to(like.device)

@@ -26,9 +26,14 @@ AVAILABLE = DecodingGraphs.available
 @pytest.fixture(autouse=True)
 def _replayed(monkeypatch):
     """Steps are replayed on a CPU too, where to replay is to do again."""
-    recorder = record if torch.cuda.is_available() else run_at_once
-    monkeypatch.setattr(DecodingGraphs.__init__, "__defaults__", (recorder,))
+    monkeypatch.setattr(DecodingGraphs.__init__, "__defaults__", (run_at_once,))
     monkeypatch.setattr(DecodingGraphs, "available", lambda self, _like: not self.refused)
+
+
+def on(device, model):
+    """The model there, with what records on such a device."""
+    model.decoder.graphs = DecodingGraphs(record if device == "cuda" else run_at_once)
+    return model.to(device)
 
 
 def generate(kind, models, source, options=None, **given_):
@@ -95,7 +100,7 @@ def test_hypotheses_are_fairseq_s(cell, ngram, flags, sharpness, options, seed):
 @pytest.mark.parametrize("device", DEVICES)
 def test_generators_and_models_that_change_have_hypotheses_of_their_own(device):
     """One model's graphs serve any batch and options, and weights as they become."""
-    model = build(ngram=2, decoder_layers=2).to(device)
+    model = on(device, build(ngram=2, decoder_layers=2))
     for number, options in enumerate(
         [{}, {"beam_size": 3}, {"min_len": 6}, {"temperature": 0.5}, {"unk_penalty": 9.0}]
     ):
@@ -109,7 +114,7 @@ def test_generators_and_models_that_change_have_hypotheses_of_their_own(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_first_word_of_the_user_s(device):
-    model = build().to(device)
+    model = on(device, build())
     source = batch()[0].to(device)
     found, usual = (both([model], source, **given_) for given_ in ({"bos_token": 7}, {}))
     assert found[1]
@@ -121,7 +126,7 @@ def test_a_first_word_of_the_user_s(device):
 def test_scores_in_the_precisions_of_a_gpu(dtype):
     """Near ties may fall otherwise than in fairseq's batches, which shrink: scores are compared, of the best."""
     torch.manual_seed(0)
-    model = build(ngram=2, decoder_layers=2, layer_norm=True).to("cuda", dtype)
+    model = on("cuda", build(ngram=2, decoder_layers=2, layer_norm=True)).to(dtype)
     model.decoder.output_projection.weight.data.mul_(4)
     source = batch(9)[0].cuda()
     found = [generate(kind, [model], source, {"beam_size": 4}) for kind in (RKMGenerator, SequenceGenerator)]
