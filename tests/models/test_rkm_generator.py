@@ -100,16 +100,20 @@ def test_hypotheses_are_fairseq_s(cell, ngram, flags, sharpness, options, seed):
 @pytest.mark.parametrize("device", DEVICES)
 def test_generators_and_models_that_change_have_hypotheses_of_their_own(device):
     """One model's graphs serve any batch and options, and weights as they become."""
+    torch.manual_seed(1)
     model = on(device, build(ngram=2, decoder_layers=2))
-    for number, options in enumerate(
-        [{}, {"beam_size": 3}, {"min_len": 6}, {"temperature": 0.5}, {"unk_penalty": 9.0}]
-    ):
+    model.decoder.output_projection.bias.data[TARGET.eos()] = 1.0
+    found = []
+    for options in ({}, {"beam_size": 3}, {"min_len": 6}, {"temperature": 0.5}, {"unk_penalty": -30.0}, {"eos": 7}):
+        torch.manual_seed(0)
         for rows in (4, 2, 7):
-            assert both([model], batch(rows)[0].to(device), {"beam_size": 4, **options})[1]
-        if number % 2:
-            for parameter in model.parameters():
-                parameter.data.mul_(1.2)
-    assert len(model.decoder.graphs.recorded) > 4
+            wanted, replayed = both([model], batch(rows)[0].to(device), {"beam_size": 4, **options})
+            assert replayed
+        found.append(tuple(hypothesis["score"].item() for hypothesis in wanted[0]))
+    assert len(set(found)) == 6, "options make a difference"
+    for parameter in model.parameters():
+        parameter.data.mul_(1.2)
+    assert both([model], batch(7)[0].to(device), {"beam_size": 4})[1]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -196,6 +200,18 @@ def test_what_is_not_one_rkm_with_its_softmax_is_fairseq_s(monkeypatch):
     assert generate(RKMGenerator, [drawing], source)
     monkeypatch.setattr(DecodingGraphs, "available", AVAILABLE)
     assert generate(RKMGenerator, [build()], source), "on a CPU"
+
+
+@pytest.mark.parametrize("words", [1, 3])
+def test_fewer_words_than_beams(words):
+    """Some beams continue nothing, and a sentence may have fewer hypotheses than beams."""
+    model = build()
+    bias = model.decoder.output_projection.bias.data
+    bias.fill_(-torch.inf)
+    bias[[TARGET.eos(), *range(10, 10 + words)]] = 0.0
+    found, replayed = both([model], batch()[0], {"beam_size": 6, "max_len_b": 2})
+    assert replayed
+    assert len(found[0]) == {1: 2, 3: 6}[words]
 
 
 def test_no_hypothesis_without_a_probability():
