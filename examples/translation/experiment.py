@@ -269,6 +269,8 @@ def parse_arguments() -> argparse.Namespace:
         args.jobs = 1
     if min(args.jobs, args.average, args.patience) < 1:
         parser.error("--jobs, --average and --patience must be at least 1")
+    if args.speed_updates < 20:
+        parser.error("--speed-updates must be at least 20: tokens/s are logged that often")
     return args
 
 

@@ -116,6 +116,21 @@ def test_out_of_time_before_anything_began(tmp_path):
     assert "out of time, 1 not done: the same command goes on" in done.stdout
 
 
+def test_too_few_updates_to_time(tmp_path):
+    (tmp_path / "data.json").write_text("{}")
+    command = [
+        sys.executable,
+        ROOT / "examples/translation/experiment.py",
+        tmp_path,
+        "--out",
+        tmp_path / "out",
+        "--speed",
+    ]
+    done = subprocess.run([*command, "--speed-updates", "19"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "--speed-updates must be at least 20: tokens/s are logged that often" in done.stderr
+
+
 def arguments(text, **flags):
     return Namespace(
         **{

@@ -189,6 +189,23 @@ def test_what_is_not_plain_beam_search_is_fairseq_s(options, given_):
     assert not both([build()], batch()[0], options, **given_)[1]
 
 
+class Unigrams(torch.nn.Module):
+    """A language model of which fairseq's generator adds the scores."""
+
+    def forward(self, tokens):
+        return torch.linspace(0, 5, len(TARGET)).expand(*tokens.shape, -1)
+
+    def get_normalized_probs(self, scores, log_probs, sample):
+        return scores.log_softmax(dim=-1)
+
+
+def test_a_language_model_s_scores_and_constraints_are_fairseq_s():
+    model, source = build(), batch()[0]
+    assert not both([model], source, {"lm_model": Unigrams()})[1]
+    with pytest.raises(NotImplementedError, match="constraints"):
+        generate(RKMGenerator, [model], source, constraints=torch.ones(3, 4, dtype=torch.int64))
+
+
 def test_what_is_not_one_rkm_with_its_softmax_is_fairseq_s(monkeypatch):
     source = batch()[0]
     assert not both([build(), build(cell="ran")], source)[1], "an ensemble"
