@@ -80,9 +80,9 @@ FLAGS = [
     options=st.fixed_dictionaries(
         {
             "beam_size": st.integers(1, 6), "max_len_a": st.sampled_from([0, 0.7]), "max_len_b": st.integers(4, 14),
-            "min_len": st.integers(1, 4), "len_penalty": st.sampled_from([1, 0.5, 2.0]),
-            "unk_penalty": st.sampled_from([0.0, 1.5, -2.0]), "temperature": st.sampled_from([1.0, 0.6]),
-            "normalize_scores": st.booleans(),
+            "max_len": st.sampled_from([0, 6]), "min_len": st.integers(1, 4),
+            "len_penalty": st.sampled_from([1, 0.5, 2.0]), "unk_penalty": st.sampled_from([0.0, 1.5, -2.0]),
+            "temperature": st.sampled_from([1.0, 0.6]), "normalize_scores": st.booleans(),
         }
     ),
     seed=st.integers(0, 2**32 - 1),
@@ -199,9 +199,11 @@ class Unigrams(torch.nn.Module):
         return scores.log_softmax(dim=-1)
 
 
-def test_a_language_model_s_scores_and_constraints_are_fairseq_s():
+def test_a_language_model_s_scores_and_what_cannot_be_are_fairseq_s():
     model, source = build(), batch()[0]
     assert not both([model], source, {"lm_model": Unigrams()})[1]
+    with pytest.raises(AssertionError, match="min_len cannot be larger than max_len"):
+        generate(RKMGenerator, [model], source, {"min_len": 13})
     with pytest.raises(NotImplementedError, match="constraints"):
         generate(RKMGenerator, [model], source, constraints=torch.ones(3, 4, dtype=torch.int64))
 
@@ -234,6 +236,11 @@ def test_fewer_words_than_beams(words):
 def test_no_hypothesis_without_a_probability():
     model = build()
     model.decoder.output_projection.weight.data.fill_(torch.nan)
+    generator = RKMGenerator([model], TARGET, beam_size=2)
+    beams = generator._begin(torch.zeros(3, 6), 12, TARGET.eos())
+    features = torch.randn(6, 1, model.decoder.output_projection.in_features, dtype=torch.float64)
+    with torch.no_grad():
+        assert generator._log_probabilities(features, beams).eq(-torch.inf).all()
     with pytest.raises(RKMError, match=r"no translation of sentence 0 of a batch has a probability: .* not finite"):
         generate(RKMGenerator, [model], batch()[0])
 
@@ -254,13 +261,15 @@ def test_fairseq_s_tasks_search_with_it(flags, kind, fairseq_s):
     sample = {"net_input": {"src_tokens": source, "src_lengths": source.ne(SOURCE.pad()).sum(1)}}
     sample["net_input"]["prev_output_tokens"] = batch()[1]
     found = []
-    for classes in (RKMModel.generator_classes, None):
+    for classes in (None, RKMModel.generator_classes):
         model.generator_classes = classes
         generator = FairseqTask.build_generator(task, [model], GenerationConfig(beam=4, max_len_b=12, **flags))
         assert type(generator) is (kind if classes else fairseq_s)
         found.append(generator.generate([model], sample))
-    for mine, wanted in zip(*([h for hypotheses in each for h in hypotheses] for each in found), strict=True):
+    for wanted, mine in zip(*([h for hypotheses in each for h in hypotheses] for each in found), strict=True):
         assert str(mine["alignment"]) == str(wanted["alignment"])
         assert len(wanted["alignment"]) > 0 or not flags
-    asked = FairseqTask.build_generator(task, [model], GenerationConfig(), seq_gen_cls=SequenceGenerator)
-    assert type(asked) is SequenceGenerator
+    asked = {"seq_gen_cls": SequenceGenerator, "extra_gen_cls_kwargs": {"max_len": 3}}
+    assert type(FairseqTask.build_generator(task, [model], GenerationConfig(), **asked)) is SequenceGenerator
+    del asked["seq_gen_cls"]
+    assert FairseqTask.build_generator(task, [model], GenerationConfig(), **asked).max_len == 3

@@ -21,6 +21,16 @@ def test_against_the_equations_written_out():
             assert_close(output[t, b], torch.tanh(attention.combine.weight @ both))
 
 
+def test_beams_share_their_sentence():
+    attention = GlobalAttention(4, 6, 5).double()
+    query, source = torch.randn(3, 8, 4).double(), torch.randn(7, 2, 6).double()
+    mask = torch.arange(7) >= torch.tensor([[7], [5]])
+    shared = attention(query, source, mask)
+    alone = attention(query, source.repeat_interleave(4, dim=1), mask.repeat_interleave(4, dim=0))
+    for given, wanted in zip(shared, alone, strict=True):
+        assert_close(given, wanted)
+
+
 def test_a_source_of_padding_alone_gives_no_nan():
     attention = GlobalAttention(4, 6, 5)
     output, weights = attention(torch.randn(3, 1, 4), torch.zeros(2, 1, 6), torch.ones(1, 2, dtype=torch.bool))
