@@ -56,9 +56,9 @@ class RKMGenerator(SequenceGenerator):
         bos_token: Optional[int] = None,
     ) -> Hypotheses:
         source = sample["net_input"].get("src_tokens")
-        most = 0 if source is None else min(int(self.max_len_a * source.size(1) + self.max_len_b), self.max_len - 1)
+        most = -1 if source is None else min(int(self.max_len_a * source.size(1) + self.max_len_b), self.max_len - 1)
         given = prefix_tokens, constraints, self.lm_model, self.repeat_ngram_blocker, self.token_indices_to_suppress
-        if any(value is not None for value in given) or not self.min_len <= most or not self._is_plain():
+        if any(value is not None for value in given) or most < self.min_len or not self._is_plain():
             hypotheses: Hypotheses = super()._generate(sample, prefix_tokens, constraints, bos_token)
             return hypotheses
         choices = self._search(sample["net_input"], most, self.eos if bos_token is None else bos_token)
