@@ -7,7 +7,7 @@
 3. A training set in several files (``train``, ``train1``, ...) has each of them once unless ``--upsample-primary`` is
    given: fairseq 0.12 repeats the first -1 times by default, and fails.
 
-And a model that has generators of its own (``generator_classes``) is translated with by them.
+A model that has generators of its own (``generator_classes``, without and with alignment) is translated with by them.
 """
 
 import copy
@@ -33,7 +33,7 @@ def adapt() -> None:
     """Do all of the above; a second call changes nothing."""
     wrap(utils, "load_align_dict", _without_default_file)
     wrap(utils, "replace_unk", _by_pairs)
-    wrap(FairseqTask, "build_generator", _with_alignment)
+    wrap(FairseqTask, "build_generator", _as_needed)
     wrap(FairseqTask, "build_bpe", _with_fitting_pieces)
     wrap(FairseqTask, "filter_indices_by_size", _with_sizes_told)
     wrap(TranslationTask, "setup_task", _with_known_languages)
@@ -44,8 +44,8 @@ def _without_default_file(load: Callable) -> Callable:
     return lambda path: load("" if path == "@@ " else path)
 
 
-def _with_alignment(build: Callable) -> Callable:
-    """A generator for ``--replace-unk`` needs the alignment, whether it is printed or not."""
+def _as_needed(build: Callable) -> Callable:
+    """The model's own generator if it has one, and for ``--replace-unk`` one that aligns, printed or not."""
 
     def build_generator(
         self: FairseqTask,
