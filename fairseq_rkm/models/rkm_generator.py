@@ -13,7 +13,7 @@ from fairseq_rkm.models.hypotheses import Choices, follow_back
 from fairseq_rkm.models.rkm_decoder import DecoderState, RKMAttentionDecoder
 
 CHECKED = 4
-"""Steps after which the GPU is asked whether all sentences are done: it has no rest in between."""
+"""Steps after which the GPU is asked whether all sentences are done; at each such question it waits for the host."""
 
 Hypotheses = list[list[dict[str, Tensor]]]
 
@@ -46,6 +46,10 @@ class RKMGenerator(SequenceGenerator):
 
     So it is for plain beam search with one ``rkm`` that is on a GPU. For all else (other searches, prefixes,
     constraints, ensembles, an adaptive softmax, ...) this is fairseq's generator.
+
+    Raises:
+        RKMError: where steps are replayed, a sentence whose translations all have no probability, as of a model whose
+            scores are not finite.
     """
 
     def _generate(
@@ -57,8 +61,8 @@ class RKMGenerator(SequenceGenerator):
     ) -> Hypotheses:
         source = sample["net_input"].get("src_tokens")
         most = -1 if source is None else min(int(self.max_len_a * source.size(1) + self.max_len_b), self.max_len - 1)
-        given = prefix_tokens, constraints, self.lm_model, self.repeat_ngram_blocker, self.token_indices_to_suppress
-        if any(value is not None for value in given) or most < self.min_len or not self._is_plain():
+        asked_for_more = prefix_tokens is not None or constraints is not None
+        if asked_for_more or most < self.min_len or not self._is_plain():
             hypotheses: Hypotheses = super()._generate(sample, prefix_tokens, constraints, bos_token)
             return hypotheses
         choices = self._search(sample["net_input"], most, self.eos if bos_token is None else bos_token)
@@ -73,8 +77,10 @@ class RKMGenerator(SequenceGenerator):
     def _is_plain(self) -> bool:
         """Whether this is beam search whose steps can be replayed, with the usual 2 K candidates."""
         decoder = getattr(self.model.single_model, "decoder", None)
+        additions = self.lm_model, self.repeat_ngram_blocker, self.token_indices_to_suppress
         return (
-            self.model.models_size == 1
+            all(addition is None for addition in additions)
+            and self.model.models_size == 1
             and isinstance(decoder, RKMAttentionDecoder)
             and decoder.adaptive_softmax is None
             and decoder.can_replay()

@@ -118,15 +118,9 @@ def test_out_of_time_before_anything_began(tmp_path):
 
 def test_too_few_updates_to_time(tmp_path):
     (tmp_path / "data.json").write_text("{}")
-    command = [
-        sys.executable,
-        ROOT / "examples/translation/experiment.py",
-        tmp_path,
-        "--out",
-        tmp_path / "out",
-        "--speed",
-    ]
-    done = subprocess.run([*command, "--speed-updates", "19"], capture_output=True, text=True, check=False)
+    command = [sys.executable, ROOT / "examples/translation/experiment.py", tmp_path, "--out", tmp_path / "out"]
+    flags = ["--speed", "--speed-updates", "19"]
+    done = subprocess.run([*command, *flags], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "--speed-updates must be at least 20: tokens/s are logged that often" in done.stderr
 

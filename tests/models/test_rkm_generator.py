@@ -6,7 +6,7 @@ from fairseq.dataclass.configs import GenerationConfig
 from fairseq.search import Sampling
 from fairseq.sequence_generator import SequenceGenerator, SequenceGeneratorWithAlignment
 from fairseq.tasks import FairseqTask
-from helpers import assert_close, run_at_once
+from helpers import assert_close, product_type, run_at_once
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_translation import JOINED_SOFTMAX, SOURCE, TARGET, batch, build, dictionary, pad
@@ -135,7 +135,7 @@ def test_scores_in_the_precisions_of_a_gpu(dtype):
     source = batch(9)[0].cuda()
     found = [generate(kind, [model], source, {"beam_size": 4}) for kind in (RKMGenerator, SequenceGenerator)]
     given_, wanted = (torch.stack([hypotheses[0]["score"] for hypotheses in each]) for each in found)
-    assert_close(given_, wanted, dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float16)
+    assert_close(given_, wanted, dtype=product_type(dtype, "cuda"))
     assert model.decoder.graphs.recorded
 
 
