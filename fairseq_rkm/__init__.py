@@ -21,15 +21,15 @@ logging.getLogger("fairseq.tasks.text_to_speech").setLevel(logging.WARNING)
 
 def register() -> None:
     """Make the plugin's components known to fairseq, and fairseq ready for the torch at hand."""
-    import fairseq_rkm.quiet_fairseq  # isort: skip
-    import fairseq_rkm.compat
+    import fairseq_rkm.fairseq_patches.quiet_import  # isort: skip
     import fairseq_rkm.criterions
     import fairseq_rkm.data.words_tokenizer
+    import fairseq_rkm.fairseq_patches
     import fairseq_rkm.models
     import fairseq_rkm.optim
     import fairseq_rkm.tasks
 
-    fairseq_rkm.compat.adapt()
+    fairseq_rkm.fairseq_patches.apply()
 
 
 if "fairseq" in sys.modules:

@@ -4,5 +4,11 @@
 class RKMError(ValueError):
     """A flag, a shape, a file or a value that cannot be used: the message says what, where, and what to do.
 
-    On fairseq's command line only the message is printed, without a stack trace (see ``compat.py``).
+    On fairseq's command line only the message is printed, without a stack trace
+    (see ``fairseq_patches/error_messages.py``).
     """
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or for want of one its kind."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

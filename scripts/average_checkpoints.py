@@ -57,7 +57,7 @@ def average(paths: list[Path]) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    from fairseq_rkm.compat import CHECKPOINT_CLASSES
+    from fairseq_rkm.fairseq_patches.checkpoints import CHECKPOINT_CLASSES
 
     try:
         with torch.serialization.safe_globals(CHECKPOINT_CLASSES):

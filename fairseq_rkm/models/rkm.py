@@ -8,7 +8,7 @@ import torch
 from fairseq.models import FairseqEncoderDecoderModel, register_model, register_model_architecture
 from torch import Tensor, nn
 
-from fairseq_rkm.compat_translation import check_pieces
+from fairseq_rkm.data.sentencepieces import check_pieces
 from fairseq_rkm.errors import RKMError
 from fairseq_rkm.models import hub
 from fairseq_rkm.models.fitting_task import check_task

@@ -1,5 +1,5 @@
-"""fairseq tasks; importing this registers them."""
+"""Tasks; importing registers them with fairseq."""
 
-from fairseq_rkm.tasks import sentence_prediction_checks, stateful_language_modeling
+from fairseq_rkm.tasks import stateful_language_modeling
 
-__all__ = ["sentence_prediction_checks", "stateful_language_modeling"]
+__all__ = ["stateful_language_modeling"]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_translation import JOINED_SOFTMAX, SOURCE, TARGET, batch, build, dictionary, pad
 
-from fairseq_rkm import CELLS, RKMError, compat
+from fairseq_rkm import CELLS, RKMError, register
 from fairseq_rkm.models import rkm_generator
 from fairseq_rkm.models.rkm import RKMModel
 from fairseq_rkm.models.rkm_generator import RKMGenerator, RKMGeneratorWithAlignment
@@ -255,7 +255,7 @@ def test_no_hypothesis_without_a_probability():
     ],
 )
 def test_fairseq_s_tasks_search_with_it(flags, kind, fairseq_s):
-    compat.adapt()
+    register()
     task, model = SimpleNamespace(target_dictionary=TARGET), build()
     source = torch.cat([batch()[0], torch.full((3, 1), SOURCE.eos())], dim=1)
     sample = {"net_input": {"src_tokens": source, "src_lengths": source.ne(SOURCE.pad()).sum(1)}}

@@ -1,4 +1,4 @@
-"""Repairs of fairseq's translation commands, which :mod:`fairseq_rkm.compat` applies; they hold for all of its models.
+"""Repairs of fairseq's translation commands; they hold for all of its models.
 
 1. ``--replace-unk`` copies source words as its help says: fairseq 0.12 computes no alignment for it, reads those of
    ``--print-alignment`` as if they were numbers, and without a value looks for a file called ``"@@ "``.
@@ -18,33 +18,36 @@ from typing import Any
 
 import numpy as np
 from fairseq import utils
-from fairseq.data import Dictionary, LanguagePairDataset, data_utils
+from fairseq.data import LanguagePairDataset, data_utils
 from fairseq.tasks import FairseqTask
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from omegaconf import MissingMandatoryValue
 
+from fairseq_rkm.data.sentencepieces import check_pieces
 from fairseq_rkm.errors import RKMError
-from fairseq_rkm.wrapping import wrap
+from fairseq_rkm.fairseq_patches.registry import patch
 
 logger = logging.getLogger(__name__)
 
 
-def adapt() -> None:
-    """Do all of the above; a second call changes nothing."""
-    wrap(utils, "load_align_dict", _without_default_file)
-    wrap(utils, "replace_unk", _by_pairs)
-    wrap(FairseqTask, "build_generator", _as_needed)
-    wrap(FairseqTask, "build_bpe", _with_fitting_pieces)
-    wrap(FairseqTask, "filter_indices_by_size", _with_sizes_told)
-    wrap(TranslationTask, "setup_task", _with_known_languages)
-
-
-def _without_default_file(load: Callable) -> Callable:
+@patch(
+    utils,
+    "load_align_dict",
+    why="--replace-unk without a value looks for a file called '@@ '",
+    until="fairseq's default is no file",
+)
+def copy_without_file(load: Callable) -> Callable:
     """``--replace-unk`` without a file means to copy: its constant, meant for another flag, is no file's name."""
     return lambda path: load("" if path == "@@ " else path)
 
 
-def _as_needed(build: Callable) -> Callable:
+@patch(
+    FairseqTask,
+    "build_generator",
+    why="fairseq aligns for --print-alignment and not for --replace-unk; a model may have a generator of its own",
+    until="fairseq aligns for --replace-unk and asks models for their generators",
+)
+def build_generator_as_needed(build: Callable) -> Callable:
     """The model's own generator if it has one, and for ``--replace-unk`` one that aligns, printed or not."""
 
     def build_generator(
@@ -68,7 +71,13 @@ def _as_needed(build: Callable) -> Callable:
     return build_generator
 
 
-def _by_pairs(replace: Callable) -> Callable:
+@patch(
+    utils,
+    "replace_unk",
+    why="--replace-unk reads the alignment's pairs as if they were numbers",
+    until="fairseq reads its own alignments",
+)
+def replace_by_pairs(replace: Callable) -> Callable:
     """Each target word's source word, from the pairs (or, if ``soft``, the weights) that fairseq's aligner gives."""
 
     def replace_unk(hypo_str: str, src_str: str, alignment: list, align_dict: dict, unk: str) -> str:
@@ -84,7 +93,13 @@ def _aligned(entry: Any) -> int:
     return int(np.argmax([float(weight) for weight in entry[:-1]]))
 
 
-def _with_known_languages(setup: Callable) -> Callable:
+@patch(
+    TranslationTask,
+    "setup_task",
+    why="languages without data end in a stack trace, and a training set in several files is repeated -1 times",
+    until="fairseq checks languages and repeats once by default",
+)
+def check_languages_first(setup: Callable) -> Callable:
     def setup_task(cls: type, cfg: TranslationConfig, **kwargs: Any) -> TranslationTask:
         check_languages(cfg)
         if cfg.upsample_primary == TranslationConfig.upsample_primary:
@@ -108,7 +123,13 @@ def check_languages(cfg: TranslationConfig) -> None:
         raise RKMError(f"give --source-lang and --target-lang: they cannot be told from {folder}, {has}")
 
 
-def _with_sizes_told(filter_: Callable) -> Callable:
+@patch(
+    FairseqTask,
+    "filter_indices_by_size",
+    why="sentences beyond the longest, and empty ones, are not told of in a sentence",
+    until="fairseq names them",
+)
+def tell_sizes(filter_: Callable) -> Callable:
     def filter_indices_by_size(
         self: FairseqTask, indices: Any, dataset: Any, max_positions: Any = None, ignore_invalid_inputs: bool = False
     ) -> Any:
@@ -143,7 +164,13 @@ def check_sizes(dataset: LanguagePairDataset, indices: Any, max_positions: Any, 
         )
 
 
-def _with_fitting_pieces(build: Callable) -> Callable:
+@patch(
+    FairseqTask,
+    "build_bpe",
+    why="a sentencepiece model that did not make the source's dictionary translates into nonsense",
+    until="fairseq compares model and dictionary",
+)
+def check_sentencepieces(build: Callable) -> Callable:
     def build_bpe(self: FairseqTask, args: Any) -> Any:
         if getattr(args, "_name", None) != "sentencepiece":
             return build(self, args)
@@ -157,29 +184,3 @@ def _with_fitting_pieces(build: Callable) -> Callable:
         return bpe
 
     return build_bpe
-
-
-def check_pieces(bpe: Any, dictionary: Dictionary) -> None:
-    """Refuse a sentencepiece model that a source dictionary cannot have come from.
-
-    A model has every character that it was trained on as a piece, and what it does not know it passes on in runs of
-    unknown characters. So a symbol of the dictionary that is no piece, but has a character that is one, was not made
-    by it. One in a hundred is let pass: language tags and the like, which people add.
-
-    Args:
-        bpe: fairseq's encoder; any but sentencepiece's passes.
-        dictionary: the source's.
-
-    Raises:
-        RKMError: a model that does not fit.
-    """
-    if not hasattr(bpe, "sp"):
-        return
-    pieces = {bpe.sp.IdToPiece(i) for i in range(bpe.sp.GetPieceSize())}
-    symbols = [s for s in dictionary.symbols[dictionary.nspecial :] if not s.startswith("madeupword")]
-    strange = [s for s in symbols if s not in pieces and any(character in pieces for character in s)]
-    if len(strange) > 0.01 * len(symbols):
-        raise RKMError(
-            f"the sentencepiece model does not fit the source's dictionary: {len(strange):,} of its {len(symbols):,} "
-            f"types, such as {strange[0]!r}, are no pieces of the model. Give the model that the data was encoded with"
-        )

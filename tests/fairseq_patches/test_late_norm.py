@@ -8,9 +8,9 @@ from fairseq.trainer import Trainer
 from omegaconf import OmegaConf
 
 import fairseq_rkm
-from fairseq_rkm.optim import late_norm
+from fairseq_rkm.fairseq_patches import late_readings
+from fairseq_rkm.fairseq_patches.late_readings import norm_an_update_late
 from fairseq_rkm.optim.adamw_average import AveragedAdamWConfig, FairseqAveragedAdamW
-from fairseq_rkm.optim.late_norm import late
 from fairseq_rkm.optim.nt_asgd import FairseqNonMonotoneASGD, NonMonotoneASGDConfig
 
 fairseq_rkm.register()
@@ -47,7 +47,7 @@ def update(trainer, params, gradient):
     for p in params:
         p.grad = torch.full_like(p, gradient)
     inner = getattr(trainer.optimizer, "fp32_optimizer", trainer.optimizer)
-    shown = late(lambda _, clip: inner.clip_grad_norm(clip))(trainer, 1.0)
+    shown = norm_an_update_late(lambda _, clip: inner.clip_grad_norm(clip))(trainer, 1.0)
     inner.step()
     return shown
 
@@ -58,7 +58,7 @@ def norm_of(gradient):
 
 @pytest.fixture
 def as_on_gpu(monkeypatch):
-    monkeypatch.setattr(late_norm, "_is_on_gpu", lambda _: True)
+    monkeypatch.setattr(late_readings, "_is_on_gpu", lambda _: True)
 
 
 @pytest.mark.usefixtures("as_on_gpu")
@@ -103,7 +103,7 @@ def test_not_with_loss_scaling_nor_in_several_processes_nor_with_other_optimizer
     for trainer, params in (make_trainer("cpu", processes=2), (scaled, params_of_scaled)):
         assert [update(trainer, params, g).item() for g in (1.0, 2.0)] == pytest.approx([norm_of(1), norm_of(2)])
     trainer = SimpleNamespace(optimizer=object(), data_parallel_world_size=1)
-    assert late(lambda *_: torch.tensor(7.0))(trainer, 1.0) == 7
+    assert norm_an_update_late(lambda *_: torch.tensor(7.0))(trainer, 1.0) == 7
 
 
 def test_the_trainer_is_shown_it_once():

@@ -10,18 +10,20 @@ from fairseq.data import Dictionary, LanguagePairDataset
 from fairseq.data.encoders.sentencepiece_bpe import SentencepieceBPE, SentencepieceConfig
 from fairseq.tasks.translation import TranslationConfig
 
-from fairseq_rkm import RKMError, compat, compat_translation
-from fairseq_rkm.compat_translation import check_languages, check_pieces, check_sizes
+import fairseq_rkm
+from fairseq_rkm import RKMError
+from fairseq_rkm.data.sentencepieces import check_pieces
+from fairseq_rkm.fairseq_patches.translation import check_languages, check_sizes
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _adapted():
-    compat.adapt()
+    fairseq_rkm.register()
 
 
 def test_adapting_twice_wraps_once():
     once = utils.replace_unk, utils.load_align_dict
-    compat_translation.adapt()
+    fairseq_rkm.register()
     assert (utils.replace_unk, utils.load_align_dict) == once
 
 

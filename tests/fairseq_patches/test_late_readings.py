@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fairseq_rkm.late_values import LateValues
+from fairseq_rkm.fairseq_patches.late_readings import LateValues
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 

@@ -6,9 +6,9 @@ from fairseq.trainer import Trainer
 from omegaconf import OmegaConf
 
 import fairseq_rkm
-from fairseq_rkm.optim import late_log
+from fairseq_rkm.fairseq_patches import late_readings
+from fairseq_rkm.fairseq_patches.late_readings import LateLog, log_an_update_late
 from fairseq_rkm.optim.adamw_average import AveragedAdamWConfig, FairseqAveragedAdamW
-from fairseq_rkm.optim.late_log import LateLog, late
 
 fairseq_rkm.register()
 
@@ -22,7 +22,7 @@ def outputs(device, update):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_all_that_an_update_logs_comes_with_the_next(monkeypatch, device):
-    monkeypatch.setattr(late_log, "_is_on_gpu", lambda _: True)
+    monkeypatch.setattr(late_readings, "_is_on_gpu", lambda _: True)
     log = LateLog()
     for update, arriving in enumerate((0, 0, 1, 2)):
         given = log.exchange(outputs(device, update))
@@ -31,7 +31,7 @@ def test_all_that_an_update_logs_comes_with_the_next(monkeypatch, device):
 
 
 def test_what_may_change_its_keys_comes_with_them(monkeypatch):
-    monkeypatch.setattr(late_log, "_is_on_gpu", lambda _: True)
+    monkeypatch.setattr(late_readings, "_is_on_gpu", lambda _: True)
     log = LateLog()
     log.exchange([{"loss": torch.tensor(1.0)}])
     assert log.exchange([{"loss": torch.tensor(2.0), "ar": torch.tensor(3.0)}]) == [{"loss": 1.0}]
@@ -42,15 +42,17 @@ def test_what_is_no_number_on_a_gpu_is_left_as_it_is(monkeypatch):
     log, given = LateLog(), outputs("cpu", 1)
     assert log.exchange(given) is given
     assert log.exchange([{"ntokens": 3}]) == [{"ntokens": 3}]
-    monkeypatch.setattr(late_log, "_is_on_gpu", lambda _: True)
+    monkeypatch.setattr(late_readings, "_is_on_gpu", lambda _: True)
     large = [{"loss": torch.tensor(1.0), "scores": torch.zeros(3)}]
     assert log.exchange(large) is large
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_with_our_optimizers_training_is_logged_an_update_late_and_validation_at_once(monkeypatch, wrapped):
-    monkeypatch.setattr(late_log, "_is_on_gpu", lambda _: True)
-    log = late(lambda _, outputs, sample_size, norm=None: {"loss": outputs[0]["loss"], "n": sample_size, "norm": norm})
+    monkeypatch.setattr(late_readings, "_is_on_gpu", lambda _: True)
+    log = log_an_update_late(
+        lambda _, outputs, sample_size, norm=None: {"loss": outputs[0]["loss"], "n": sample_size, "norm": norm}
+    )
     config = OmegaConf.structured(AveragedAdamWConfig(lr=[0.1], task_name=None))
     ours = FairseqAveragedAdamW(config, [torch.nn.Parameter(torch.zeros(1))])
     trainer = SimpleNamespace(optimizer=SimpleNamespace(fp32_optimizer=ours) if wrapped else ours)
@@ -65,8 +67,8 @@ def test_with_our_optimizers_training_is_logged_an_update_late_and_validation_at
 
 
 def test_with_other_optimizers_nothing_is_late(monkeypatch):
-    monkeypatch.setattr(late_log, "_is_on_gpu", lambda _: True)
-    log = late(lambda _, outputs, *_rest: {"loss": outputs[0]["loss"]})
+    monkeypatch.setattr(late_readings, "_is_on_gpu", lambda _: True)
+    log = log_an_update_late(lambda _, outputs, *_rest: {"loss": outputs[0]["loss"]})
     trainer = SimpleNamespace(optimizer=object())
     assert [log(trainer, [{"loss": torch.tensor(loss)}], 1, 0.5)["loss"] for loss in (1.0, 2.0)] == [1, 2]
 

@@ -11,16 +11,16 @@ from fairseq.data import Dictionary, data_utils
 from fairseq.tasks.sentence_prediction import SentencePredictionTask
 
 from fairseq_rkm.errors import RKMError
-from fairseq_rkm.wrapping import wrap
+from fairseq_rkm.fairseq_patches.registry import patch
 
 
-def adapt() -> None:
-    """Check what the task is given; a second call changes nothing."""
-    wrap(SentencePredictionTask, "setup_task", _check_flags)
-    wrap(SentencePredictionTask, "load_dataset", _check_split)
-
-
-def _check_flags(setup_task: Any) -> Any:
+@patch(
+    SentencePredictionTask,
+    "setup_task",
+    why="missing flags and dictionaries of sentence_prediction end in bare assertions",
+    until="fairseq checks its data itself",
+)
+def check_flags(setup_task: Any) -> Any:
     def checked(cls: type, cfg: Any, **kwargs: Any) -> Any:
         kinds = ["input0"] if cfg.regression_target else ["input0", "label"]
         for path in (Path(cfg.data, kind, "dict.txt") for kind in kinds):
@@ -42,7 +42,13 @@ def _classes(cfg: Any) -> int:
     return len(dictionary) - dictionary.nspecial
 
 
-def _check_split(load_dataset: Any) -> Any:
+@patch(
+    SentencePredictionTask,
+    "load_dataset",
+    why="the task leaves long documents out, and trains on labels outside its dictionary until the loss fails",
+    until="fairseq checks its data itself",
+)
+def check_split(load_dataset: Any) -> Any:
     def checked(task: SentencePredictionTask, split: str, *args: Any, **kwargs: Any) -> Any:
         for kind in ("input0",) if task.cfg.regression_target else ("input0", "label"):
             binary = Path(task.cfg.data, kind, f"{split}.bin")

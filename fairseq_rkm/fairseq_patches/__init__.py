@@ -1,0 +1,33 @@
+"""All changes to fairseq, a file a subject; ``python -m fairseq_rkm.fairseq_patches`` lists them.
+
+Each is declared beside its code (:mod:`fairseq_rkm.fairseq_patches.registry`). ``FAIRSEQ_RKM_PATCHES`` switches them:
+``-late_readings`` leaves a subject out, ``-shutdown.leave_process_groups`` one change, and names without ``-`` are made
+alone.
+"""
+
+import importlib
+
+SUBJECTS = (
+    "torch_and_numpy",
+    "checkpoints",
+    "error_messages",
+    "precision",
+    "late_readings",
+    "shutdown",
+    "translation",
+    "documents",
+)
+"""The files that declare patches, in the order in which these are made."""
+
+
+def load() -> None:
+    """Declare all patches; fairseq is imported, and not changed."""
+    for subject in ("quiet_import", *SUBJECTS):
+        importlib.import_module(f"{__name__}.{subject}")
+
+
+def apply() -> None:
+    """Make the changes that ``FAIRSEQ_RKM_PATCHES`` selects, by default all; a second call changes nothing."""
+    load()
+    registry = importlib.import_module(f"{__name__}.registry")
+    registry.apply()

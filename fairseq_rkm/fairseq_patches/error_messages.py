@@ -1,0 +1,78 @@
+"""A user's mistake ends fairseq's commands with one sentence in place of a stack trace.
+
+So do flags of a configuration that are unknown or do not go together, and training that has diverged.
+"""
+
+import os
+import re
+import sys
+import types
+from pathlib import Path
+
+import omegaconf
+
+from fairseq_rkm.errors import RKMError, first_line
+from fairseq_rkm.fairseq_patches.registry import setting
+
+DOCUMENTS = "--task sentence_prediction --criterion sentence_prediction --arch rkm_classifier"
+"""What classifies documents: each of the three reads flags of the others."""
+
+DIVERGED = (
+    "training has diverged: gradients are not finite. Lower --lr, warm it up, or give --clip-norm; cells whose output "
+    "is not squashed (rkm_lstm, rkm_cifg, linear_kernel_gated) may need a bounded memory: --layer-norm or "
+    "--memory-clip 1"
+)
+
+
+@setting(
+    "sys.excepthook",
+    why="a user's mistake ends fairseq's commands in a stack trace, and hydra prints errors itself",
+    until="fairseq prints its users' mistakes in a sentence",
+)
+def sentences_for_mistakes() -> None:
+    """Print errors by :func:`print_error`, in fairseq's commands only; hydra is told to leave errors alone."""
+    if _in_fairseq_command() and sys.excepthook is sys.__excepthook__:
+        sys.excepthook = print_error
+        os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+
+
+def _in_fairseq_command() -> bool:
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    return Path(sys.argv[0]).name.startswith("fairseq-") or (spec is not None and spec.name.startswith("fairseq_cli"))
+
+
+def print_error(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
+    """``sys.excepthook``: one sentence for a user's mistake, the stack trace for anything else."""
+    sentence = sentence_of(error)
+    if sentence is None:
+        sys.__excepthook__(kind, error, trace)
+    else:
+        print(f"fairseq-rkm: error: {sentence}", file=sys.stderr)
+
+
+def sentence_of(error: BaseException | None) -> str | None:
+    """The message of the user's mistake behind an error: fairseq wraps some, and so do its worker processes."""
+    chain = []
+    while error is not None:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    for link in chain:
+        if isinstance(link, RKMError):
+            return str(link)
+        if isinstance(link, omegaconf.errors.InterpolationKeyError):
+            return f"{first_line(link)}: --task, --criterion and --arch must go together, as {DOCUMENTS} do"
+        if isinstance(link, (omegaconf.errors.ValidationError, omegaconf.errors.ConfigKeyError)):
+            return f"configuration key {link.full_key}: {first_line(link)}"
+        if isinstance(link, FloatingPointError):
+            return _advised(str(link))
+        in_worker = re.search(rf"({RKMError.__module__}.{RKMError.__name__}|FloatingPointError): (.*)", str(link))
+        if in_worker:
+            return _advised(in_worker[2])
+    # A bare Exception is how fairseq itself tells users of a mistake.
+    told = (str(link) for link in chain if isinstance(link, OSError) or type(link) is Exception)
+    return next(told, None)
+
+
+def _advised(message: str) -> str:
+    """A message, or in place of fairseq's of gradients that are not finite what to do about them."""
+    return DIVERGED if message == "gradients are Nan/Inf" else message
