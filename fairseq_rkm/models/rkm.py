@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from fairseq_rkm.data.sentencepieces import check_pieces
 from fairseq_rkm.errors import RKMError
+from fairseq_rkm.graphs.graphed_function import GraphedFunction
+from fairseq_rkm.graphs.recording import NEEDS_GPU, NEEDS_ONE_PROCESS, refuse
 from fairseq_rkm.models import hub
 from fairseq_rkm.models.fitting_task import check_task
 from fairseq_rkm.models.options import CELL_CHOICES, RKMOptions
@@ -18,7 +20,6 @@ from fairseq_rkm.models.rkm_encoder import RKMEncoder
 from fairseq_rkm.models.rkm_generator import RKMGenerator, RKMGeneratorWithAlignment
 from fairseq_rkm.models.word_layers import SoftmaxOptions, build_embedding, check_softmax
 from fairseq_rkm.modules.dropout import check_probability
-from fairseq_rkm.modules.graphed_function import GraphedFunction
 
 DROPOUTS = ("encoder_dropout_in", "encoder_dropout_out", "decoder_dropout_in", "decoder_dropout_out")
 
@@ -89,7 +90,7 @@ class RKMConfig(SoftmaxOptions, RKMOptions):
 class RKMModel(FairseqEncoderDecoderModel):
     """A sequence-to-sequence model whose recurrences are any cells of Liang et al. (2019).
 
-    With ``--cuda-graphs`` training replays all of it but the softmax (see :mod:`fairseq_rkm.modules.graphed_function`).
+    With ``--cuda-graphs`` training replays all of it but the softmax (see :mod:`fairseq_rkm.graphs.graphed_function`).
     """
 
     generator_classes = RKMGenerator, RKMGeneratorWithAlignment
@@ -134,7 +135,8 @@ class RKMModel(FairseqEncoderDecoderModel):
             return outcome
         if self.graphs is None:
             check_graphs(src_tokens)
-            self.graphs = GraphedFunction(self._features, [p for p in self.parameters() if p.requires_grad])
+            moving = [p for p in self.parameters() if p.requires_grad]
+            self.graphs = GraphedFunction(self._features, moving, remedy="train without --cuda-graphs")
         features, weights = self.graphs(src_tokens, prev_output_tokens)
         return self.decoder.output_layer(features), {"attn": [weights]}
 
@@ -172,15 +174,13 @@ class RKMModel(FairseqEncoderDecoderModel):
 def check_graphs(tokens: Tensor) -> None:
     """Raises RKMError where passes cannot be recorded: they must need nothing but what one GPU computes."""
     refusals = {
-        "needs a CUDA GPU (and no --cpu)": not tokens.is_cuda,
-        "is for one process": torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1,
+        NEEDS_GPU: not tokens.is_cuda,
+        NEEDS_ONE_PROCESS: torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1,
         "cannot be had with --amp, which would keep what a graph overwrites: use --bf16 or --fp16": (
             torch.is_autocast_enabled()
         ),
     }
-    for reason, applies in refusals.items():
-        if applies:
-            raise RKMError(f"--cuda-graphs {reason}")
+    refuse("--cuda-graphs", refusals)
 
 
 def initialize(model: RKMModel) -> None:

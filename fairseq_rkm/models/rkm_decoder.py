@@ -10,11 +10,11 @@ from fairseq.modules import FairseqDropout
 from torch import Tensor, nn
 
 from fairseq_rkm.data.dictionary import check_fingerprint, fingerprint
+from fairseq_rkm.graphs.decoding_graphs import DecodingGraphs
 from fairseq_rkm.models.options import NO_LIMIT, build_rkm, first_given
 from fairseq_rkm.models.rkm_encoder import EncoderOut
 from fairseq_rkm.models.word_layers import build_softmax
 from fairseq_rkm.modules import RKM, GlobalAttention, RKMState, Stepper, dropped_embedding
-from fairseq_rkm.modules.decoding_graphs import DecodingGraphs
 from fairseq_rkm.ops import CELLS
 from fairseq_rkm.ops.weights import memory_dtype
 

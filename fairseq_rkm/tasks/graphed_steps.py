@@ -13,10 +13,20 @@ from fairseq.optim import FairseqOptimizer
 from fairseq.tasks import FairseqTask
 from torch import Tensor
 
-from fairseq_rkm.errors import RKMError
+from fairseq_rkm.graphs.recording import (
+    NEEDS_GPU,
+    NEEDS_ONE_PROCESS,
+    GraphRecorder,
+    Recordings,
+    copy_all,
+    record,
+    refuse,
+)
 from fairseq_rkm.models.carried_state import CarriedState
 from fairseq_rkm.modules import RKMState
-from fairseq_rkm.modules.cuda_graphs import GraphRecorder, copy_all, record
+
+MOST_LENGTHS = 1000
+"""Recorded lengths of segments that are kept; those beyond them are done without."""
 
 
 class GraphedSteps(FairseqTask):
@@ -53,16 +63,14 @@ class GraphedSteps(FairseqTask):
 def check_graphs(args: Any, model: Any) -> None:
     """Raises RKMError where steps cannot be recorded: they must need nothing but what one GPU computes."""
     refusals = {
-        "needs a CUDA GPU (and no --cpu)": args.cpu or not torch.cuda.is_available(),
-        "is for one process": args.distributed_world_size > 1,
+        NEEDS_GPU: args.cpu or not torch.cuda.is_available(),
+        NEEDS_ONE_PROCESS: args.distributed_world_size > 1,
         "cannot be had with --fp16 or --amp, whose loss scale changes: use --bf16": args.fp16 or args.amp,
         "cannot be had with an adaptive softmax, whose sizes depend on the words": (
             getattr(model.decoder, "adaptive_softmax", None) is not None
         ),
     }
-    for reason, applies in refusals.items():
-        if applies:
-            raise RKMError(f"--cuda-graphs {reason}")
+    refuse("--cuda-graphs", refusals)
 
 
 class _Recorded(NamedTuple):
@@ -77,13 +85,14 @@ class _Recorded(NamedTuple):
 class StepGraphs:
     """The recorded steps of one model, which share their memory, and the tensors that all of them read and write.
 
-    A segment's length is met once without a graph, and recorded when it is met again.
+    A segment's length is met once without a graph, and recorded when it is met again
+    (:class:`~fairseq_rkm.graphs.recording.Recordings`).
 
     Args:
         model: in training.
         criterion: whose tensors are of sizes that follow from the sample's.
         optimizer: fairseq's, without loss scale.
-        recorder: :func:`~fairseq_rkm.modules.cuda_graphs.record`.
+        recorder: :func:`~fairseq_rkm.graphs.recording.record`.
     """
 
     def __init__(self, model: Any, criterion: Any, optimizer: FairseqOptimizer, recorder: Callable = record) -> None:
@@ -91,20 +100,15 @@ class StepGraphs:
         self.carried: CarriedState[list[RKMState]] = model.decoder.carried[True]
         self.weights = [p for p in model.parameters() if p.requires_grad]
         self.gradients = [torch.empty_like(p) for p in self.weights]
-        self.recorder = GraphRecorder(self.weights[0].device, recorder)
-        self.met: set[torch.Size] = set()
-        self.steps: dict[torch.Size, _Recorded] = {}
+        self.recorder = GraphRecorder(self.weights[0].device, recorder, "train without --cuda-graphs")
+        self.steps: Recordings[torch.Size, _Recorded] = Recordings(MOST_LENGTHS)
         self.entered: list[RKMState] = []
         self.left: list[RKMState] = []
 
     def takes(self, sample: dict) -> bool:
-        """Whether to replay a step: no padding, a state to start from, a shape met before, no hooks to call."""
-        shape = sample["target"].shape
-        if not sample["net_input"]["segment"] or sample["ntokens"] != shape.numel() or self.model._forward_hooks:
-            return False
-        met = shape in self.met
-        self.met.add(shape)
-        return met
+        """Whether a step can be replayed: no padding, a state to start from, no hooks to call."""
+        whole = sample["ntokens"] == sample["target"].numel()
+        return bool(sample["net_input"]["segment"]) and whole and not self.model._forward_hooks
 
     def step(self, sample: dict, without: Callable[[], tuple]) -> tuple:
         """Loss, sample size and logging output, as fairseq's ``train_step``; the gradients are in place.
@@ -114,17 +118,14 @@ class StepGraphs:
             without: the step as it is done without a graph.
         """
         with self.recorder.own_stream():
-            return self._replay(sample) if self.takes(sample) else without()
+            if not self.takes(sample):
+                return without()
+            found = self.steps.find(sample["target"].shape, lambda: self._record(sample))
+            return without() if found is None else self._replay(found, sample)
 
-    def _replay(self, sample: dict) -> tuple[Tensor, int, dict[str, Any]]:
-        segment, shape = sample["net_input"]["segment"], sample["target"].shape
-        state = self.carried.before(segment) or []
-        if not self.entered:
-            self.entered, self.left = ([layer.map(torch.empty_like) for layer in state] for _ in range(2))
-        copy_all(state_tensors(self.entered), state_tensors(state))
-        if shape not in self.steps:
-            self.steps[shape] = self._record(sample)
-        step = self.steps[shape]
+    def _replay(self, step: _Recorded, sample: dict) -> tuple[Tensor, int, dict[str, Any]]:
+        segment = sample["net_input"]["segment"]
+        self._enter(segment)
         copy_all(step.inputs, _sample_tensors(sample))
         step.replay()
         self.carried.after(segment, self.entered, self.left)
@@ -134,7 +135,15 @@ class StepGraphs:
             self.optimizer._needs_sync = True
         return step.logged["loss"], step.logged["sample_size"], dict(step.logged)
 
+    def _enter(self, segment: int) -> None:
+        """Copy the state that the segment before has left to the place where graphs find it."""
+        state = self.carried.before(segment) or []
+        if not self.entered:
+            self.entered, self.left = ([layer.map(torch.empty_like) for layer in state] for _ in range(2))
+        copy_all(state_tensors(self.entered), state_tensors(state))
+
     def _record(self, sample: dict) -> _Recorded:
+        self._enter(sample["net_input"]["segment"])
         held = utils.apply_to_sample(torch.clone, sample)
         moved: list[int] = []
         logged: dict[str, Any] = {}

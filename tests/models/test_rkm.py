@@ -14,10 +14,10 @@ from omegaconf import OmegaConf
 from small_translation import JOINED, JOINED_SOFTMAX, SMALL, SOURCE, TARGET, batch, build, dictionary, pad
 
 from fairseq_rkm import CELLS, RKMError
+from fairseq_rkm.graphs.decoding_graphs import DecodingGraphs
+from fairseq_rkm.graphs.graphed_function import GraphedFunction
 from fairseq_rkm.models import rkm
 from fairseq_rkm.models.rkm import RKMConfig, RKMModel, check_flags, initialize, rkm_iwslt_de_en, rkm_tiny
-from fairseq_rkm.modules.decoding_graphs import DecodingGraphs
-from fairseq_rkm.modules.graphed_function import GraphedFunction
 
 
 def assert_steps_equal_the_full_pass(model):
@@ -147,7 +147,7 @@ def test_a_length_has_one_graph(dtype):
             encoder_out = model.encoder(source)
             for t in range(4):
                 model.decoder(tokens[:, : t + 1], encoder_out, incremental)
-    assert len(model.decoder.graphs.met) == len(model.decoder.graphs.recorded) == 1
+    assert len(model.decoder.graphs.recorded.met) == len(model.decoder.graphs.recorded) == 1
 
 
 @pytest.mark.usefixtures("replayed")
@@ -494,7 +494,7 @@ def test_checkpoints_of_another_dictionary_are_refused():
 def test_replayed_training_is_the_same(monkeypatch, flags):
     """Recording and replaying is done again, on a CPU: :mod:`modules.test_graphed_function` has it on GPUs."""
     monkeypatch.setattr(rkm, "check_graphs", lambda _tokens: None)
-    monkeypatch.setattr(GraphedFunction.__init__, "__defaults__", (run_at_once,))
+    monkeypatch.setattr(GraphedFunction.__init__, "__defaults__", (run_at_once, ""))
     batches = [batch(), batch(source_length=4), batch(), batch(source_length=4), batch()]
     batches[2][0][1, 4:] = SOURCE.pad()
     outcomes = []

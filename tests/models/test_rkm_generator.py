@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from small_translation import JOINED_SOFTMAX, SOURCE, TARGET, batch, build, dictionary, pad
 
 from fairseq_rkm import CELLS, RKMError, register
+from fairseq_rkm.graphs import decoding_graphs
+from fairseq_rkm.graphs.decoding_graphs import DecodingGraphs
+from fairseq_rkm.graphs.recording import record
 from fairseq_rkm.models import rkm_generator
 from fairseq_rkm.models.rkm import RKMModel
 from fairseq_rkm.models.rkm_generator import RKMGenerator, RKMGeneratorWithAlignment
-from fairseq_rkm.modules import decoding_graphs
-from fairseq_rkm.modules.cuda_graphs import record
-from fairseq_rkm.modules.decoding_graphs import DecodingGraphs
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 AVAILABLE = DecodingGraphs.available
@@ -165,7 +165,7 @@ def test_steps_that_cannot_be_recorded_are_done(monkeypatch):
 
 
 def test_large_batches_are_searched_without_graphs(monkeypatch):
-    monkeypatch.setattr(decoding_graphs, "MOST", 10)
+    monkeypatch.setattr(decoding_graphs, "MOST_ELEMENTS", 10)
     model = build()
     assert both([model], batch()[0])[1]
     assert not model.decoder.graphs.recorded

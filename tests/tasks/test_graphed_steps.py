@@ -8,8 +8,8 @@ from omegaconf import OmegaConf
 import fairseq_rkm
 from fairseq_rkm import RKMError
 from fairseq_rkm.criterions.cross_entropy_ar_tar import CrossEntropyARTARCriterion
+from fairseq_rkm.graphs.recording import record
 from fairseq_rkm.models.rkm_lm import RKMDecoder, RKMLanguageModel, RKMLanguageModelConfig
-from fairseq_rkm.modules.cuda_graphs import record
 from fairseq_rkm.optim.adamw_average import AveragedAdamWConfig, FairseqAveragedAdamW
 from fairseq_rkm.tasks.graphed_steps import StepGraphs, check_graphs
 from fairseq_rkm.tasks.stateful_language_modeling import StatefulLanguageModelingConfig, StatefulLanguageModelingTask

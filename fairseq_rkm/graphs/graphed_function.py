@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fairseq_rkm.errors import RKMError
-from fairseq_rkm.modules.cuda_graphs import GraphRecorder, Run, copy_all, record
+from fairseq_rkm.graphs.recording import GraphRecorder, Recordings, Run, copy_all, record
 
 Shapes = tuple[torch.Size, ...]
-MOST = 1000
+MOST_SHAPES = 1000
 """Pairs of graphs that are kept; shapes beyond them are done without."""
 
 
@@ -29,23 +29,28 @@ class _Passes(NamedTuple):
 class GraphedFunction:
     """Replay a function in training: what it launches costs the host one launch forward and one backward.
 
-    A shape is met once without graphs and recorded when it is met again. All graphs share their memory: what a forward
+    A shape is met once without graphs and recorded when it is met again
+    (:class:`~fairseq_rkm.graphs.recording.Recordings`). All graphs share their memory: what a forward
     pass keeps for its backward pass is there until the next forward pass.
 
     Args:
         function: of tensors that need no gradients, to a tuple of tensors; it must wait for nothing of the GPU's.
         weights: all that gradients are to go to.
-        recorder: :func:`~fairseq_rkm.modules.cuda_graphs.record`.
+        recorder: :func:`~fairseq_rkm.graphs.recording.record`.
+        remedy: ends the sentence of an error: how to do without graphs.
     """
 
     def __init__(
-        self, function: Callable[..., tuple[Tensor, ...]], weights: Sequence[Tensor], recorder: Callable = record
+        self,
+        function: Callable[..., tuple[Tensor, ...]],
+        weights: Sequence[Tensor],
+        recorder: Callable = record,
+        remedy: str = "do without CUDA graphs",
     ) -> None:
-        self.function, self.weights = function, list(weights)
+        self.function, self.weights, self.remedy = function, list(weights), remedy
         self.gradients = [torch.empty_like(weight) for weight in self.weights]
-        self.recorder = GraphRecorder(self.weights[0].device, recorder)
-        self.met: set[Shapes] = set()
-        self.recorded: dict[Shapes, _Passes] = {}
+        self.recorder = GraphRecorder(self.weights[0].device, recorder, remedy)
+        self.recorded: Recordings[Shapes, _Passes] = Recordings(MOST_SHAPES)
         self.forward_passes = 0
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -56,13 +61,10 @@ class GraphedFunction:
         """
         shapes = tuple(x.shape for x in inputs)
         with self.recorder.own_stream():
-            known = shapes in self.recorded or (shapes in self.met and len(self.recorded) < MOST)
-            self.met.add(shapes)
-            if not known:
+            passes = self.recorded.find(shapes, lambda: self._record(inputs))
+            if passes is None:
                 return self.function(*inputs)
-            if shapes not in self.recorded:
-                self.recorded[shapes] = self._record(inputs)
-            outputs: tuple[Tensor, ...] = _Replay.apply(self, self.recorded[shapes], *inputs, *self.weights)
+            outputs: tuple[Tensor, ...] = _Replay.apply(self, passes, *inputs, *self.weights)
             return outputs
 
     def _record(self, inputs: Sequence[Tensor]) -> _Passes:
@@ -105,7 +107,7 @@ class _Replay(torch.autograd.Function):
         if ctx.number != owner.forward_passes:
             raise RKMError(
                 "two forward passes before the first one's backward pass, which shares its memory with the second: "
-                "train without --cuda-graphs"
+                f"{owner.remedy}"
             )
         copy_all(passes.grad_outputs, grad_outputs)
         passes.backward()

@@ -8,9 +8,10 @@ from helpers import assert_close, product_type, run_at_once
 from torch import nn
 
 from fairseq_rkm import RKM, RKMError
-from fairseq_rkm.modules import RKMState, Stepper, decoding_graphs
-from fairseq_rkm.modules.cuda_graphs import record
-from fairseq_rkm.modules.decoding_graphs import DecodingGraphs
+from fairseq_rkm.graphs import decoding_graphs
+from fairseq_rkm.graphs.decoding_graphs import DecodingGraphs
+from fairseq_rkm.graphs.recording import record
+from fairseq_rkm.modules import RKMState, Stepper
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 
@@ -147,7 +148,7 @@ def test_under_inference_mode_and_then_not():
 
 
 def test_the_graph_not_used_for_longest_goes(monkeypatch):
-    monkeypatch.setattr(decoding_graphs, "KEPT", 2)
+    monkeypatch.setattr(decoding_graphs, "MOST_GRAPHS", 2)
     graphs = DecodingGraphs(run_at_once)
     for width in (1, 1, 2, 2, 1, 3, 3):
         assert torch.equal(graphs(lambda x: (x + 1,), [torch.zeros(2, width)])[0], torch.ones(2, width))
@@ -155,7 +156,7 @@ def test_the_graph_not_used_for_longest_goes(monkeypatch):
 
 
 def test_steps_that_read_much_are_done_without(monkeypatch):
-    monkeypatch.setattr(decoding_graphs, "MOST", 5)
+    monkeypatch.setattr(decoding_graphs, "MOST_ELEMENTS", 5)
     graphs = DecodingGraphs(run_at_once)
     for size in (5, 5, 6, 6):
         graphs(lambda x: (x + 1,), [torch.zeros(size)])
@@ -166,9 +167,7 @@ def test_where_a_step_cannot_be_recorded_decoding_goes_on_without(caplog):
     decoder = Decoder("cpu", refuse)
     with caplog.at_level(logging.WARNING):
         given = decoder.decode(LONG, replayed=True)
-    assert [record.message for record in caplog.records] == [
-        "a step could not be recorded as a CUDA graph (no): decoding goes on without"
-    ]
+    assert [record.message for record in caplog.records] == ["no: decoding goes on without"]
     assert decoder.graphs.refused
     for got, want in zip(given, decoder.decode(LONG, replayed=False), strict=True):
         assert_close(got, want)
@@ -205,7 +204,7 @@ def test_where_steps_are_replayed(monkeypatch):
     assert not graphs.steppers, "on a CPU nothing is kept"
     for _ in range(3):
         graphs(lambda x: (x + 1,), [torch.zeros(2)])
-    assert not graphs.met
+    assert not graphs.recorded.met
     tensor = type("OnGPU", (), {"is_cuda": True})()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     assert graphs.available(tensor)

@@ -2,7 +2,6 @@
 
 import logging
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple, Optional
 
@@ -10,14 +9,14 @@ import torch
 from torch import Tensor
 
 from fairseq_rkm.errors import RKMError
-from fairseq_rkm.modules.cuda_graphs import GraphRecorder, Run, copy_all, record
+from fairseq_rkm.graphs.recording import GraphRecorder, Recordings, Run, copy_all, record
 from fairseq_rkm.modules.stepping import Stepper
 
 logger = logging.getLogger(__name__)
 
-KEPT = 16
-"""Graphs that are kept; of more the one that was not used for longest goes."""
-MOST = 1 << 25
+MOST_GRAPHS = 16
+"""Graphs that are kept; of more the one longest unused goes."""
+MOST_ELEMENTS = 1 << 25
 """Elements that a step may read: with more the GPU takes longer than the host, which graphs spare."""
 
 Step = Callable[..., tuple[Tensor, ...]]
@@ -46,7 +45,7 @@ class DecodingGraphs:
     or what is loaded from a pickle, begins without any.
 
     Args:
-        recorder: :func:`~fairseq_rkm.modules.cuda_graphs.record`.
+        recorder: :func:`~fairseq_rkm.graphs.recording.record`.
     """
 
     def __init__(self, recorder: Callable[[Run, Any], Run] = record) -> None:
@@ -54,8 +53,7 @@ class DecodingGraphs:
         self.recorder: Optional[GraphRecorder] = None
         self.steppers: list[Stepper] = []
         self.places: list[Any] = []
-        self.recorded: OrderedDict[Kind, _Recorded] = OrderedDict()
-        self.met: dict[Kind, int] = {}
+        self.recorded: Recordings[Kind, _Recorded] = Recordings(MOST_GRAPHS, replace=True)
         self.refused = False
         self.lock = threading.Lock()  # threads that decode with one model share a graph's inputs and outputs
 
@@ -92,7 +90,6 @@ class DecodingGraphs:
                 copy_all(held, given)
             else:
                 self.recorded.clear()
-                self.met.clear()
                 self.recorder, self.steppers, self.places = None, steppers, places
             return self.steppers
 
@@ -108,7 +105,7 @@ class DecodingGraphs:
         Returns:
             As many rows of each output as the first input has.
         """
-        if not self.available(inputs[0]) or sum(x.numel() for x in inputs) > MOST:
+        if not self.available(inputs[0]) or sum(x.numel() for x in inputs) > MOST_ELEMENTS:
             return step(*inputs)
         with self.lock:
             if self.recorder is None:
@@ -125,22 +122,12 @@ class DecodingGraphs:
         """A graph for these inputs, or None if the step is to be done without."""
         kind: Kind = (*((x.shape[1:], x.dtype) for x in inputs), *constants)
         rows = max(x.size(0) for x in inputs)
-        graph = self.recorded.get(kind)
-        if graph is None or graph.rows < rows:
-            if self.met.get(kind, 0) < rows:
-                self.met[kind] = rows
-                return None
-            try:
-                graph = self.recorded[kind] = _make(recorder, step, inputs, rows)
-            except RKMError as error:
-                reason = str(error.__cause__ or error).splitlines()[0]
-                logger.warning(f"a step could not be recorded as a CUDA graph ({reason}): decoding goes on without")
-                self.refused = True
-                return None
-        self.recorded.move_to_end(kind)
-        if len(self.recorded) > KEPT:
-            self.recorded.popitem(last=False)
-        return graph
+        try:
+            return self.recorded.find(kind, lambda: _make(recorder, step, inputs, rows), rows)
+        except RKMError as error:
+            logger.warning(f"{error}: decoding goes on without")
+            self.refused = True
+            return None
 
 
 def _make(recorder: GraphRecorder, step: Step, inputs: Sequence[Tensor], rows: int) -> _Recorded:

@@ -3,9 +3,11 @@ import sys
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fairseq_rkm import RKMError
-from fairseq_rkm.modules.cuda_graphs import GraphRecorder, copy_all, record
+from fairseq_rkm.graphs.recording import GraphRecorder, Recordings, copy_all, record, refuse
 
 
 def test_copies_keep_the_types_of_their_targets():
@@ -49,7 +51,7 @@ def test_recording_gives_memory_back_only_where_little_is_left(monkeypatch, free
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     expected = [*(["empty"] if free == 5 else []), ("begin", "pool", "thread_local"), "run", "end"]
     if fails:
-        with pytest.raises(RKMError, match=r"could not be recorded \(no\): train without --cuda-graphs$"):
+        with pytest.raises(RKMError, match=r"a CUDA graph could not be recorded \(no\)$"):
             record(run, "pool")
         assert done == expected
     else:
@@ -79,10 +81,45 @@ def test_a_replay_comes_after_what_was_before_and_before_what_comes_after():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_what_cannot_be_recorded_is_said():
     code = (
-        "import torch; from fairseq_rkm.modules.cuda_graphs import record\n"
+        "import torch; from fairseq_rkm.graphs.recording import record\n"
         "with torch.cuda.stream(torch.cuda.Stream()): record(lambda: torch.ones(3, device='cuda').sum().item(), None)"
     )
     # In a process of its own, in which PyTorch draws no random numbers any more afterwards.
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "could not be recorded" in result.stderr.splitlines()[-1]
-    assert "train without --cuda-graphs" in result.stderr.splitlines()[-1]
+    assert "a CUDA graph could not be recorded" in result.stderr.splitlines()[-1]
+
+
+def test_a_recording_that_fails_ends_with_the_remedy():
+    def fail(_run, _pool):
+        raise RKMError("no graph")
+
+    with pytest.raises(RKMError, match=r"^no graph: use the other$"):
+        GraphRecorder(torch.device("cpu"), fail, "use the other").record(lambda: None)
+    with pytest.raises(RKMError, match=r"^no graph$"):
+        GraphRecorder(torch.device("cpu"), fail).record(lambda: None)
+
+
+def test_the_first_reason_that_applies_is_told():
+    refuse("--graphs", {"need a GPU": False})
+    with pytest.raises(RKMError, match=r"^--graphs are not for this$"):
+        refuse("--graphs", {"need a GPU": False, "are not for this": True, "nor for that": True})
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3)), max_size=40), st.integers(1, 4), st.booleans())
+def test_a_key_is_recorded_when_it_is_met_again(meetings, most, replace):
+    recordings, met = Recordings(most, replace), {}
+    for key, rows in meetings:
+        before = dict(zip(recordings, recordings.values(), strict=True))
+        found = recordings.find(key, lambda rows=rows: rows, rows)
+        if key in before and before[key] >= rows:
+            assert found == before[key], "what is recorded serves fewer rows"
+        elif met.get(key, -1) < rows:
+            assert found is None, "met for the first time"
+            met[key] = rows
+        elif key in before or replace or len(before) < most:
+            assert found == rows
+            assert list(recordings)[-1] == key
+            assert replace or set(before) <= set(recordings)
+        else:
+            assert found is None, "there are enough"
+        assert len(recordings) <= most

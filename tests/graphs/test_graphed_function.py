@@ -4,9 +4,9 @@ from helpers import run_at_once
 from torch import nn
 
 from fairseq_rkm import RKM, RKMError
-from fairseq_rkm.modules import graphed_function
-from fairseq_rkm.modules.cuda_graphs import record
-from fairseq_rkm.modules.graphed_function import GraphedFunction
+from fairseq_rkm.graphs import graphed_function
+from fairseq_rkm.graphs.graphed_function import GraphedFunction
+from fairseq_rkm.graphs.recording import record
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 
@@ -54,7 +54,7 @@ def train(device, graphed, accumulate=1):
             optimizer.step()
             optimizer.zero_grad()
     if graphed:
-        assert [shapes[0] for shapes in function.recorded] == [(5, 3), (4, 3)], "those that have been met before"
+        assert [shapes[0] for shapes in function.recorded] == [(4, 3), (5, 3)], "those that have been met before"
     return torch.stack(losses), [parameter.detach() for parameter in model.parameters()]
 
 
@@ -96,7 +96,7 @@ def test_a_forward_pass_between_another_and_its_backward_pass_is_refused():
 
 
 def test_more_shapes_than_are_kept_are_done_without(monkeypatch):
-    monkeypatch.setattr(graphed_function, "MOST", 1)
+    monkeypatch.setattr(graphed_function, "MOST_SHAPES", 1)
     model = Model()
     function = GraphedFunction(model.features, list(model.parameters()), run_at_once)
     for batch in batches("cpu"):
