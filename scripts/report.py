@@ -23,7 +23,6 @@ import shlex
 import statistics
 import subprocess
 import sys
-from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -33,6 +32,8 @@ from typing import Any
 
 import classification_report
 import torch
+
+from fairseq_rkm.ops.cells import CELLS, resolve_cell, resolve_clip
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER = {
@@ -184,23 +185,24 @@ def _from_json(path: Path) -> Run:
 
 
 def _variant(flags: dict[str, Any]) -> str:
-    model = vars(_as_built(flags))
-    parts = [text for key, text in (("layer_norm", "layer norm"), ("no_feedback", "no feedback")) if model.get(key)]
-    if model.get("memory_clip"):
-        parts.append(f"memory clip {model['memory_clip']:g}")
-    if model.get("ngram", 1) > 1:
-        parts.append(f"{model['ngram']}-gram")
+    parts = [text for key, text in (("layer_norm", "layer norm"), ("no_feedback", "no feedback")) if flags.get(key)]
+    clip = _clip(flags)
+    if clip is not None:
+        parts.append(f"memory clip {clip:g}")
+    if flags.get("ngram", 1) > 1:
+        parts.append(f"{flags['ngram']}-gram")
     return ", ".join(parts)
 
 
-def _as_built(flags: dict[str, Any]) -> Namespace:
-    """A model's flags with what its preset adds to them: a bound for a memory that has none."""
-    cfg = Namespace(**{"no_feedback": False, "layer_norm": False, "memory_clip": None, **flags})
-    if not str(flags.get("_name")).startswith("rkm_lm_"):
-        return cfg
-    from fairseq_rkm.models.rkm_lm_presets import bound_memory  # fairseq's import takes seconds
-
-    return bound_memory(cfg)
+def _clip(flags: dict[str, Any]) -> float | None:
+    """The bound of the memory. Where a log has none, presets of ``rkm_lm`` had their own, and the others none."""
+    setting = flags.get("memory_clip")
+    if setting is None and str(flags.get("_name")).startswith("rkm_lm_"):
+        setting = "auto"
+    if flags.get("cell") not in CELLS:
+        return None
+    cell = resolve_cell(flags["cell"], False if flags.get("no_feedback") else None)
+    return resolve_clip(setting, cell, bool(flags.get("layer_norm")))
 
 
 def _evaluation(log: Path) -> tuple[int, float | None]:

@@ -10,7 +10,9 @@ import importlib
 SUBJECTS = (
     "torch_and_numpy",
     "checkpoints",
+    "memory_bounds",
     "error_messages",
+    "divergence",
     "precision",
     "late_readings",
     "shutdown",

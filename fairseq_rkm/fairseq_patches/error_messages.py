@@ -18,9 +18,9 @@ DOCUMENTS = "--task sentence_prediction --criterion sentence_prediction --arch r
 """What classifies documents: each of the three reads flags of the others."""
 
 DIVERGED = (
-    "training has diverged: gradients are not finite. Lower --lr, warm it up, or give --clip-norm; cells whose output "
-    "is not squashed (rkm_lstm, rkm_cifg, linear_kernel_gated) may need a bounded memory: --layer-norm or "
-    "--memory-clip 1"
+    "training has diverged: gradients are not finite. Lower --lr, warm it up, or give --clip-norm; cells that feed "
+    "back an output which is not squashed (rkm_lstm, rkm_cifg, linear_kernel_gated) need a bounded memory as well: "
+    "--memory-clip auto (the default, which is --memory-clip 1 for these) or --layer-norm"
 )
 
 

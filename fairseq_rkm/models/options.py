@@ -30,8 +30,12 @@ class RKMOptions(FairseqDataclass):
         default=False, metadata={"help": "gates see the inputs alone, so that time runs in parallel"}
     )
     layer_norm: bool = field(default=False, metadata={"help": "layer normalisation of the memory"})
-    memory_clip: Optional[float] = field(
-        default=None, metadata={"help": "clip the memory to this magnitude at each step; excludes --layer-norm"}
+    memory_clip: Optional[str] = field(
+        default="auto",
+        metadata={
+            "help": "auto, none or the magnitude to which the memory is clipped at each step; auto is 1 for a memory "
+            "that is fed back with neither squashing nor --layer-norm to bound it, else none"
+        },
     )
     sigma_i2: float = field(default=0.5, metadata={"help": "constant input scale, within (0, 1)"})
     sigma_f2: float = field(default=0.5, metadata={"help": "constant memory scale, within (0, 1)"})

@@ -20,6 +20,7 @@ from fairseq_rkm.models.rkm_encoder import RKMEncoder
 from fairseq_rkm.models.rkm_generator import RKMGenerator, RKMGeneratorWithAlignment
 from fairseq_rkm.models.word_layers import SoftmaxOptions, build_embedding, check_softmax
 from fairseq_rkm.modules.dropout import check_probability
+from fairseq_rkm.ops.cells import is_bound
 
 DROPOUTS = ("encoder_dropout_in", "encoder_dropout_out", "decoder_dropout_in", "decoder_dropout_out")
 
@@ -95,6 +96,8 @@ class RKMModel(FairseqEncoderDecoderModel):
 
     generator_classes = RKMGenerator, RKMGeneratorWithAlignment
     """What translates with it: without and with ``--print-alignment``."""
+    memory_clip_before = "none"
+    """What an absent or null ``memory_clip`` meant in the configuration of a checkpoint made before ``auto``."""
     cuda_graphs = False
     graphs: Optional[GraphedFunction] = None
 
@@ -268,7 +271,7 @@ def rkm_tiny(args: argparse.Namespace) -> None:
     _fill(
         args, encoder_embed_dim=64, encoder_hidden_size=64, encoder_bidirectional=True,
         decoder_embed_dim=64, decoder_hidden_size=64, dropout=0.0,
-        layer_norm=getattr(args, "memory_clip", None) is None,
+        layer_norm=not is_bound(getattr(args, "memory_clip", "auto")),
     )  # fmt: skip
 
 
@@ -282,7 +285,7 @@ def rkm_iwslt_de_en(args: argparse.Namespace) -> None:
         args, ngram_padding="same", encoder_ngram=None if hasattr(args, "ngram") else 3,
         encoder_embed_dim=256, encoder_hidden_size=256, encoder_layers=2, encoder_bidirectional=True,
         decoder_embed_dim=256, decoder_hidden_size=512, decoder_layers=2, attention_layer=1,
-        memory_clip=None if getattr(args, "layer_norm", False) else 3.0,
+        memory_clip="auto" if getattr(args, "layer_norm", False) else "3.0",
         dropout=0.4, dropout_words=0.1, dropout_weights=0.0 if getattr(args, "input_feeding", False) else 0.2,
         share_decoder_input_output_embed=getattr(args, "adaptive_softmax_cutoff", None) is None,
     )  # fmt: skip

@@ -17,6 +17,7 @@ from fairseq_rkm.models.options import NGRAM_PADDING_CHOICES, RKMOptions, build_
 from fairseq_rkm.models.word_layers import build_embedding
 from fairseq_rkm.modules import POOLINGS, LockedDropout, dropped_embedding, pool
 from fairseq_rkm.modules.dropout import check_probability
+from fairseq_rkm.ops.cells import is_bound
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,9 @@ class RKMClassifier(BaseFairseqModel):
 
     The task adds the classifier's head once it has built the rest (:meth:`register_classification_head`).
     """
+
+    memory_clip_before = "none"
+    """What an absent or null ``memory_clip`` meant in the configuration of a checkpoint made before ``auto``."""
 
     @classmethod
     def build_model(cls, cfg: RKMClassifierConfig, task: Any) -> "RKMClassifier":
@@ -163,7 +167,7 @@ class RKMClassifier(BaseFairseqModel):
 def has_layer_norm(cfg: RKMClassifierConfig) -> bool:
     """Whether the memory is normalised: unless it is clipped, or the flags or ``layer_norm: false`` say otherwise."""
     if cfg.layer_norm is None:
-        return not cfg.no_layer_norm and cfg.memory_clip is None
+        return not cfg.no_layer_norm and not is_bound(cfg.memory_clip)
     return cfg.layer_norm and not cfg.no_layer_norm
 
 

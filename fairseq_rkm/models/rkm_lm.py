@@ -53,6 +53,9 @@ class RKMLanguageModelConfig(SoftmaxOptions, RKMOptions):
 class RKMLanguageModel(FairseqLanguageModel):
     """A language model whose recurrence is any cell of Liang et al. (2019)."""
 
+    memory_clip_before = "none"
+    """What an absent or null ``memory_clip`` meant in the configuration of a checkpoint made before ``auto``."""
+
     @classmethod
     def build_model(cls, cfg: RKMLanguageModelConfig, task: Any) -> "RKMLanguageModel":
         """Build the model for a task's dictionaries.

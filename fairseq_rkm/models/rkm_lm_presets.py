@@ -5,7 +5,6 @@ rkm_lm_ptb`` and a hydra configuration's ``model: {_name: rkm_lm_ptb}`` mean the
 schedule, criterion) is not a model's: ``examples/language_model`` has it.
 """
 
-import copy
 from argparse import ArgumentParser
 from dataclasses import dataclass
 from typing import Any, Optional
@@ -13,15 +12,14 @@ from typing import Any, Optional
 from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.models import register_model
 
+from fairseq_rkm.errors import RKMError
 from fairseq_rkm.models.rkm_lm import RKMLanguageModel, RKMLanguageModelConfig
-from fairseq_rkm.ops.cells import resolve_cell
-
-MEMORY_CLIP = 1.0
-"""A memory that nothing else bounds overflows under these recipes: examples/language_model/README.md says why."""
 
 
 class Preset(RKMLanguageModel):
     """An ``rkm_lm`` with other defaults; all of its flags can still be given."""
+
+    memory_clip_before = "auto"
 
     @classmethod
     def add_args(cls, parser: ArgumentParser) -> None:
@@ -30,22 +28,14 @@ class Preset(RKMLanguageModel):
 
     @classmethod
     def build_model(cls, cfg: RKMLanguageModelConfig, task: Any) -> RKMLanguageModel:
-        """Build the model, its memory clipped if nothing else bounds it."""
-        return super().build_model(bound_memory(cfg), task)
+        """Build the model.
 
-
-def bound_memory(cfg: Any) -> Any:
-    """The flags, with :data:`MEMORY_CLIP` for a cell that feeds back a memory without squashing or normalising it.
-
-    Args:
-        cfg: :class:`RKMLanguageModelConfig`, or what has its names; it is not changed.
-    """
-    cell = resolve_cell(str(cfg.cell), False if cfg.no_feedback else None)
-    if cell.squash_output or not cell.has_feedback or cfg.layer_norm or cfg.memory_clip is not None:
-        return cfg
-    cfg = copy.copy(cfg)
-    cfg.memory_clip = MEMORY_CLIP
-    return cfg
+        Raises:
+            RKMError: as for ``rkm_lm``, and a bound of null, which in a preset once meant the preset's own.
+        """
+        if cfg.memory_clip is None:
+            raise RKMError("model.memory_clip is null: say auto for the preset's bound, none for no bound, or a number")
+        return super().build_model(cfg, task)
 
 
 @dataclass

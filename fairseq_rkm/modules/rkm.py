@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from fairseq_rkm.errors import RKMError
 from fairseq_rkm.modules.dropout import LockedDropout, check_probability
 from fairseq_rkm.ops import Weights, recurrence, resolve_cell
+from fairseq_rkm.ops.cells import resolve_clip
 from fairseq_rkm.ops.dispatch import check_backend
 from fairseq_rkm.ops.ngram import extend, next_context
 
@@ -69,6 +70,10 @@ class RKM(nn.Module):
         feedback: None for what the cell's equations say; False drops ``U``, so that gates see the inputs alone.
         bias: whether the gates have biases.
         layer_norm: normalise the memory, ``c_t <- LN(c_t)``.
+        memory_clip: clip ``c_t`` to ``[-memory_clip, memory_clip]`` at each step, as ``torch.clamp`` (Sak et al. 2014).
+            ``"auto"`` is 1 for a cell that feeds back a memory which neither squashing nor layer normalisation bounds
+            (without a bound it overflows in ordinary training), and no limit for the others. None is no limit, as in
+            the paper. The attribute holds the bound in force, a number or None.
         sigma_i2: ``s_i`` of the cells with a constant input scale, within (0, 1).
         sigma_f2: ``s_f`` of those with a constant memory scale, within (0, 1).
         learn_sigma: learn them, as sigmoids that start at the values given: ``s_i`` one number a layer, ``s_f`` one a
@@ -82,8 +87,6 @@ class RKM(nn.Module):
         backend: ``"auto"`` or one of :data:`fairseq_rkm.ops.BACKENDS`: obeyed or refused, never replaced.
         device: where the parameters live.
         dtype: their type.
-        memory_clip: clip ``c_t`` to ``[-memory_clip, memory_clip]`` at each step (Sak et al. 2014); None for no limit.
-            Beside layer normalisation the other way to bound what a cell without squashing feeds back into itself.
 
     Parameters, for layer k and the suffix ``""`` or ``"_reverse"``:
         ``weight_ih_l{k}`` ``(len(gates) * d, n * m)``, ``weight_hh_l{k}`` ``(len(recurrent_gates) * d, d)``,
@@ -105,6 +108,7 @@ class RKM(nn.Module):
         feedback: bool | None = None,
         bias: bool = True,
         layer_norm: bool = False,
+        memory_clip: float | str | None = "auto",
         sigma_i2: float = 0.5,
         sigma_f2: float = 0.5,
         learn_sigma: bool = False,
@@ -116,8 +120,6 @@ class RKM(nn.Module):
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        *,
-        memory_clip: float | None = None,
     ) -> None:
         super().__init__()
         _check_sizes(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers, ngram=ngram)
@@ -126,15 +128,15 @@ class RKM(nn.Module):
             raise RKMError(f"unknown ngram_padding {ngram_padding!r}; choose causal or same")
         if ngram_padding == "same" and ngram % 2 == 0:
             raise RKMError(f"ngram_padding 'same' centres an odd window; ngram is {ngram}")
-        _check_clip(memory_clip, layer_norm)
         check_probability("weight_dropout", weight_dropout)
         check_backend(backend)
 
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
-        self._cell = resolve_cell(cell, feedback).clipped(memory_clip)
+        self._cell = resolve_cell(cell, feedback)
         self.cell, self.feedback = cell, self._cell.has_feedback
         self.ngram, self.ngram_padding = ngram, ngram_padding
-        self.bias, self.layer_norm, self.memory_clip = bias, layer_norm, memory_clip
+        self.bias, self.layer_norm = bias, layer_norm
+        self.set_memory_clip(memory_clip)
         self.sigma_i2, self.sigma_f2, self.learn_sigma = sigma_i2, sigma_f2, learn_sigma
         self.forget_bias, self.weight_dropout = forget_bias, weight_dropout
         self.bidirectional, self.batch_first, self.backend = bidirectional, batch_first, backend
@@ -146,6 +148,15 @@ class RKM(nn.Module):
                     parameter = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
                     self.register_parameter(f"{name}_l{layer}{suffix}", parameter)
         self.reset_parameters()
+
+    def set_memory_clip(self, memory_clip: float | str | None) -> None:
+        """Bound the memory in another way, as the argument ``memory_clip`` says; no parameter depends on it.
+
+        Raises:
+            RKMError: a bound that is none, or one beside layer normalisation.
+        """
+        self.memory_clip = resolve_clip(memory_clip, self._cell, self.layer_norm)
+        self._cell = self._cell.clipped(self.memory_clip)
 
     @property
     def gates(self) -> tuple[str, ...]:
@@ -369,7 +380,7 @@ class RKM(nn.Module):
         text = f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}, cell={self.cell!r}"
         if self.ngram > 1:
             text += f", ngram={self.ngram}, ngram_padding={self.ngram_padding!r}"
-        if self.memory_clip is not None:
+        if self.memory_clip is not None or resolve_clip("auto", self._cell, self.layer_norm) is not None:
             text += f", memory_clip={self.memory_clip}"
         flags = ("layer_norm", "learn_sigma", "bidirectional", "batch_first")
         text += "".join(f", {flag}=True" for flag in flags if getattr(self, flag))
@@ -405,15 +416,6 @@ def _check_sizes(**sizes: int) -> None:
     for what, size in sizes.items():
         if size < 1:
             raise RKMError(f"{what} must be at least 1, not {size}")
-
-
-def _check_clip(clip: float | None, layer_norm: bool) -> None:
-    if clip is None:
-        return
-    if not 0 < clip < math.inf:
-        raise RKMError(f"memory_clip must be above 0 and finite, or None for no limit, not {clip}")
-    if layer_norm:
-        raise RKMError("memory_clip and layer_norm both bound the memory: choose one")
 
 
 def _check_scales(**scales: float) -> None:

@@ -148,18 +148,10 @@ class _Forward:
             self._combine(slice(t, t + 1), slice(t, t + 1))
 
     def _combine(self, now: slice, before: slice) -> None:
-        cell, weights, gates = self.cell, self.weights, self.gates[now]
-        candidate, previous = gates[..., self.at[CANDIDATE]], self.memory[before]
+        cell, weights, gates, previous = self.cell, self.weights, self.gates[now], self.memory[before]
         kept = self.memory[now.start + 1 : now.stop + 1]
         new = kept if self.norm is None else self.norm.raw[now]
-        if cell.input_is_complement:
-            torch.lerp(candidate, previous, gates[..., self.at[FORGET]], out=new)
-        else:
-            torch.mul(candidate, gates[..., self.at[INPUT]] if cell.input_is_gate else weights.sigma_i, out=new)
-            if cell.forget_is_gate:
-                new.addcmul_(gates[..., self.at[FORGET]], previous)
-            elif cell.has_memory:
-                new.add_(previous * weights.sigma_f)
+        _remembered(cell, weights, gates, previous, new)
         if cell.clip is not None:
             new.clamp_(-cell.clip, cell.clip)
         if self.norm is not None:
@@ -180,6 +172,20 @@ class _Forward:
         self.hidden[block.start + 1 : block.stop + 1] = output
 
 
+def _remembered(cell: Cell, weights: Weights, gates: Tensor, previous: Tensor, out: Tensor) -> None:
+    """``c_t`` before layer norm or clipping, from the activated gates and ``c_{t-1}``."""
+    at = gate_slices(cell, out.size(-1))
+    candidate = gates[..., at[CANDIDATE]]
+    if cell.input_is_complement:
+        torch.lerp(candidate, previous, gates[..., at[FORGET]], out=out)
+        return
+    torch.mul(candidate, gates[..., at[INPUT]] if cell.input_is_gate else weights.sigma_i, out=out)
+    if cell.forget_is_gate:
+        out.addcmul_(gates[..., at[FORGET]], previous)
+    elif cell.has_memory:
+        out.add_(previous * weights.sigma_f)
+
+
 class _Backward:
     """Factors, loop and parameter gradients of the backward pass, from the forward pass's buffers."""
 
@@ -192,8 +198,14 @@ class _Backward:
         self.keep = None if keep is None else keep.unsqueeze(-1).to(memory.dtype)
         self.at = gate_slices(cell, hidden.size(2))
         self.normed_grad = torch.empty_like(memory[1:] if norm is not None else memory[:0])
-        self.inside = None if cell.clip is None else (memory[1:].abs() < cell.clip).to(memory.dtype)
+        self.inside = None if cell.clip is None else self._inside(cell.clip)
         self._factors()
+
+    def _inside(self, clip: float) -> Tensor:
+        """1 where ``c_t`` was within the bound before it was clipped, the bound included, as for ``torch.clamp``."""
+        raw = torch.empty_like(self.memory[1:])
+        _remembered(self.cell, self.weights, self.gates, self.memory[:-1], raw)
+        return (raw.abs() <= clip).to(raw.dtype)
 
     def _factors(self) -> None:
         """``factors``: d c_t / d a^g_t before the layer norm, or d h_t / d a^output_t; ``slope``: d h_t / d c_t."""

@@ -11,11 +11,15 @@ With pre-activations ``a^g_t = W^g X_t + U^g h_{t-1} + b^g`` a cell is::
 where each of ``i_t``, ``f_t`` and ``o_t`` is a gate (a sigmoid), the complement of another gate, a constant, or absent.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 from fairseq_rkm.errors import RKMError
 
 CANDIDATE, INPUT, FORGET, OUTPUT = "candidate", "input", "forget", "output"
+
+AUTO_CLIP = 1.0
+"""The bound that ``memory_clip="auto"`` gives a memory that nothing else bounds: where a tanh would end."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,14 @@ class Cell:
     @property
     def has_feedback(self) -> bool:
         return bool(self.recurrent_gates)
+
+    @property
+    def feeds_back_unbounded(self) -> bool:
+        """Whether ``h_{t-1}`` enters ``c_t`` and grows as ``c_{t-1}`` does: ``c_t`` may then grow exponentially.
+
+        Without feedback, ``f_t < 1`` keeps ``c_t`` in proportion to the inputs.
+        """
+        return self.has_feedback and not self.squash_output
 
     @property
     def input_is_gate(self) -> bool:
@@ -116,6 +128,38 @@ CELLS: dict[str, Cell] = {
         Cell("ran", "RAN", (CANDIDATE, INPUT, FORGET), (INPUT, FORGET), squash_output=True, source="Lee et al. 2017"),
     )
 }
+
+
+def is_bound(memory_clip: str | float | None) -> bool:
+    """Whether a setting names a bound of its own."""
+    return memory_clip not in ("auto", "none", None)
+
+
+def resolve_clip(memory_clip: str | float | None, cell: Cell, layer_norm: bool) -> float | None:
+    """The largest ``|c_t|`` that a setting means for a cell; None for no limit.
+
+    Args:
+        memory_clip: ``"auto"`` (:data:`AUTO_CLIP` for a cell that feeds back a memory which neither squashing nor layer
+            normalisation bounds, else none), ``"none"`` or None, or a number, as text too.
+        cell: the cell, its feedback as asked.
+        layer_norm: whether the memory is normalised.
+
+    Raises:
+        RKMError: anything else, or a number beside layer normalisation.
+    """
+    if memory_clip == "auto":
+        return AUTO_CLIP if cell.feeds_back_unbounded and not layer_norm else None
+    if memory_clip is None or memory_clip == "none":
+        return None
+    try:
+        clip = math.nan if isinstance(memory_clip, bool) else float(memory_clip)
+    except (TypeError, ValueError):
+        clip = math.nan
+    if not 0 < clip < math.inf:
+        raise RKMError(f"memory_clip must be 'auto', 'none' (None) or a number above 0 and finite, not {memory_clip!r}")
+    if layer_norm:
+        raise RKMError("memory_clip and layer_norm both bound the memory: choose one")
+    return clip
 
 
 def resolve_cell(name: str, feedback: bool | None = None) -> Cell:

@@ -465,8 +465,10 @@ INLINE void through_memory(const Problem* p, size_t row, int b, int j, int n, ve
         to_c = inverse * (to_c * load(p->gain + j, n) - sums[0] - normal * sums[1]);
     }
 #ifdef CLIP
-    const vec c = load(p->memory + (row + p->batch) * d + j, n);
-    to_c = (vec)((ivec)to_c & (c > -CLIP) & (c < CLIP));
+    // As torch.clamp: the gradient passes at the bound itself, so that the memory before clipping has to be known.
+    vec raw = i * a[0];
+    if (HAS_MEMORY) raw += f * before;
+    to_c = (vec)((ivec)to_c & (raw >= -CLIP) & (raw <= CLIP));
 #endif
     store(grad_gate, to_c * i * (SQUASH_CANDIDATE ? 1.f - a[0] * a[0] : splat(1.f)), n);
 #if INPUT >= 0

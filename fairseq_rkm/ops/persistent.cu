@@ -431,7 +431,8 @@ struct Gates {
     // The memory: what the layer norm takes, or is clipped.
     __device__ __forceinline__ float memory(float before) const {
 #ifdef CLIP
-        return fminf(fmaxf(raw(before), -CLIP), CLIP);
+        const float c = raw(before);  // NaN stays, which fminf and fmaxf would turn into a bound
+        return c < -CLIP ? -CLIP : c > CLIP ? CLIP : c;
 #else
         return raw(before);
 #endif
@@ -747,7 +748,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_backward(
             const float slope = SQUASH_OUTPUT ? 1.f - through[i] * through[i] : 1.f;
             to_raw[i] = to_memory[i] + (real_step[i] ? to_hidden[i] * a[i].output() * slope : 0.f);
 #ifdef CLIP
-            if (real_step[i] && fabsf(now[i]) >= CLIP) to_raw[i] = 0.f;
+            // As torch.clamp: the gradient passes at the bound itself. Gates kept in 16 bits cannot tell it from beyond.
+            const bool at_bound = sizeof(Stored) == 4 && fabsf(a[i].raw(before[i])) == CLIP;
+            if (real_step[i] && fabsf(now[i]) >= CLIP && !at_bound) to_raw[i] = 0.f;
 #endif
         }
 #if NORM

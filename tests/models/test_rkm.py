@@ -456,10 +456,10 @@ def test_presets_fill_what_is_not_given_and_are_idempotent(preset, flags):
     args = SimpleNamespace(encoder_embed_dim=12, dropout=0.5, **flags)
     preset(args)
     assert (args.encoder_embed_dim, args.dropout) == (12, 0.5)
-    bounds = {"layer_norm": preset is rkm_tiny, "memory_clip": None if preset is rkm_tiny else 3.0}
+    bounds = {"layer_norm": preset is rkm_tiny, "memory_clip": "auto" if preset is rkm_tiny else "3.0"}
     if flags:
-        bounds = {"layer_norm": False, "memory_clip": None, **flags}
-    assert (getattr(args, "layer_norm", False), getattr(args, "memory_clip", None)) == tuple(bounds.values())
+        bounds = {"layer_norm": False, "memory_clip": "auto", **flags}
+    assert (getattr(args, "layer_norm", False), getattr(args, "memory_clip", "auto")) == tuple(bounds.values())
     again = copy.copy(args)
     preset(again)
     assert again == args

@@ -30,7 +30,11 @@ def compare(
     backend, steps=5, batch=4, sizes=(3, 5), mask="none", dtype=torch.float64, device="cpu", tf32=False, seed=0,
     **arguments,
 ):  # fmt: skip
-    """A backend in a dtype against the reference in float64 with the same (rounded) weights and inputs."""
+    """A backend in a dtype against the reference in float64 with the same (rounded) weights and inputs.
+
+    Unbounded unless asked otherwise: rounding takes some values across a bound, which changes their gradients.
+    """
+    arguments.setdefault("memory_clip", None)
     torch.manual_seed(seed)
     fast = randomized(RKM(*sizes, backend=backend, dtype=dtype, **arguments))
     exact = RKM(*sizes, backend="reference", dtype=torch.float64, **arguments)
@@ -79,7 +83,7 @@ def clear_bound(cell, steps, batch, sizes, dtype):
 
     def distance(clip):
         torch.manual_seed(0)
-        rkm = randomized(RKM(*sizes, dtype=dtype, cell=cell)).double()
+        rkm = randomized(RKM(*sizes, dtype=dtype, cell=cell, memory_clip=None)).double()
         x, hidden, memory, _ = problem(rkm, steps, batch, dtype)
         weights, closest, clips = rkm._weights("l0", None), torch.inf, False
         hidden, memory = hidden[0].double(), memory[0].double()
@@ -110,6 +114,43 @@ def test_clipped_memory(backend, cell, mask):
 def test_clipped_memory_in_other_dtypes(backend, cell, dtype):
     shape = {"steps": 4, "batch": 2, "sizes": (6, 5)}
     compare(backend, dtype=dtype, cell=cell, memory_clip=clear_bound(cell, dtype=dtype, **shape), **shape)
+
+
+def gradients_at_the_bound(backend, cell, feedback, dtype=torch.float64, device="cpu"):
+    """Gradients of the biases where each unit's memory is, in this order: within its bound, at it, beyond it."""
+    rkm = RKM(1, 3, cell=cell, feedback=feedback, memory_clip=0.5, forget_bias=0.0, backend=backend, dtype=dtype)
+    with torch.no_grad():
+        for parameter in rkm.parameters():
+            parameter.zero_()
+        # With gates and scales of one half, and no memory before, c_t is half of the candidate.
+        candidate = torch.tensor([0.5, 1.0, 3.0])
+        rkm.bias_l0[:3] = candidate.atanh() if rkm._cell.squash_candidate else candidate
+    output, _ = rkm.to(device)(torch.zeros(1, 2, 1, dtype=dtype, device=device))
+    (gradient,) = torch.autograd.grad(output.sum(), rkm.bias_l0)
+    return gradient.unflatten(0, (-1, 3)).cpu()
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("cell", [name for name, row in CELLS.items() if not row.squash_candidate])
+@pytest.mark.parametrize("feedback", [None, False])
+def test_the_gradient_passes_at_the_bound_itself_and_not_beyond(backend, cell, feedback):
+    given, wanted = (gradients_at_the_bound(name, cell, feedback) for name in (backend, "reference"))
+    assert given[0].ne(0).tolist() == [True, True, False]
+    assert_close(given, wanted)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_memory_that_was_clipped_and_is_kept_whole_stands_at_the_bound(backend, dtype):
+    """A forget gate that is 1 in the arithmetic carries the bound itself, through which the gradient passes."""
+
+    def gradient(name):
+        rkm = RKM(1, 2, cell="rkm_cifg", memory_clip=1.0, forget_bias=40.0, backend=name, dtype=dtype)
+        memory = torch.ones(1, 1, 2).requires_grad_()
+        _, state = rkm(torch.zeros(4, 1, 1, dtype=dtype), (torch.zeros(1, 1, 2, dtype=dtype), memory))
+        return torch.autograd.grad(state.cell.sum(), memory)[0]
+
+    assert gradient(backend).tolist() == gradient("reference").tolist() == [[[1.0, 1.0]]]
 
 
 @pytest.mark.parametrize("backend", FAST)
