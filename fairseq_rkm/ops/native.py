@@ -51,7 +51,7 @@ def library(cell: Cell) -> ctypes.CDLL:
     """The compiled recurrence of a cell, from the user's cache or compiled now.
 
     Raises:
-        OSError: no compiler, or one that fails; with what it said.
+        OSError: no compiler, one that fails (with what it said), or no place for what it writes.
     """
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
@@ -59,14 +59,17 @@ def library(cell: Cell) -> ctypes.CDLL:
     command = [compiler, *FLAGS, *(f"-D{name}={value}" for name, value in _macros(cell).items())]
 
     def build(path: Path) -> None:
+        # Its temporary files stand beside the result, where they go with it if this process is killed.
+        environment = {**os.environ, "TMPDIR": str(path.parent)}
         result = subprocess.run(  # noqa: S603 - the user's compiler
-            [*command, "-o", str(path), str(SOURCE), "-lm"], capture_output=True, text=True, check=False
-        )
+            [*command, "-o", str(path), str(SOURCE), "-lm"],
+            capture_output=True, text=True, check=False, env=environment, umask=0o077,
+        )  # fmt: skip
         if result.returncode:
             raise OSError(f"{compiler} cannot compile {SOURCE.name}: {result.stderr.strip().splitlines()[-1:]}")
 
     inputs = [*command, SOURCE.read_text(encoding="utf-8"), _processor()]
-    return ctypes.CDLL(str(built(f"native-{cell.name}.so", inputs, build)))
+    return ctypes.CDLL(str(built(f"native-{cell.name}.so", inputs, build).path))
 
 
 def _processor() -> str:
@@ -92,19 +95,22 @@ def _macros(cell: Cell) -> dict[str, int | str]:
 
 
 @functools.cache
-def _missing() -> str | None:
-    """Why nothing can be compiled here, said once; None if it can."""
-    from fairseq_rkm.ops.cells import CELLS
-
+def _missing(cell: Cell) -> str | None:
+    """Why a cell cannot be compiled here, said once for all cells; None if it can."""
     try:
-        library(CELLS["rkm_lstm"])
+        library(cell)
     except OSError as error:
-        logger.warning(f"CPU recurrences run in plain PyTorch, at about half the speed: {error}")
+        _say(str(error))
         return str(error)
     return None
 
 
-def refuses(_cell: Cell, inputs: Tensor, _weights: Weights) -> str | None:
+@functools.cache
+def _say(reason: str) -> None:
+    logger.warning(f"CPU recurrences run in plain PyTorch, at about half the speed: {reason}")
+
+
+def refuses(cell: Cell, inputs: Tensor, weights: Weights) -> str | None:
     """Why this backend cannot take a problem; None if it can."""
     if inputs.device.type != "cpu":
         return f"it runs on CPUs, and the inputs are on {inputs.device}"
@@ -112,7 +118,7 @@ def refuses(_cell: Cell, inputs: Tensor, _weights: Weights) -> str | None:
         return f"it computes in float32, not in {inputs.dtype}"
     if not inputs.numel() or not inputs.size(1):
         return "it needs at least one step and one sequence"
-    return _missing()
+    return _missing(_compiled_cell(cell, inputs.size(0) - weights.input.size(1) // inputs.size(2) + 1, weights))
 
 
 def recurrence(
@@ -120,6 +126,11 @@ def recurrence(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`fairseq_rkm.ops.reference.recurrence`; differentiable once."""
     return _Native.apply(cell, keep, inputs, hidden, memory, *weights)
+
+
+def _compiled_cell(cell: Cell, steps: int, weights: Weights) -> Cell:
+    """The cell whose recurrence is called in C: without feedback for a single step, whose product is PyTorch's."""
+    return cell.without_feedback() if steps == 1 and weights.recurrent is not None else cell
 
 
 HUGE_PAGE, MADV_HUGEPAGE = 2**21, 14

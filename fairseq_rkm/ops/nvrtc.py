@@ -127,8 +127,12 @@ def compile_image(source: Path, macros: tuple[tuple[str, int | str], ...], capab
     text, version = source.read_bytes(), (ctypes.c_int(), ctypes.c_int())
     _compiler().nvrtcVersion(*map(ctypes.byref, version))
     inputs = [text.decode(), *options, *(str(number.value) for number in version)]
-    path = built(f"{source.stem}.cubin", inputs, lambda path: path.write_bytes(_compile(source.name, text, options)))
-    return path.read_bytes()
+    try:
+        return built(
+            f"{source.stem}.cubin", inputs, lambda path: path.write_bytes(_compile(source.name, text, options))
+        ).content
+    except OSError:  # nowhere to keep it
+        return _compile(source.name, text, options)
 
 
 def _compile(name: str, text: bytes, options: list[str]) -> bytes:

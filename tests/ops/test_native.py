@@ -1,5 +1,6 @@
 """The compiled CPU backend against the reference in float64."""
 
+import functools
 import itertools
 import logging
 import os
@@ -10,10 +11,10 @@ import torch
 from helpers import assert_close, training_losses
 
 from fairseq_rkm import CELLS, RKM, RKMError
-from fairseq_rkm.ops import dispatch, native
+from fairseq_rkm.ops import native
 from ops.test_backends import NGRAMS, compare
 
-compiled = pytest.mark.skipif(native._missing() is not None, reason="needs a C compiler")
+compiled = pytest.mark.skipif(native._missing(CELLS["rkm_lstm"]) is not None, reason="needs a C compiler")
 
 
 @compiled
@@ -133,13 +134,13 @@ def test_training_follows_the_reference():
 def test_without_a_compiler_it_says_so_once_and_auto_falls_back(monkeypatch, caplog):
     monkeypatch.setattr(native.shutil, "which", lambda _name: None)
     monkeypatch.setattr(native, "library", native.library.__wrapped__)
-    monkeypatch.setattr(native, "_missing", native.functools.cache(native._missing.__wrapped__))
-    backend = dispatch.Backend(native.recurrence, lambda *_: native._missing())
-    monkeypatch.setitem(dispatch.BACKENDS, "native", backend)
-    rkm = RKM(3, 4)
+    for function in ("_missing", "_say"):
+        monkeypatch.setattr(native, function, functools.cache(getattr(native, function).__wrapped__))
     with caplog.at_level(logging.WARNING):
-        assert rkm(torch.zeros(2, 1, 3))[0].shape == (2, 1, 4)
-        rkm(torch.zeros(2, 1, 3))
+        for cell in CELLS:
+            rkm = RKM(3, 4, cell=cell)
+            for steps in (1, 2):
+                assert rkm(torch.zeros(steps, 1, 3))[0].shape == (steps, 1, 4)
     assert caplog.text.count("no C compiler is installed") == 1
     rkm.backend = "native"
     with pytest.raises(RKMError, match="backend 'native' cannot run this: no C compiler"):
