@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make .venv with PyTorch, fairseq and this package; a second call finds it done and returns at once.
-#   PYTHON=python3.12 bash scripts/setup.sh       another Python (3.11 or newer)
+#   PYTHON=python3.12 bash scripts/setup.sh       another Python (3.11, 3.12, 3.13)
 #   TORCH='torch==2.11.0' bash scripts/setup.sh   another PyTorch; one already installed is kept otherwise
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -18,21 +18,41 @@ command -v "$python" > /dev/null || { say "no $python here: set PYTHON" >&2; exi
 command -v c++ > /dev/null || command -v g++ > /dev/null ||
   { say "fairseq is built from source and needs a C++ compiler: install g++" >&2; exit 1; }
 
+# Without a GPU the build for CPUs will do: 200 MB in place of several GB. Package indexes that list one are asked first,
+# then PyTorch's own; where neither has it, the package index's build comes.
+install_torch() {
+  if [ "$(uname -sm)" = 'Linux x86_64' ] && [ ! -e /dev/nvidiactl ] && [ ! -e /proc/driver/nvidia/version ]; then
+    say "installing $1 for CPUs"
+    pip install -q "$1+cpu" 2> /dev/null && return
+    pip install -q --retries 0 --timeout 15 --index-url https://download.pytorch.org/whl/cpu "$1" 2> /dev/null && return
+    say "no build for CPUs can be reached"
+  fi
+  say "installing $1 (for GPUs a download of several GB)"
+  pip install -q "$1"
+}
+torch_version() { .venv/bin/python -c 'from importlib.metadata import version; print(version("torch"))' 2> /dev/null; }
+
 if [ ! -x .venv/bin/python ]; then
   # A PyTorch that this Python already has (a GPU machine's image, say) is kept by letting .venv see it.
   site=(); "$python" -c 'import torch' 2> /dev/null && site=(--system-site-packages)
   say "making .venv with $("$python" --version)${site:+, which sees the PyTorch that is installed}"
   "$python" -m venv "${site[@]}" .venv
 fi
-if [ -n "${TORCH:-}" ] || ! .venv/bin/python -c 'import torch' 2> /dev/null; then
-  say "installing ${TORCH:-torch==2.13.0} (a download of 200 MB for CPUs, several GB for GPUs)"
-  pip install -q "${TORCH:-torch==2.13.0}"
+if [ -n "${TORCH:-}" ]; then
+  say "installing $TORCH"
+  pip install -q "$TORCH"
+elif ! torch_version > /dev/null; then
+  install_torch torch==2.13.0
 fi
-say "PyTorch $(.venv/bin/python -c 'import torch; print(torch.__version__)')"
+say "PyTorch $(torch_version)"
+# fairseq's torchaudio would bring a newer PyTorch along.
+constraints=.venv/constraints.txt
+printf 'torch==%s\n' "$(torch_version)" > "$constraints"
 say "installing what builds fairseq"
 pip install -q 'setuptools<81' wheel cython numpy
 # An isolated build would fetch a second PyTorch, and fairseq's CUDA sources do not compile under CUDA 13.
 say "building fairseq and installing the rest (about 3 minutes the first time)"
-env -u CUDA_HOME "$PWD/.venv/bin/python" -m pip --disable-pip-version-check install -q --no-build-isolation -e '.[dev]'
+env -u CUDA_HOME "$PWD/.venv/bin/python" -m pip --disable-pip-version-check install -q --no-build-isolation \
+  -c "$constraints" -e '.[dev]'
 printf '%s' "$wanted" > "$stamp"
 say "done: .venv is ready"
