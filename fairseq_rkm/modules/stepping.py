@@ -37,7 +37,7 @@ class Stepper:
             first = layer.gates.index(layer.recurrent_gates[0]) * layer.hidden_size
             last = packed.size(0) - first - weights.recurrent.size(0)
             packed = torch.cat([packed, F.pad(weights.recurrent, (0, 0, first, last))], dim=1)
-        self.weights = weights._replace(input=packed, recurrent=None).widen(wide)
+        self.weights = weights._replace(input=packed, recurrent=None).laid_out(wide)
         self.memory_dtype = wide
 
     def tensors(self) -> list[Tensor]:

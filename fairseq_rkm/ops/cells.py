@@ -11,6 +11,7 @@ With pre-activations ``a^g_t = W^g X_t + U^g h_{t-1} + b^g`` a cell is::
 where each of ``i_t``, ``f_t`` and ``o_t`` is a gate (a sigmoid), the complement of another gate, a constant, or absent.
 """
 
+import functools
 import math
 from dataclasses import dataclass, replace
 
@@ -94,6 +95,7 @@ class Cell:
     def output_is_gate(self) -> bool:
         return OUTPUT in self.gates
 
+    @functools.cache  # noqa: B019 - of the few cells that there are; a single step asks each time
     def without_feedback(self) -> "Cell":
         """The same cell with ``U`` dropped: its gates see ``X_t`` alone."""
         return replace(self, recurrent_gates=())

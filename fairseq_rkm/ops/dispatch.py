@@ -7,11 +7,13 @@ sentence, why it cannot take a given problem (None if it can), and add a row to 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fairseq_rkm.errors import RKMError
 from fairseq_rkm.ops import batched, native, persistent, reference, scan
 from fairseq_rkm.ops.cells import Cell
+from fairseq_rkm.ops.plain_tensors import obstacle
 from fairseq_rkm.ops.weights import Weights, memory_dtype
 
 Run = Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -29,7 +31,7 @@ class Backend:
     Attributes:
         run: as :func:`fairseq_rkm.ops.reference.recurrence`.
         refuses: why a problem is beyond it, or None.
-        automatic: whether ``"auto"`` may pick it.
+        automatic: whether ``"auto"`` may pick it; the reference it takes where only PyTorch's own operators will do.
         takes_none: whether it takes None for an initial state of zeros.
     """
 
@@ -55,8 +57,15 @@ def check_backend(name: str) -> None:
         raise RKMError(f"unknown backend {name!r}; choose one of auto, {', '.join(BACKENDS)}")
 
 
-def pick(name: str, cell: Cell, inputs: Tensor, weights: Weights) -> Backend:
+def pick(name: str, cell: Cell, inputs: Tensor, weights: Weights, obstacle: str | None = None) -> Backend:
     """The backend called ``name``, or for ``"auto"`` the first that takes the problem.
+
+    Args:
+        name: ``"auto"`` or a backend's.
+        cell: the cell.
+        inputs: extended inputs.
+        weights: the weights.
+        obstacle: why only PyTorch's own operators will do, hence only the reference; None if they need not.
 
     Raises:
         RKMError: an unknown name, or a backend asked for by name that cannot take the problem: it is never replaced by
@@ -64,9 +73,12 @@ def pick(name: str, cell: Cell, inputs: Tensor, weights: Weights) -> Backend:
     """
     check_backend(name)
     if name == "auto":
+        if obstacle is not None:
+            return BACKENDS["reference"]
         candidates = (b for b in BACKENDS.values() if b.automatic and b.refuses(cell, inputs, weights) is None)
         return next(candidates)
-    reason = BACKENDS[name].refuses(cell, inputs, weights)
+    reason = obstacle if name != "reference" else None
+    reason = reason or BACKENDS[name].refuses(cell, inputs, weights)
     if reason is not None:
         raise RKMError(f"backend {name!r} cannot run this: {reason}")
     return BACKENDS[name]
@@ -78,26 +90,52 @@ def recurrence(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As :func:`fairseq_rkm.ops.reference.recurrence`, by the backend named; ``size``: d.
 
-    An initial ``hidden`` or ``memory`` that is None is zero.
+    An initial ``hidden`` or ``memory`` that is None is zero; others are converted to the types computed in. Here all
+    tensors that reach a backend are checked and laid out one element after the other.
 
     Raises:
-        RKMError: inputs, weights and state of different devices or dtypes, or a backend that refuses.
+        RKMError: inputs, weights, state and mask of different devices or dtypes, or of shapes that do not fit, numbers
+            that are not floating-point ones, or a backend that refuses.
     """
-    for what, tensor in (("the weights", weights.input), ("the hidden state", hidden), ("the memory", memory)):
-        if tensor is not None and tensor.device != inputs.device:
-            raise RKMError(f"the inputs are on {inputs.device} but {what} on {tensor.device}; move them to one device")
-    matrices = ("weights", weights.input), ("recurrent weights", weights.recurrent), ("biases", weights.bias)
-    for what, tensor in matrices:
-        if tensor is not None and tensor.dtype != inputs.dtype:
-            raise RKMError(
-                f"the inputs are {inputs.dtype} but the {what} {tensor.dtype}; convert one, or use torch.autocast"
-            )
-    wide = memory_dtype(inputs.dtype)
-    weights = weights.widen(wide)
-    chosen = pick(backend, cell, inputs, weights)
+    if not torch.jit.is_tracing():  # which warns of each comparison
+        _check(cell, inputs, weights, size, hidden, memory, keep)
+    reason = obstacle(inputs, hidden, memory, keep, *weights.tensors())
+    chosen = pick(backend, cell, inputs, weights, reason)
     if not chosen.takes_none:
         zeros = inputs.new_zeros(inputs.size(1), size) if hidden is None or memory is None else None
         hidden, memory = zeros if hidden is None else hidden, zeros if memory is None else memory
-    hidden = None if hidden is None else hidden.to(inputs.dtype)
-    memory = None if memory is None else memory.to(wide)
-    return chosen.run(cell, inputs.contiguous(), weights, hidden, memory, keep)
+    wide = memory_dtype(inputs.dtype)
+    hidden = None if hidden is None else hidden.to(inputs.dtype).contiguous()
+    memory = None if memory is None else memory.to(wide).contiguous()
+    return chosen.run(cell, inputs.contiguous(), weights.laid_out(wide), hidden, memory, keep)
+
+
+def _check(
+    cell: Cell, inputs: Tensor, weights: Weights, size: int, hidden: Tensor | None, memory: Tensor | None,
+    keep: Tensor | None,
+) -> None:  # fmt: skip
+    """A tensor of another shape might be broadcast, or read beyond its end."""
+    device, dtype, (length, batch, features) = inputs.device, inputs.dtype, inputs.shape
+    gates, ngram = len(cell.gates) * size, max(1, weights.input.size(-1) // features)
+    for what, tensor, shape, wanted in (
+        ("weights", weights.input, (gates, ngram * features), dtype),
+        ("recurrent weights", weights.recurrent, (len(cell.recurrent_gates) * size, size), dtype),
+        ("biases", weights.bias, (gates,), dtype),
+        ("layer norm's gain", weights.norm_weight, (size,), None),
+        ("layer norm's bias", weights.norm_bias, (size,), None),
+        ("hidden state", hidden, (batch, size), None),
+        ("memory", memory, (batch, size), None),
+        ("mask", keep, (length - ngram + 1, batch), torch.bool),
+    ):
+        if tensor is None:
+            continue
+        if tensor.device != device:
+            raise RKMError(f"the inputs are on {device} but the {what} on {tensor.device}; move them to one device")
+        if wanted is not None and tensor.dtype != wanted:
+            raise RKMError(f"the inputs are {dtype} but the {what} {tensor.dtype}; convert one, or use torch.autocast")
+        if wanted is None and not tensor.is_floating_point():
+            raise RKMError(f"the {what} must be floating-point numbers, not {tensor.dtype}")
+        if tensor.shape != shape:
+            raise RKMError(f"the {what} must be of shape {shape} here, not {tuple(tensor.shape)}")
+    if not inputs.is_floating_point():
+        raise RKMError(f"the inputs must be floating-point numbers, not {dtype}")

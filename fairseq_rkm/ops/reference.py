@@ -30,8 +30,10 @@ def recurrence(
     """
     ngram = weights.input.size(1) // inputs.size(2)
     outputs = [inputs.new_zeros(0, *hidden.shape)]
-    for t in range(inputs.size(0) - ngram + 1):
-        window = torch.cat([inputs[t + ngram - 1 - k] for k in range(ngram)], dim=1)
+    # Unbound, so that a program recorded by torch.jit.trace, which has as many steps as there were, refuses others.
+    rows = inputs.unbind()
+    for t in range(len(rows) - ngram + 1):
+        window = torch.cat([rows[t + ngram - 1 - k] for k in range(ngram)], dim=1)
         new_hidden, new_memory = step(cell, window, weights, hidden, memory)
         if keep is None:
             hidden, memory, output = new_hidden, new_memory, new_hidden
@@ -46,10 +48,9 @@ def recurrence(
 
 def step(cell: Cell, window: Tensor, weights: Weights, hidden: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
     """``h_t`` and ``c_t`` from ``X_t`` (``(B, n * m)``), ``h_{t-1}`` and ``c_{t-1}``."""
-    size = hidden.size(1)
-    a = dict(zip(cell.gates, F.linear(window, weights.input, weights.bias).split(size, 1), strict=True))
+    a = dict(zip(cell.gates, F.linear(window, weights.input, weights.bias).chunk(len(cell.gates), 1), strict=True))
     if weights.recurrent is not None:
-        fed_back = F.linear(hidden, weights.recurrent).split(size, 1)
+        fed_back = F.linear(hidden, weights.recurrent).chunk(len(cell.recurrent_gates), 1)
         for gate, term in zip(cell.recurrent_gates, fed_back, strict=True):
             a[gate] = a[gate] + term
     a = {gate: value.to(memory.dtype) for gate, value in a.items()}
@@ -65,7 +66,9 @@ def step(cell: Cell, window: Tensor, weights: Weights, hidden: Tensor, memory: T
     if cell.has_memory:
         new_memory = new_memory + forget * memory
     if weights.norm_weight is not None:
-        new_memory = F.layer_norm(new_memory, (size,), weights.norm_weight, weights.norm_bias, LAYER_NORM_EPS)
+        new_memory = F.layer_norm(
+            new_memory, weights.norm_weight.shape, weights.norm_weight, weights.norm_bias, LAYER_NORM_EPS
+        )
     if cell.clip is not None:
         new_memory = new_memory.clamp(-cell.clip, cell.clip)
 

@@ -1,6 +1,6 @@
 """The tensors of one layer in one direction, as every backend takes them."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,11 +29,13 @@ class Weights(NamedTuple):
     sigma_i: Tensor | float = 0.5
     sigma_f: Tensor | float = 0.5
 
-    def widen(self, dtype: torch.dtype) -> "Weights":
-        """The same with the layer norm's and the scales' tensors, which act on the memory, in the memory's type."""
-        acting = zip(self._fields[3:], self[3:], strict=True)
-        narrow = {name: v.to(dtype) for name, v in acting if isinstance(v, Tensor) and v.dtype != dtype}
-        return self._replace(**narrow) if narrow else self
+    def laid_out(self, wide: torch.dtype) -> "Weights":
+        """The same as backends read them, a tensor's elements one after the other in memory.
+
+        The layer norm's and the scales' tensors, which act on the memory, are in its type, ``wide``.
+        """
+        tensors: list[Any] = [v.to(wide) if i > 2 and isinstance(v, Tensor) else v for i, v in enumerate(self)]
+        return Weights(*(v.contiguous() if isinstance(v, Tensor) else v for v in tensors))
 
     def numbers(self) -> dict[str, float]:
         """The fields that are plain numbers."""
