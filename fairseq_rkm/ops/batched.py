@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fairseq_rkm.ops.alignment import align, unalign_rows
 from fairseq_rkm.ops.cells import CANDIDATE, FORGET, INPUT, OUTPUT, Cell
+from fairseq_rkm.ops.higher_derivatives import Saved, first_derivatives, save_arguments
 from fairseq_rkm.ops.ngram import last_real_step, project, project_backward
 from fairseq_rkm.ops.weights import LAYER_NORM_EPS, Weights
 
@@ -25,7 +25,7 @@ from fairseq_rkm.ops.weights import LAYER_NORM_EPS, Weights
 def recurrence(
     cell: Cell, inputs: Tensor, weights: Weights, hidden: Tensor, memory: Tensor, keep: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`fairseq_rkm.ops.reference.recurrence`; differentiable once."""
+    """As :func:`fairseq_rkm.ops.reference.recurrence`."""
     return _Recurrence.apply(cell, keep, inputs, hidden, memory, *weights)
 
 
@@ -49,23 +49,22 @@ class _Recurrence(torch.autograd.Function):
         gates = project(inputs, weights.input, weights.bias).to(memory.dtype)
         run = _Forward(cell, weights, gates, hidden, memory, keep)
         run.loop()
-        ctx.cell = cell
-        ctx.numbers = weights.numbers()
         norm = run.norm or (None, None, None)
-        ctx.save_for_backward(keep, inputs, gates, run.hidden, run.memory, *norm, *weights.tensors())
+        save_arguments(ctx, cell, keep, inputs, hidden, memory, weights, gates, run.hidden, run.memory, *norm)
         return run.results()
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor, grad_hidden: Tensor, grad_memory: Tensor) -> tuple[Any, ...]:
-        keep, inputs, gates, hidden, memory, raw, mean, rstd, *tensors = ctx.saved_tensors
-        weights = Weights(*tensors)._replace(**ctx.numbers)
+    @first_derivatives
+    def backward(
+        ctx: Any, saved: Saved, grad_output: Tensor, grad_hidden: Tensor, grad_memory: Tensor
+    ) -> tuple[Any, ...]:
+        weights, (gates, hidden, memory, raw, mean, rstd) = saved.weights, saved.own
         norm = None if raw is None else _Norm(raw, mean, rstd)
-        run = _Backward(ctx.cell, weights, gates, hidden, memory, keep, norm)
+        run = _Backward(saved.cell, weights, gates, hidden, memory, saved.keep, norm)
         grad_hidden, grad_memory = run.loop(grad_output, grad_hidden, grad_memory)
         needs = (ctx.needs_input_grad[2], *ctx.needs_input_grad[5:])
         grad_inputs, *grads = parameter_gradients(
-            ctx.cell, weights, inputs, hidden, memory, gates, run.factors, run.norm_gradients(), needs
+            saved.cell, weights, saved.inputs, hidden, memory, gates, run.factors, run.norm_gradients(), needs
         )
         return None, None, grad_inputs, grad_hidden, grad_memory, *grads
 
@@ -121,7 +120,7 @@ class _Forward:
             if self.weights.recurrent is None:
                 last = last_real_step(self.keep.squeeze(-1)).view(1, -1, 1).expand(1, *hidden.shape)
                 hidden, memory = self.hidden.gather(0, last)[0], self.memory.gather(0, last)[0]
-            output = output * self.keep
+            output = torch.where(self.keep, output, 0)
         return output, hidden.clone(), memory.clone()
 
     def _feed_back(self, t: int, recurrent: Tensor) -> None:
@@ -195,7 +194,7 @@ class _Backward:
     ) -> None:  # fmt: skip
         self.cell, self.weights, self.gates, self.hidden, self.memory = cell, weights, gates, hidden, memory
         self.norm = norm
-        self.keep = None if keep is None else keep.unsqueeze(-1).to(memory.dtype)
+        self.keep = None if keep is None else keep.unsqueeze(-1)
         self.at = gate_slices(cell, hidden.size(2))
         self.normed_grad = torch.empty_like(memory[1:] if norm is not None else memory[:0])
         self.inside = None if cell.clip is None else self._inside(cell.clip)
@@ -232,8 +231,9 @@ class _Backward:
             factors[..., at[OUTPUT]] = squashed * _sigmoid_slope(gate)
             slope.mul_(gate)
         if self.keep is not None:
-            factors.mul_(self.keep)
-            slope.mul_(self.keep)
+            # Filled, and not multiplied: padding has no part in a gradient even where a number beside it is missing.
+            factors.masked_fill_(~self.keep, 0)
+            slope.masked_fill_(~self.keep, 0)
         self.factors, self.slope = factors, slope
 
     def loop(self, grad_output: Tensor, grad_hidden: Tensor, grad_memory: Tensor) -> tuple[Tensor, Tensor]:
@@ -241,7 +241,7 @@ class _Backward:
         weights, dtype = self.weights, self.memory.dtype
         grad_output = grad_output.to(dtype)
         if self.keep is not None:
-            grad_output = grad_output * self.keep
+            grad_output = torch.where(self.keep, grad_output, 0)
         if weights.recurrent is None:
             return self._parallel(grad_output, grad_hidden.to(dtype), grad_memory)
         recurrent = recurrent_slice(self.cell, self.hidden.size(2))
@@ -249,12 +249,14 @@ class _Backward:
         for t in range(self.gates.size(0) - 1, -1, -1):
             through = grad_hidden
             grad_hidden = grad_hidden + grad_output[t]
+            if self.keep is not None:
+                grad_hidden = torch.where(self.keep[t], grad_hidden, 0)
             self._through_output(slice(t, t + 1), grad_hidden)
             grad_memory = self._through_memory(t, torch.addcmul(grad_memory, grad_hidden, self.slope[t]))
             fed_back = self.factors[t, :, recurrent]
             grad_hidden = (fed_back.to(weights.recurrent.dtype) @ weights.recurrent).to(dtype)
             if self.keep is not None:
-                grad_hidden.addcmul_(through, 1 - self.keep[t])
+                grad_hidden = torch.where(self.keep[t], grad_hidden, through)
         return grad_hidden.to(self.hidden.dtype), grad_memory
 
     def _parallel(self, grad_output: Tensor, grad_hidden: Tensor, grad_memory: Tensor) -> tuple[Tensor, Tensor]:
@@ -284,10 +286,12 @@ class _Backward:
 
     def _through_norm(self, block: slice, grad: Tensor) -> Tensor:
         """From the gradient of ``c_t`` to the memory gates' and, returned, to that before layer norm or clipping."""
+        if self.keep is not None:
+            grad = torch.where(self.keep[block], grad, 0)
         if self.inside is not None:
             grad = grad * self.inside[block]
         if self.norm is not None:
-            self.normed_grad[block] = grad if self.keep is None else grad * self.keep[block]
+            self.normed_grad[block] = grad
             grad = torch.ops.aten.native_layer_norm_backward(
                 grad, self.norm.raw[block], grad.shape[-1:], self.norm.mean[block], self.norm.rstd[block],
                 self.weights.norm_weight, self.weights.norm_bias, [True, False, False],
@@ -304,7 +308,7 @@ class _Backward:
         forget = self.gates[t, :, self.at[FORGET]] if self.cell.forget_is_gate else self.weights.sigma_f
         if self.keep is None:
             return before * forget
-        return torch.lerp(grad, before * forget, self.keep[t])
+        return torch.where(self.keep[t], before * forget, grad)
 
     def norm_gradients(self) -> dict[str, Tensor]:
         """The gradients of the layer norm's gain and bias, where there is one."""

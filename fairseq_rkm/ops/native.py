@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fairseq_rkm.ops.batched import parameter_gradients, recurrent_slice
 from fairseq_rkm.ops.build_cache import built
 from fairseq_rkm.ops.cells import FORGET, INPUT, OUTPUT, Cell
+from fairseq_rkm.ops.higher_derivatives import Saved, first_derivatives, save_arguments
 from fairseq_rkm.ops.ngram import project
 from fairseq_rkm.ops.weights import Weights
 
@@ -124,7 +124,7 @@ def refuses(cell: Cell, inputs: Tensor, weights: Weights) -> str | None:
 def recurrence(
     cell: Cell, inputs: Tensor, weights: Weights, hidden: Tensor, memory: Tensor, keep: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`fairseq_rkm.ops.reference.recurrence`; differentiable once."""
+    """As :func:`fairseq_rkm.ops.reference.recurrence`."""
     return _Native.apply(cell, keep, inputs, hidden, memory, *weights)
 
 
@@ -165,17 +165,17 @@ class _Native(torch.autograd.Function):
         moments = gates.new_empty(steps, batch, 2) if weights.norm_weight is not None else None
         call = {"gates": gates, "hidden": hiddens, "memory": memories, "moments": moments}
         _run("forward", cell, weights, keep, call)
-        ctx.cell, ctx.numbers = cell, weights.numbers()
-        ctx.save_for_backward(keep, inputs, gates, hiddens, memories, moments, *weights.tensors())
+        save_arguments(ctx, cell, keep, inputs, hidden, memory, weights, gates, hiddens, memories, moments)
         output = hiddens[1:]
-        output = output if keep is None else output * keep.unsqueeze(-1)
+        output = output if keep is None else torch.where(keep.unsqueeze(-1), output, 0)
         return output, hiddens[-1].clone(), memories[-1].clone()
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor, grad_hidden: Tensor, grad_memory: Tensor) -> tuple[Any, ...]:
-        keep, inputs, gates, hiddens, memories, moments, *tensors = ctx.saved_tensors
-        cell, weights = ctx.cell, Weights(*tensors)._replace(**ctx.numbers)
+    @first_derivatives
+    def backward(
+        ctx: Any, saved: Saved, grad_output: Tensor, grad_hidden: Tensor, grad_memory: Tensor
+    ) -> tuple[Any, ...]:
+        cell, weights, (gates, hiddens, memories, moments) = saved.cell, saved.weights, saved.own
         grad_gates, row = _buffer(gates, *gates.shape), memories[0]
         # Of the layer norm's gain and bias, each row's share.
         norm = None if moments is None else (torch.zeros_like(row), torch.zeros_like(row))
@@ -186,11 +186,11 @@ class _Native(torch.autograd.Function):
             "grad_gates": grad_gates, "to_memory": None if norm is None else torch.empty_like(row),
             "grad_gain": None if norm is None else norm[0], "grad_shift": None if norm is None else norm[1],
         }  # fmt: skip
-        _run("backward", cell, weights, keep, call)
+        _run("backward", cell, weights, saved.keep, call)
         needs = (ctx.needs_input_grad[2], *ctx.needs_input_grad[5:])
         known = {} if norm is None else {"norm_weight": norm[0].sum(0), "norm_bias": norm[1].sum(0)}
         grad_inputs, *grads = parameter_gradients(
-            cell, weights, inputs, hiddens, memories, gates, grad_gates, known, needs
+            cell, weights, saved.inputs, hiddens, memories, gates, grad_gates, known, needs
         )
         return None, None, grad_inputs, grad_hidden, grad_memory, *grads
 
@@ -213,7 +213,7 @@ def _run(direction: str, cell: Cell, weights: Weights, keep: Tensor | None, call
     tensors = {
         "weights": recurrent, "gain": weights.norm_weight, "shift": weights.norm_bias, "scale_f": scale_f,
         "keep": None if keep is None else keep.contiguous().view(torch.uint8), "packed": packed,
-        "sums": gates.new_empty(batch, 2), **call,
+        "sums": None if weights.norm_weight is None else gates.new_empty(batch, 2), **call,
     }  # fmt: skip
     problem = _Problem(
         steps=steps, batch=batch, size=size, norm=int(weights.norm_weight is not None),

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fairseq_rkm.ops import nvrtc
 from fairseq_rkm.ops.alignment import align
 from fairseq_rkm.ops.batched import parameter_gradients, product_operands
 from fairseq_rkm.ops.cells import FORGET, INPUT, OUTPUT, Cell
+from fairseq_rkm.ops.higher_derivatives import Saved, first_derivatives, save_arguments
 from fairseq_rkm.ops.ngram import project
 from fairseq_rkm.ops.weights import LAYER_NORM_EPS, Weights
 
@@ -289,7 +289,7 @@ def recurrence(
     cell: Cell, inputs: Tensor, weights: Weights, hidden: Tensor | None, memory: Tensor | None,
     keep: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """As :func:`fairseq_rkm.ops.reference.recurrence`, and None for an initial state of zeros; differentiable once."""
+    """As :func:`fairseq_rkm.ops.reference.recurrence`, and None for an initial state of zeros."""
     return _Persistent.apply(cell, keep, inputs, hidden, memory, *weights)
 
 
@@ -306,21 +306,20 @@ class _Persistent(torch.autograd.Function):
         given, weight = align(inputs, weights.input, missing=workspace)
         gates = project(given, weight, None)
         run = launches.forward(gates, hidden, memory, workspace)
-        ctx.numbers = weights.numbers()
-        ctx.save_for_backward(keep, inputs, gates, run.hiddens, run.memories, run.moments, *weights.tensors())
+        own = gates, run.hiddens, run.memories, run.moments
+        save_arguments(ctx, cell, keep, inputs, hidden, memory, weights, *own)
         ctx.set_materialize_grads(False)
-        output = run.hiddens[1:] if keep is None else run.hiddens[1:] * keep.unsqueeze(-1)
+        output = run.hiddens[1:] if keep is None else torch.where(keep.unsqueeze(-1), run.hiddens[1:], 0)
         return output, run.last_hidden, run.last_memory
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives
     def backward(
-        ctx: Any, grad_output: Tensor | None, grad_hidden: Tensor | None, grad_memory: Tensor | None
+        ctx: Any, saved: Saved, grad_output: Tensor | None, grad_hidden: Tensor | None, grad_memory: Tensor | None
     ) -> tuple[Any, ...]:
-        keep, inputs, gates, hidden, memory, moments, *tensors = ctx.saved_tensors
-        problem, weights = ctx.problem, Weights(*tensors)._replace(**ctx.numbers)
+        problem, inputs, weights, (gates, hidden, memory, moments) = ctx.problem, saved.inputs, saved.weights, saved.own
         _, _, need_inputs, need_hidden, need_memory, *need_weights = ctx.needs_input_grad
-        launches = _Launches(problem, weights, keep)
+        launches = _Launches(problem, weights, saved.keep)
         workspace = launches.workspace("backward", inputs.size(1))
         operands = product_operands(weights, inputs, hidden, need_weights[1], workspace)
         grad = launches.backward(gates, memory, moments, grad_output, grad_hidden, grad_memory, workspace)

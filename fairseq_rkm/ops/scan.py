@@ -13,16 +13,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fairseq_rkm.ops.batched import parameter_gradients
 from fairseq_rkm.ops.cells import FORGET, INPUT, OUTPUT, Cell
+from fairseq_rkm.ops.higher_derivatives import Saved, first_derivatives, save_arguments
 from fairseq_rkm.ops.ngram import last_real_step, project
 from fairseq_rkm.ops.weights import LAYER_NORM_EPS, Weights, memory_dtype
 
 BLOCK_T, BLOCK_D, WARPS = 32, 32, 4
 MAX_NORMED = 8192
 """Units of a layer that one program normalises, 16 in a thread at most."""
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether Triton, which looks once as well, runs its kernels on the CPU."""
 
 
 @functools.cache
@@ -32,7 +34,7 @@ def _has_triton() -> bool:
 
 def refuses(cell: Cell, inputs: Tensor, weights: Weights) -> str | None:
     """Why this backend cannot take a problem; None if it can."""
-    if inputs.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if inputs.device.type != "cuda" and not (INTERPRETED and inputs.device.type == "cpu"):
         return f"it runs on CUDA GPUs, and the inputs are on {inputs.device}"
     if weights.recurrent is not None:
         return "with feedback a step has to wait for the one before"
@@ -51,7 +53,7 @@ def recurrence(
     cell: Cell, inputs: Tensor, weights: Weights, hidden: Tensor | None, memory: Tensor | None,
     keep: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """As :func:`fairseq_rkm.ops.reference.recurrence`, and None for an initial state of zeros; differentiable once."""
+    """As :func:`fairseq_rkm.ops.reference.recurrence`, and None for an initial state of zeros."""
     return _Scan.apply(cell, keep, inputs, hidden, memory, *weights)
 
 
@@ -75,8 +77,7 @@ class _Scan(torch.autograd.Function):
             given += (moments, weights.norm_weight, weights.norm_bias)
             flags["EPSILON"] = LAYER_NORM_EPS
         _run("forward", cell, weights, keep, gates, given, memories, flags)
-        ctx.cell, ctx.numbers = cell, weights.numbers()
-        ctx.save_for_backward(keep, inputs, gates, memories, moments, *weights.tensors())
+        save_arguments(ctx, cell, keep, inputs, hidden, memory, weights, gates, memories, moments)
         ctx.set_materialize_grads(False)
         if keep is None:
             return output, last_output, last_memory
@@ -85,12 +86,11 @@ class _Scan(torch.autograd.Function):
         return output, torch.cat([first, output]).gather(0, last)[0], memories.gather(0, last)[0]
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives
     def backward(
-        ctx: Any, grad_output: Tensor | None, grad_hidden: Tensor | None, grad_memory: Tensor | None
+        ctx: Any, saved: Saved, grad_output: Tensor | None, grad_hidden: Tensor | None, grad_memory: Tensor | None
     ) -> tuple[Any, ...]:
-        keep, inputs, gates, memories, moments, *tensors = ctx.saved_tensors
-        cell, weights = ctx.cell, Weights(*tensors)._replace(**ctx.numbers)
+        cell, keep, weights, (gates, memories, moments) = saved.cell, saved.keep, saved.weights, saved.own
         steps, batch, size = memories.size(0) - 1, memories.size(1), memories.size(2)
         grad_output = gates.new_zeros(steps, batch, size) if grad_output is None else grad_output.contiguous()
         grad_hidden, grad_memory = (None if g is None else g.contiguous() for g in (grad_hidden, grad_memory))
@@ -114,12 +114,12 @@ class _Scan(torch.autograd.Function):
             if grad_memory is not None:
                 first_memory = torch.where(never, grad_memory, first_memory)
             if grad_hidden is not None:
-                first_hidden = grad_hidden * never if need_hidden else None
+                first_hidden = torch.where(never, grad_hidden, 0) if need_hidden else None
         needs = (need_inputs, *need_weights)
         # Nothing is fed back, so that no gradient needs the hidden states.
         known = {name: share.sum(0) for name, share in shares.items()}
         grad_inputs, *grads = parameter_gradients(
-            cell, weights, inputs, memories, memories, gates, grad_gates, known, needs
+            cell, weights, saved.inputs, memories, memories, gates, grad_gates, known, needs
         )
         return None, None, grad_inputs, first_hidden, first_memory if need_memory else None, *grads
 

@@ -65,6 +65,66 @@ def test_all_variants(backend, cell, ngram, padding):
         )  # fmt: skip
 
 
+def check_missing_numbers_stay_where_they_are(backend, dtype=torch.float64, device="cpu", **arguments):
+    """NaN and infinity at a real step are not seen at padding; at padding, or in its gradients, they are seen nowhere.
+
+    Row 1 is padded on both sides, row 2 is padding alone.
+    """
+    rkm = randomized(RKM(3, 4, backend=backend, dtype=dtype, **arguments)).to(device)
+    mask = torch.zeros(3, 6, dtype=torch.bool, device=device)
+    mask[1, :1] = mask[1, 4:] = mask[2] = True
+    padding = mask.t()
+    for missing in (torch.nan, torch.inf):
+        x = torch.randn(6, 3, 3, dtype=dtype).to(device)
+        x[2, 1] = missing
+        output, _ = rkm(x, padding_mask=mask)
+        assert output[padding].eq(0).all()
+        assert output[:, 0].isfinite().all()
+        rows = rkm.num_layers * (1 + rkm.bidirectional)
+        x = torch.randn(6, 3, 3, dtype=dtype).to(device)
+        results = []
+        for fill in (0.0, missing):
+            leaves = [
+                x.masked_fill(padding.unsqueeze(-1), fill),
+                *torch.ones(2, rows, 3, 4, dtype=dtype, device=device),
+            ]
+            leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+            output, state = rkm(leaves[0], (leaves[1], leaves[2]), mask)
+            grads = [torch.ones_like(t) for t in (output, state.hidden, state.cell)]
+            grads[0] = grads[0].masked_fill(padding.unsqueeze(-1), fill)
+            given = torch.autograd.grad([output, state.hidden, state.cell], [*leaves, *rkm.parameters()], grads)
+            results.append([output, state.hidden, state.cell, *given])
+        for i, (wanted, given) in enumerate(zip(*results, strict=True)):
+            assert wanted.isfinite().all()
+            assert torch.equal(wanted, given), f"result {i} with {missing} at padding"
+        # The final state of a row that is padding alone is the initial one, whatever its gradient is.
+        grads = [torch.full_like(t, missing) for t in (state.hidden, state.cell)]
+        for grad in grads:
+            grad[:, :2] = 1
+        output, state = rkm(x, (leaves[1], leaves[2]), mask)
+        given = torch.autograd.grad([state.hidden, state.cell], list(rkm.parameters()), grads, allow_unused=True)
+        assert all(g is None or g.isfinite().all() for g in given)
+
+
+MISSING = [
+    {"cell": "lstm", "bidirectional": True},
+    {"cell": "rkm_lstm", "num_layers": 2},
+    {"cell": "rkm_lstm", "feedback": False},
+    {"cell": "rkm_cifg", "layer_norm": True, "bidirectional": True},
+    {"cell": "linear_kernel_gated", "memory_clip": 0.4},
+    {"cell": "linear_kernel", "layer_norm": True, "feedback": False},
+    {"cell": "ran", "ngram": 3},
+    {"cell": "gated_cnn", "ngram": 3, "ngram_padding": "same"},
+    {"cell": "cnn", "bidirectional": True, "layer_norm": True},
+]
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+@pytest.mark.parametrize("arguments", MISSING, ids=str)
+def test_missing_numbers_stay_where_they_are(backend, arguments):
+    check_missing_numbers_stay_where_they_are(backend, **arguments)
+
+
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("cell", CELLS)

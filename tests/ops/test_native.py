@@ -11,8 +11,8 @@ import torch
 from helpers import assert_close, training_losses
 
 from fairseq_rkm import CELLS, RKM, RKMError
-from fairseq_rkm.ops import native
-from ops.test_backends import NGRAMS, compare
+from fairseq_rkm.ops import dispatch, native
+from ops.test_backends import MISSING, NGRAMS, check_missing_numbers_stay_where_they_are, compare
 
 compiled = pytest.mark.skipif(native._missing(CELLS["rkm_lstm"]) is not None, reason="needs a C compiler")
 
@@ -123,6 +123,12 @@ def test_large_and_missing_numbers_stay_what_they_are(cell):
     with torch.no_grad():
         assert rkm(torch.full((1, 1, 2), 1e30))[0].isfinite().all()
         assert rkm(torch.full((1, 1, 2), torch.nan))[0].isnan().all()
+
+
+@compiled
+@pytest.mark.parametrize("arguments", MISSING, ids=str)
+def test_missing_numbers_stay_where_they_are(arguments):
+    check_missing_numbers_stay_where_they_are("native", torch.float32, **arguments)
 
 
 @compiled

@@ -10,7 +10,8 @@ from helpers import assert_close, training_losses
 from fairseq_rkm import CELLS, RKM, RKMError
 from fairseq_rkm.ops import persistent
 from fairseq_rkm.ops.weights import Weights
-from ops.test_backends import clear_bound, compare
+from ops.test_backends import MISSING, check_missing_numbers_stay_where_they_are, clear_bound, compare
+from ops.test_higher_derivatives import VARIANTS, compare_derivatives
 
 HAS_GPU = torch.cuda.is_available()
 gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA GPU")
@@ -38,6 +39,21 @@ def test_clipped_memory(cell, dtype):
     shape = {"steps": 4, "batch": 2, "sizes": (6, 5)}
     bound = clear_bound(cell, dtype=dtype, **shape)
     compare("persistent", device="cuda", dtype=dtype, cell=cell, tf32=True, memory_clip=bound, **shape)
+
+
+@gpu
+@pytest.mark.parametrize("arguments", MISSING, ids=str)
+def test_missing_numbers_stay_where_they_are(arguments):
+    if arguments.get("feedback") is False or arguments["cell"] not in FEEDBACK:
+        pytest.skip("it is for cells with feedback")
+    check_missing_numbers_stay_where_they_are("persistent", torch.float32, "cuda", **arguments)
+
+
+@gpu
+def test_three_orders_of_derivatives_are_the_reference_s():
+    for arguments in VARIANTS:
+        if arguments["cell"] in FEEDBACK and arguments.get("feedback") is not False:
+            compare_derivatives("persistent", torch.float32, device="cuda", tolerance="tf32", **arguments)
 
 
 @gpu

@@ -12,7 +12,8 @@ import torch
 from helpers import assert_close, randomized
 
 from fairseq_rkm import CELLS, RKM, RKMError
-from ops.test_backends import compare, problem
+from ops.test_backends import check_missing_numbers_stay_where_they_are, compare, problem
+from ops.test_higher_derivatives import VARIANTS, compare_derivatives
 
 HAS_GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -76,6 +77,34 @@ def test_forget_gates_at_zero_and_one_do_no_harm(bias):
     x, hidden, memory, _ = problem(rkm, 100, 1, torch.float64)
     given, _ = rkm.to(DEVICE)(x.to(DEVICE), (hidden.to(DEVICE), memory.to(DEVICE)))
     assert_close(given.cpu(), reference(x, (hidden, memory))[0])
+
+
+@runs
+@pytest.mark.parametrize(
+    "arguments", [{"cell": "lstm"}, {"cell": "rkm_cifg", "layer_norm": True}, {"cell": "gated_cnn"}]
+)
+def test_missing_numbers_stay_where_they_are(arguments):
+    check_missing_numbers_stay_where_they_are("scan", device=DEVICE, feedback=False, **arguments)
+
+
+@runs
+def test_three_orders_of_derivatives_are_the_reference_s():
+    for arguments in VARIANTS:
+        if "memory_clip" not in arguments:
+            compare_derivatives("scan", torch.float64, device=DEVICE, **{**arguments, "feedback": False})
+
+
+@runs
+def test_a_state_of_any_stride_is_read_right():
+    fast = randomized(RKM(3, 4, feedback=False, layer_norm=True, backend="scan", dtype=torch.float64)).to(DEVICE)
+    x, state = (torch.randn(*shape, dtype=torch.float64, device=DEVICE) for shape in ((5, 2, 3), (1, 2, 4, 2)))
+    strided = state.unbind(-1)
+    assert not strided[1].is_contiguous()
+    for parameter in fast.parameters():
+        parameter.data = torch.stack([parameter.data, torch.full_like(parameter, torch.nan)], dim=-1)[..., 0]
+    given, _ = fast(x, strided)
+    wanted, _ = fast(x, tuple(t.contiguous() for t in strided))
+    assert_close(given, wanted)
 
 
 @runs
