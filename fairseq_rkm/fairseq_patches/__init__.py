@@ -18,6 +18,7 @@ SUBJECTS = (
     "shutdown",
     "translation",
     "documents",
+    "batches",
 )
 """The files that declare patches, in the order in which these are made."""
 
