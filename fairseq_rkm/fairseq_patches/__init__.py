@@ -19,6 +19,7 @@ SUBJECTS = (
     "translation",
     "documents",
     "batches",
+    "perplexity",
 )
 """The files that declare patches, in the order in which these are made."""
 

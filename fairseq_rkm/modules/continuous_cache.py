@@ -32,7 +32,7 @@ class ContinuousCache:
     Args:
         size: outputs that the cache holds.
         theta: how sharply likeness counts; 0 or more.
-        weight: lambda, within [0, 1].
+        weight: lambda, within [0, 1): with 1 a word that the cache has not would be impossible.
 
     Raises:
         RKMError: a value outside its range.
@@ -43,8 +43,10 @@ class ContinuousCache:
             raise RKMError(f"--cache-size must be 0 (no cache) or more, not {size}")
         if not 0 <= theta < math.inf:
             raise RKMError(f"--cache-theta must be 0 or more, not {theta}")
-        if not 0 <= weight <= 1:
-            raise RKMError(f"--cache-lambda must lie within [0, 1], not be {weight}")
+        if not 0 <= weight < 1:
+            raise RKMError(
+                f"--cache-lambda must lie within [0, 1), not be {weight}: words that the cache lacks need the model's share"
+            )
         self.size, self.theta, self.weight = size, theta, weight
 
     def log_probabilities(
@@ -63,11 +65,12 @@ class ContinuousCache:
             first position, the model stands alone.
         """
         likeness, words, left = self.recall(outputs, tokens, memory)
-        model = F.softmax(logits, dim=-1, dtype=torch.float32)
+        # As logarithms throughout: a probability below 1e-45 must not become 0.
+        model = F.log_softmax(logits, dim=-1, dtype=torch.float32)
         cache = torch.zeros_like(model)
         cache.scatter_add_(2, words.unsqueeze(1).expand_as(likeness), cache_probabilities(likeness, self.theta))
-        weight = self.weight * likeness.isfinite().any(-1, keepdim=True)
-        return torch.lerp(model, cache, weight.to(model.dtype)).log(), left
+        weight = self.weight * likeness.isfinite().any(-1, keepdim=True).to(model.dtype)
+        return torch.logaddexp(model + torch.log1p(-weight), (cache * weight).log()), left
 
     def recall(self, outputs: Tensor, tokens: Tensor, memory: CacheMemory | None) -> tuple[Tensor, Tensor, CacheMemory]:
         """The outputs in reach of each position.

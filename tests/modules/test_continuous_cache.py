@@ -53,8 +53,17 @@ def test_the_mixture_is_the_formula_however_the_stream_is_cut(steps, size, cuts,
         ((10, -1.0, 0.1), "--cache-theta must be 0 or more"),
         ((10, math.nan, 0.1), "--cache-theta must be 0 or more"),
         ((10, 1.0, 1.1), "--cache-lambda must lie within"),
+        ((10, 1.0, 1.0), "words that the cache lacks need the model's share"),
     ],
 )
 def test_values_outside_their_range_are_refused(arguments, message):
     with pytest.raises(RKMError, match=message):
         ContinuousCache(*arguments)
+
+
+def test_no_word_is_impossible():
+    logits = torch.tensor([[[0.0, -200.0, 0.0]] * 3])
+    scores, _ = ContinuousCache(10, 1.0, 0.5).log_probabilities(
+        logits, torch.ones(1, 3, 2), torch.tensor([[0, 0, 2]]), None
+    )
+    assert scores.isfinite().all()
