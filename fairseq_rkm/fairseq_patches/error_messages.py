@@ -12,6 +12,7 @@ from pathlib import Path
 import omegaconf
 
 from fairseq_rkm.errors import RKMError, first_line
+from fairseq_rkm.fairseq_patches import interruptions, processes
 from fairseq_rkm.fairseq_patches.registry import setting
 
 DOCUMENTS = "--task sentence_prediction --criterion sentence_prediction --arch rkm_classifier"
@@ -24,6 +25,18 @@ DIVERGED = (
 )
 
 
+MEMORY = (
+    "out of memory ({}): give fewer sentences or tokens at a time (--batch-size, --max-tokens, --tokens-per-sample), a "
+    "smaller model, or fewer --num-workers. Checkpoints written before are whole, and the same command goes on from "
+    "the last one"
+)
+
+NO_MEMORY = re.compile(
+    r"can't allocate memory|out of memory|Cannot allocate memory|MemoryError|killed by signal: Killed"
+)
+"""What errors of PyTorch, Python and the operating system say when memory is short."""
+
+
 @setting(
     "sys.excepthook",
     why="a user's mistake ends fairseq's commands in a stack trace, and hydra prints errors itself",
@@ -31,18 +44,22 @@ DIVERGED = (
 )
 def sentences_for_mistakes() -> None:
     """Print errors by :func:`print_error`, in fairseq's commands only; hydra is told to leave errors alone."""
-    if _in_fairseq_command() and sys.excepthook is sys.__excepthook__:
+    if in_fairseq_command() and sys.excepthook is sys.__excepthook__:
         sys.excepthook = print_error
         os.environ.setdefault("HYDRA_FULL_ERROR", "1")
 
 
-def _in_fairseq_command() -> bool:
+def in_fairseq_command() -> bool:
+    """Whether this process runs one of fairseq's commands."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     return Path(sys.argv[0]).name.startswith("fairseq-") or (spec is not None and spec.name.startswith("fairseq_cli"))
 
 
 def print_error(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
     """``sys.excepthook``: one sentence for a user's mistake, the stack trace for anything else."""
+    if interruptions.received:
+        # It was told already, and what fails while the process ends is no news.
+        raise SystemExit(128 + interruptions.received[0])
     sentence = sentence_of(error)
     if sentence is None:
         sys.__excepthook__(kind, error, trace)
@@ -68,9 +85,25 @@ def sentence_of(error: BaseException | None) -> str | None:
         in_worker = re.search(rf"({RKMError.__module__}.{RKMError.__name__}|FloatingPointError): (.*)", str(link))
         if in_worker:
             return _advised(in_worker[2])
+        if isinstance(link, (MemoryError, RuntimeError, OSError)) and _short_of_memory(link):
+            return MEMORY.format(_about_memory(link))
+        if lost := processes.lost_process(link):
+            return lost
     # A bare Exception is how fairseq itself tells users of a mistake.
     told = (str(link) for link in chain if isinstance(link, OSError) or type(link) is Exception)
     return next(told, None)
+
+
+def _short_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or NO_MEMORY.search(str(error)) is not None
+
+
+def _about_memory(error: BaseException) -> str:
+    """What an error says of the memory that there was not, without where it was raised."""
+    found = re.search(
+        r"(you tried to allocate \d+ bytes|[Tt]ried to allocate [\d.]+ \w+|Unable to allocate .*)", str(error)
+    )
+    return found[1] if found else first_line(error)
 
 
 def _advised(message: str) -> str:

@@ -119,16 +119,16 @@ def wrap(owner: Any, name: str, wrapper: Callable[[Any], Callable]) -> None:
 
     Args:
         owner: a module or a class.
-        name: of a function of the module's, or of the class's own or inherited method or class method.
+        name: of a function of the module's, or of the class's own or inherited method, class or static method.
         wrapper: takes the function, for a class method with the class as its first argument, and returns the new one.
     """
-    is_class_method = isinstance(inspect.getattr_static(owner, name), classmethod)
+    kind = type(inspect.getattr_static(owner, name))
     given = getattr(owner, name)
-    function = given.__func__ if is_class_method else given
+    function = given.__func__ if kind is classmethod else given
     made_by = getattr(function, "wrapped_by_fairseq_rkm", ())
     if wrapper in made_by:
         return
     wrapped: Any = functools.wraps(function)(wrapper(function))
     # __wrapped__ does not tell: functions that fairseq has decorated itself have it as well.
     wrapped.wrapped_by_fairseq_rkm = (*made_by, wrapper)
-    setattr(owner, name, classmethod(wrapped) if is_class_method else wrapped)
+    setattr(owner, name, kind(wrapped) if kind in (classmethod, staticmethod) else wrapped)

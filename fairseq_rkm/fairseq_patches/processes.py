@@ -1,0 +1,396 @@
+"""Several processes train one model, or a sentence says which of them failed and what to do."""
+
+import contextlib
+import logging
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+import torch.distributed as dist
+from fairseq import checkpoint_utils
+from fairseq.distributed import utils as distributed_utils
+from omegaconf import OmegaConf, open_dict
+
+from fairseq_rkm.errors import RKMError, first_line
+from fairseq_rkm.fairseq_patches.registry import patch
+
+logger = logging.getLogger(__name__)
+
+TIMEOUT = 600
+"""Seconds that processes wait for each other, unless ``--heartbeat-timeout`` says how many: ten minutes."""
+
+ANSWER = 3.0
+"""Seconds that a process which lost another waits for the rest to say that they are there."""
+
+AGAIN = "start the same command again in all processes: it goes on from the last checkpoint"
+
+LOST = re.compile(
+    r"Connection (closed|reset|refused)|Broken pipe|Timed out|timed out|timeout|gloo|NCCL|ncclRemoteError|TCPStore|"
+    r"socket"
+)
+"""What errors of torch.distributed say when another process cannot be reached."""
+
+
+@dataclass
+class Meeting:
+    """Where the processes of a run know each other from.
+
+    Attributes:
+        store: of torch.distributed, to which all processes write.
+        rank: of this process.
+        homes: of each process, as ``host:process``.
+        seconds: that they wait for each other.
+    """
+
+    store: Any
+    rank: int
+    homes: list[str]
+    seconds: int
+
+
+_meeting: list[Meeting] = []
+
+
+def on_cpus(cfg: Any) -> bool:
+    """Whether a run's processes compute on CPUs, from the part of its configuration that says how many there are."""
+    parent = cfg._get_parent() if OmegaConf.is_config(cfg) else None
+    return not torch.cuda.is_available() or (parent is not None and bool(parent.common.cpu))
+
+
+@patch(
+    distributed_utils,
+    "infer_init_method",
+    why="where fairseq counts at most one device, each process that torchrun or SLURM starts trains a model by itself",
+    until="fairseq takes the number of processes from WORLD_SIZE, and does not count devices on CPUs",
+)
+def meet_all_processes(infer: Any) -> Any:
+    """``infer_init_method`` that takes the processes of torchrun and SLURM for one run's, on CPUs as well."""
+
+    def infer_init_method(cfg: Any, force_distributed: bool = False) -> None:
+        if cfg.tpu or cfg.pipeline_model_parallel or cfg.distributed_init_method is not None:
+            infer(cfg, force_distributed)
+        elif (started := _started_by_torchrun()) or (on_cpus(cfg) and (started := _started_by_slurm(cfg))):
+            _join(cfg, *started)
+        elif on_cpus(cfg) and cfg.distributed_world_size > 1:
+            cfg.distributed_init_method = f"tcp://localhost:{_free_port()}"
+        else:
+            infer(cfg, force_distributed)
+
+    return infer_init_method
+
+
+def _started_by_torchrun() -> tuple[str, int, int, int] | None:
+    """The meeting place, the number of processes, this one's rank and its number on its machine."""
+    names = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
+    if not all(name in os.environ for name in names) or int(os.environ["WORLD_SIZE"]) < 2:
+        return None
+    rank = int(os.environ["RANK"])
+    return "env://", int(os.environ["WORLD_SIZE"]), rank, int(os.environ.get("LOCAL_RANK", rank))
+
+
+def _started_by_slurm(cfg: Any) -> tuple[str, int, int, int] | None:
+    """As :func:`_started_by_torchrun`, of a job step of several tasks."""
+    tasks = _slurm("STEP_NUM_TASKS", 1)
+    if tasks < 2 or cfg.distributed_world_size == 1:
+        return None
+    if cfg.distributed_world_size != tasks:
+        raise RKMError(
+            f"--distributed-world-size is {cfg.distributed_world_size}, and srun started {tasks} tasks: on CPUs each "
+            "task is a process, so give the same number"
+        )
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST") or "localhost"
+    try:
+        host = subprocess.check_output(["scontrol", "show", "hostnames", nodes], text=True).split()[0]  # noqa: S603
+    except (OSError, subprocess.CalledProcessError, IndexError) as error:
+        raise RKMError(
+            f"scontrol does not say which machines {nodes} are ({first_line(error)}): give --distributed-init-method "
+            "tcp://HOST:PORT and --distributed-rank"
+        ) from error
+    port = cfg.distributed_port if cfg.distributed_port > 0 else 20000 + _slurm("JOB_ID", 0) % 20000
+    return f"tcp://{host}:{port}", tasks, _slurm("PROCID", 0), _slurm("LOCALID", 0)
+
+
+def _slurm(name: str, default: int) -> int:
+    return int(os.environ.get(f"SLURM_{name}", default))
+
+
+def _join(cfg: Any, method: str, size: int, rank: int, local: int) -> None:
+    """Let this process be one of several that something else has started."""
+    here = torch.cuda.device_count()
+    if not on_cpus(cfg) and local >= here:
+        raise RKMError(
+            f"process {local} of this machine has no GPU, of which there are {here}: start no more processes than GPUs "
+            "(--nproc-per-node), or give --cpu"
+        )
+    cfg.distributed_init_method, cfg.distributed_no_spawn = method, True
+    cfg.distributed_world_size, cfg.distributed_rank = size, rank
+    cfg.device_id = 0 if on_cpus(cfg) else local
+    if cfg.device_id > 0:
+        torch.cuda.set_device(cfg.device_id)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return int(listener.getsockname()[1])
+
+
+@patch(
+    distributed_utils,
+    "call_main",
+    why="fairseq starts a process for each GPU, so none on CPUs, and the failure of one prints all their stack traces",
+    until="fairseq starts as many processes as are asked for, and says in a sentence which one failed",
+)
+def start_all_processes(call: Any) -> Any:
+    """``call_main`` that starts processes on CPUs too, and ends all when one ends."""
+
+    def call_main(cfg: Any, main: Callable, **kwargs: Any) -> None:
+        distributed = cfg.distributed_training
+        if distributed.distributed_init_method is None:
+            _refuse_tasks_apart(distributed, main)
+            distributed_utils.infer_init_method(distributed)
+        elif on_cpus(distributed):
+            # There are no devices to count: whoever names a meeting place starts each process.
+            distributed.distributed_no_spawn = True
+        if distributed.distributed_init_method is None or cfg.common.tpu:
+            call(cfg, main, **kwargs)
+            return
+        if on_cpus(distributed):
+            _settle_on_cpus(distributed)
+        if distributed.distributed_no_spawn:
+            distributed_utils.distributed_main(distributed.device_id, main, cfg, kwargs)
+        else:
+            _spawn(cfg, main, kwargs)
+
+    return call_main
+
+
+def _refuse_tasks_apart(cfg: Any, main: Callable) -> None:
+    """Raise RKMError for tasks of a SLURM step that would each train a model, unless the user says so."""
+    tasks = _slurm("STEP_NUM_TASKS", 1)
+    alone = cfg.distributed_world_size == 1 and not _started_by_torchrun()
+    if alone and tasks > 1 and trains(main) and not _named("--distributed-world-size"):
+        raise RKMError(
+            f"srun started {tasks} tasks, each of which would train a model by itself: give --distributed-world-size "
+            f"{tasks} for one run of all, or --distributed-world-size 1 for runs of their own in folders of their own"
+        )
+
+
+def _named(flag: str) -> bool:
+    return any(argument.split("=")[0] == flag for argument in sys.argv)
+
+
+def trains(main: Callable) -> bool:
+    """Whether a command's main function is that of training."""
+    return "should_stop_early" in getattr(main, "__globals__", {})
+
+
+def _settle_on_cpus(cfg: Any) -> None:
+    """Take what CPUs have where the flags, whose defaults are for GPUs, name other things."""
+    if cfg.distributed_backend == "nccl":
+        logger.info("processes on CPUs: --distributed-backend gloo")
+        cfg.distributed_backend = "gloo"
+    if cfg.ddp_backend in ("c10d", "pytorch_ddp"):
+        logger.info("processes on CPUs: --ddp-backend legacy_ddp")
+        cfg.ddp_backend = "legacy_ddp"
+
+
+def _spawn(cfg: Any, main: Callable, kwargs: dict) -> None:
+    """Start this machine's processes, and end all when one of them ends in an error."""
+    distributed = cfg.distributed_training
+    size = distributed.distributed_world_size
+    count = size if on_cpus(distributed) else min(torch.cuda.device_count(), size)
+    with open_dict(distributed):
+        distributed.distributed_num_procs = count
+    first = distributed.distributed_rank
+    distributed.distributed_rank = None  # assigned in each process
+    arguments = (main, cfg, {**kwargs, "start_rank": first})
+    context = torch.multiprocessing.start_processes(run_rank, arguments, count, join=False, start_method="spawn")
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
+    try:
+        while not context.join():
+            pass
+    except torch.multiprocessing.ProcessExitedException as error:
+        how = f"was ended by {error.signal_name}" if error.signal_name else f"ended with status {error.exit_code}"
+        raise RKMError(
+            f"the process of rank {first + error.error_index} {how}, and the others were stopped: {AGAIN}"
+        ) from error
+    finally:
+        for process in context.processes:
+            if process.is_alive():
+                process.kill()
+
+
+def run_rank(number: int, main: Callable, cfg: Any, kwargs: dict) -> None:
+    """A process that :func:`_spawn` started: fairseq's, with the plugin in place before processes meet."""
+    import fairseq_rkm
+
+    fairseq_rkm.register()
+    try:
+        distributed_utils.distributed_main(number, main, cfg, kwargs)
+    except RuntimeError as error:
+        sentence = lost_process(error)
+        if sentence is None:
+            raise
+        raise RKMError(sentence) from error
+
+
+@patch(
+    distributed_utils,
+    "distributed_init",
+    why="processes wait half an hour for one that never comes or no longer answers, and do not say for which",
+    until="fairseq gives torch.distributed a time, and names the ranks that are missing",
+)
+def meet_in_time(init: Any) -> Any:
+    """``distributed_init`` that waits ``--heartbeat-timeout`` seconds, and says who did not come."""
+
+    def distributed_init(cfg: Any) -> Any:
+        distributed = cfg.distributed_training
+        if not cfg.common.tpu and not dist.is_initialized():
+            _meet(distributed)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Distributed is already initialized")
+            return init(cfg)
+
+    return distributed_init
+
+
+def _meet(cfg: Any) -> None:
+    """Initialize torch.distributed, as fairseq does, once all processes have come."""
+    rank, size, method = cfg.distributed_rank, cfg.distributed_world_size, cfg.distributed_init_method
+    seconds = cfg.heartbeat_timeout if cfg.heartbeat_timeout > 0 else TIMEOUT
+    logger.info(f"distributed init (rank {rank}): {method}; processes wait {seconds} seconds for each other")
+    store = _open_store(method, rank, size, seconds)
+    store.set(f"home{rank}", f"{socket.gethostname()}:{os.getpid()}")
+    missing = _missing(store, "home", [other for other in range(size) if other != rank], seconds)
+    if missing:
+        raise RKMError(
+            f"{_ranks(missing)} of {size} did not come to {method} within {seconds} seconds, for which rank {rank} "
+            "waited (--heartbeat-timeout): start a process for each rank, all with the same address and world size"
+        )
+    homes = [store.get(f"home{other}").decode() for other in range(size)]
+    _meeting[:] = [Meeting(store, rank, homes, seconds)]
+    time_allowed = timedelta(seconds=seconds)
+    # Groups that fairseq makes later take torch's default, not the time of the first group.
+    dist.distributed_c10d.default_pg_timeout = time_allowed
+    dist.distributed_c10d.default_pg_nccl_timeout = time_allowed
+    dist.init_process_group(
+        cfg.distributed_backend, store=dist.PrefixStore("groups", store), rank=rank, world_size=size,
+        timeout=time_allowed,
+    )  # fmt: skip
+    logger.info(f"initialized host {socket.gethostname()} as rank {rank}")
+    if torch.cuda.is_available():
+        dist.all_reduce(torch.zeros(1).cuda())
+
+
+def _open_store(method: str, rank: int, size: int, seconds: int) -> Any:
+    """The store at a meeting place.
+
+    Raises:
+        RKMError: a place that cannot be reached in time.
+    """
+    place = urlsplit(method)
+    time_allowed = timedelta(seconds=seconds)
+    try:
+        if place.scheme == "tcp" and place.port:
+            return dist.TCPStore(
+                place.hostname or "localhost", place.port, size, rank == 0, time_allowed, wait_for_workers=False
+            )
+        return next(dist.rendezvous(method, rank, size, timeout=time_allowed))[0]
+    except (RuntimeError, ValueError) as error:
+        what = "cannot listen" if rank == 0 else f"did not find rank 0 within {seconds} seconds (--heartbeat-timeout)"
+        raise RKMError(
+            f"rank {rank} {what} at {method}: {first_line(error)}. Start a process for each rank, all with the same "
+            "address, of rank 0's machine, and a port that is free there"
+        ) from error
+
+
+def _missing(store: Any, key: str, ranks: list[int], seconds: float) -> list[int]:
+    """The ranks that have not written ``key`` with their number to the store within some seconds."""
+    end, missing = time.monotonic() + seconds, []
+    for rank in ranks:
+        left = max(0.01, end - time.monotonic())
+        try:
+            store.wait([f"{key}{rank}"], timedelta(seconds=left))
+        except RuntimeError:
+            missing.append(rank)
+    return missing
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def lost_process(error: BaseException) -> str | None:
+    """A sentence for an error that came of another process's end or silence; None for any other error."""
+    if not _meeting or not isinstance(error, RuntimeError) or not LOST.search(str(error)):
+        return None
+    meeting = _meeting[0]
+    others = [rank for rank in range(len(meeting.homes)) if rank != meeting.rank]
+    gone = [rank for rank in others if _has_ended(meeting.homes[rank])] or _silent(meeting, others)
+    too_late = re.search("[Tt]imed out|timeout", str(error))
+    late = f" within {meeting.seconds} seconds (--heartbeat-timeout)" if too_late else ""
+    who = _ranks(gone) if gone else "another process"
+    homes = "".join(f" ({meeting.homes[rank]})" for rank in gone[:1])
+    return (
+        f"rank {meeting.rank} lost {who}{homes}, which has ended or did not answer{late}. See the output of {who} for "
+        f"the reason, then {AGAIN}"
+    )
+
+
+def _has_ended(home: str) -> bool:
+    """Whether a process of this machine has ended; False for one of another machine."""
+    host, _, process = home.rpartition(":")
+    if host != socket.gethostname():
+        return False
+    # An ended process whose parent has not looked is still there, without a memory of its own.
+    time.sleep(0.2)
+    try:
+        with open(f"/proc/{process}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return os.path.isdir("/proc/self")
+
+
+def _silent(meeting: Meeting, others: list[int]) -> list[int]:
+    """The ranks that do not say, as this one does, that they have lost another."""
+    try:
+        with contextlib.suppress(RuntimeError):
+            meeting.store.set_timeout(timedelta(seconds=ANSWER))
+        meeting.store.set(f"lost{meeting.rank}", "1")
+        return _missing(meeting.store, "lost", others, ANSWER)
+    except RuntimeError:
+        return [0]  # whose process keeps the store
+
+
+@patch(
+    checkpoint_utils,
+    "verify_checkpoint_directory",
+    why="started by torchrun, fairseq-hydra-train on CPUs trains a model in each process, all into one folder",
+    until="fairseq takes the number of processes from WORLD_SIZE",
+)
+def refuse_to_train_apart(verify: Any) -> Any:
+    """``verify_checkpoint_directory``, which training calls first, in none of several processes that train apart."""
+
+    def verify_checkpoint_directory(folder: str) -> None:
+        if _started_by_torchrun() and not dist.is_initialized():
+            raise RKMError(
+                f"torchrun started {os.environ['WORLD_SIZE']} processes, and each would train a model by itself: "
+                "fairseq-hydra-train counts GPUs. Add distributed_training.distributed_init_method=env:// "
+                "distributed_training.distributed_no_spawn=true distributed_training.distributed_backend=gloo "
+                "distributed_training.ddp_backend=legacy_ddp distributed_training.distributed_world_size=$WORLD_SIZE "
+                "distributed_training.distributed_rank=$RANK, or use fairseq-train"
+            )
+        verify(folder)
+
+    return verify_checkpoint_directory
