@@ -1,8 +1,12 @@
 """A corpus as one stream of tokens, cut into parallel streams and these into segments that follow each other."""
 
+import zlib
+from typing import Any, ClassVar
+
 import numpy as np
 import torch
 from fairseq.data import FairseqDataset
+from fairseq.data.iterators import EpochBatchIterator
 from torch import Tensor
 
 from fairseq_rkm.errors import RKMError
@@ -25,6 +29,11 @@ class TokenStream(FairseqDataset):
 
     def __getitem__(self, index: int) -> int:
         return int(self.tokens[index])
+
+    def fingerprint(self) -> str:
+        """The number of tokens and a checksum of at most a million of them, evenly spread."""
+        spread = self.tokens[:: max(1, len(self) // 1_000_000)].to(torch.int64)
+        return f"{len(self)} tokens, checksum {zlib.crc32(spread.contiguous().numpy().tobytes()):08x}"
 
     def check_streams(self, streams: int) -> None:
         """Raises RKMError if there are fewer tokens than streams."""
@@ -75,6 +84,9 @@ class StreamSegments(FairseqDataset):
         length: tokens in a segment; the last may be shorter.
         pad: fills the last segment's last column in rows whose stretch is the shorter.
         length_seed: with it, lengths vary around ``length`` (see :func:`random_lengths`), the same for all rows.
+
+    Attributes:
+        cut: all that says, beside the epoch, which tokens the k-th segment holds.
     """
 
     def __init__(
@@ -100,6 +112,11 @@ class StreamSegments(FairseqDataset):
         self.target = stream.tokens[index].masked_fill(~real, pad)
         self.first_row = rows[0]
         self.pad = pad
+        seed = None if length_seed is None else length_seed[0]
+        self.cut: dict[str, Any] = {
+            "text": stream.fingerprint(), "streams": streams, "length": length, "varied": length_seed is not None,
+            "seed": seed,
+        }  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.segments)
@@ -123,3 +140,45 @@ class StreamSegments(FairseqDataset):
     def collater(self, samples: list[dict]) -> dict:
         """A segment is a batch by itself."""
         return samples[0] if samples else {}
+
+
+class SegmentIterator(EpochBatchIterator):
+    """fairseq's iterator over :class:`StreamSegments`, which resumes within an epoch only where it stopped."""
+
+    FLAGS: ClassVar = {
+        "text": "the training text (--train-subset, the data folder)",
+        "streams": "--batch-size times processes",
+        "length": "--tokens-per-sample",
+        "varied": "--variable-bptt",
+        "seed": "--seed, by which --variable-bptt draws lengths",
+    }
+    """What decides each part of :attr:`StreamSegments.cut`."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """fairseq's, with how the text is cut."""
+        return {**super().state_dict(), "cut": dict(self.dataset.cut)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            RKMError: a checkpoint in the middle of an epoch whose text was cut into other segments: its number of
+                segments would be another place in the text than that to which the carried state belongs.
+        """
+        within = state.get("iterations_in_epoch", 0)
+        cut, saved = self.dataset.cut, state.get("cut")
+        if within and saved is not None:
+            others = [key for key in self.FLAGS if saved.get(key) != cut[key]]
+            if others:
+                changes = "; ".join(f"{self.FLAGS[key]}: {saved.get(key)}, now {cut[key]}" for key in others)
+                raise RKMError(
+                    f"the checkpoint stopped within epoch {state['epoch']}, after {within} segments of a text that was "
+                    f"cut otherwise ({changes}). Resume as it was trained, or begin an epoch anew with "
+                    "--reset-dataloader"
+                )
+        if within > len(self.dataset):
+            raise RKMError(
+                f"the checkpoint stopped after {within} segments of an epoch that has {len(self.dataset)} now: resume "
+                "with the data and flags that it was trained with, or begin an epoch anew with --reset-dataloader"
+            )
+        super().load_state_dict(state)

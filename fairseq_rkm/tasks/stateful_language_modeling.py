@@ -17,8 +17,8 @@ from fairseq.tasks.language_modeling import LanguageModelingTask
 from omegaconf import II
 from torch import Tensor
 
-from fairseq_rkm.data.token_stream import StreamSegments, TokenStream
-from fairseq_rkm.errors import RKMError
+from fairseq_rkm.data.token_stream import SegmentIterator, StreamSegments, TokenStream
+from fairseq_rkm.errors import RKMError, first_line
 from fairseq_rkm.modules import RKMState
 from fairseq_rkm.modules.continuous_cache import ContinuousCache
 from fairseq_rkm.tasks.averaged_validation import AveragedValidation
@@ -191,7 +191,7 @@ class StatefulLanguageModelingTask(AveragedValidation, GraphedSteps, LanguageMod
             length_seed=(seed, epoch) if varied else None,
         )  # fmt: skip
         # Each process holds its own streams, so that to fairseq's iterator there is one shard.
-        return iterators.EpochBatchIterator(
+        return SegmentIterator(
             dataset=segments,
             collate_fn=segments.collater,
             batch_sampler=[[i] for i in range(len(segments))],
@@ -233,7 +233,11 @@ class StatefulLanguageModelingTask(AveragedValidation, GraphedSteps, LanguageMod
         """fairseq's; takes note of the segment's length for the update that follows."""
         if self.args.variable_bptt and not self.args.no_lr_rescaling:
             self.lr_scale = sample["target"].size(1) / self.args.tokens_per_sample
-        return super().train_step(sample, *args, **kwargs)
+        try:
+            return super().train_step(sample, *args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            # fairseq's trainer would leave the segment out, and the next one without its state.
+            raise MemoryError(first_line(error)) from error
 
     def optimizer_step(self, optimizer: Any, model: Any, update_num: int) -> None:
         """Update at the segment's learning rate.
@@ -266,8 +270,14 @@ class StatefulLanguageModelingTask(AveragedValidation, GraphedSteps, LanguageMod
         """Go on where :meth:`get_checkpoint_dict` left.
 
         Raises:
-            RKMError: a checkpoint of another number of processes.
+            RKMError: a checkpoint of another number of processes or of streams in each.
         """
+        streams = state["shapes"][0][-2]
+        if streams != self.args.batch_size:
+            raise RKMError(
+                f"the checkpoint carries the state of {streams} streams in each process, and --batch-size is "
+                f"{self.args.batch_size}: give the same, or begin an epoch anew with --reset-dataloader"
+            )
         world = distributed_utils.get_data_parallel_world_size()
         rank = distributed_utils.get_data_parallel_rank() if world > 1 else 0
         if len(state["ranks"]) != world:
