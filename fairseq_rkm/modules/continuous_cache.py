@@ -45,7 +45,7 @@ class ContinuousCache:
             raise RKMError(f"--cache-theta must be 0 or more, not {theta}")
         if not 0 <= weight < 1:
             raise RKMError(
-                f"--cache-lambda must lie within [0, 1), not be {weight}: words that the cache lacks need the model's share"
+                f"--cache-lambda must lie within [0, 1), not be {weight}: words outside the cache need the model"
             )
         self.size, self.theta, self.weight = size, theta, weight
 

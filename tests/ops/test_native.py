@@ -11,7 +11,7 @@ import torch
 from helpers import assert_close, training_losses
 
 from fairseq_rkm import CELLS, RKM, RKMError
-from fairseq_rkm.ops import dispatch, native
+from fairseq_rkm.ops import native
 from ops.test_backends import MISSING, NGRAMS, check_missing_numbers_stay_where_they_are, compare
 
 compiled = pytest.mark.skipif(native._missing(CELLS["rkm_lstm"]) is not None, reason="needs a C compiler")
