@@ -1,15 +1,10 @@
-import re
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from fairseq_rkm import CELLS, RKM
-
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
 
 
 def python(code: str) -> str:
@@ -41,38 +36,3 @@ def test_fairseq_s_import_leaves_a_program_s_logging_as_it_is(load, own):
 def test_python_m_prints_the_plugin_s_folder():
     output = subprocess.run([sys.executable, "-m", "fairseq_rkm"], cwd="/", capture_output=True, text=True, check=True)
     assert Path(output.stdout.strip()) == ROOT / "fairseq_rkm"
-
-
-@pytest.mark.parametrize("cell", CELLS.values(), ids=list(CELLS))
-def test_the_readme_s_table_of_cells_is_the_one_in_the_code(cell):
-    memory, output = cell.equations()
-    (row,) = (line for line in README.splitlines() if line.startswith(f"| `{cell.name}`") and "c~_t" in line)
-    columns = [column.strip() for column in row.strip("|").split("|")]
-    assert columns[1:4] == [cell.title, f"`{memory}`", f"`{output}`"]
-
-
-def test_the_readme_s_flags_are_the_configurations():
-    from fairseq_rkm.models.rkm import RKMConfig
-    from fairseq_rkm.models.rkm_lm import RKMLanguageModelConfig
-
-    for config in (RKMLanguageModelConfig, RKMConfig):
-        flags = {f"--{f.name.replace('_', '-')}" for f in fields(config) if not f.name.startswith("_")}
-        missing = flags - {"--criterion-name"} - set(re.findall(r"--[a-z0-9-]+", README))
-        assert not missing
-
-
-def test_the_classifier_s_flags_are_in_its_readme():
-    from fairseq_rkm.models.rkm_classifier import RKMClassifierConfig
-
-    readme = (ROOT / "examples" / "document_classification" / "README.md").read_text()
-    flags = {f"--{f.name.replace('_', '-')}" for f in fields(RKMClassifierConfig) if not f.name.startswith("_")}
-    assert not flags - set(re.findall(r"--[a-z0-9-]+", readme))
-
-
-def test_the_readme_s_example_runs():
-    example = re.search(r"```python\n(.*?)```", README, re.S)[1]
-    assert len(example.strip().splitlines()) <= 12
-    scope: dict = {}
-    exec(example, scope)  # noqa: S102
-    assert isinstance(scope["rnn"], RKM)
-    assert scope["output"].shape == (35, 20, 400)

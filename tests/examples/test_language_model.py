@@ -1,4 +1,4 @@
-"""The recipe's configurations, and the command lines that the example's README gives for the same runs."""
+"""The recipe's configurations, and the command lines that docs/language_models.md gives for the same runs."""
 
 import re
 import shlex
@@ -30,8 +30,8 @@ def configuration(name, *changes) -> dict:
 
 
 def command_lines() -> list[list[str]]:
-    """The arguments of the README's fairseq-train commands."""
-    text = (EXAMPLE / "README.md").read_text().replace("\\\n", " ")
+    """The arguments of the manual's fairseq-train commands."""
+    text = (EXAMPLE.parents[1] / "docs" / "language_models.md").read_text().replace("\\\n", " ")
     return [shlex.split(line)[1:] for line in re.findall(r"^fairseq-train .*rkm_lm_ptb.*$", text, re.M)]
 
 
@@ -45,7 +45,7 @@ def command(arguments) -> dict:
     ("number", "name", "changes"),
     [(0, "ptb", ["model.cell=lstm"]), (1, "ptb_fast", ["model.cell=rkm_lstm"])],
 )
-def test_the_readme_s_command_line_is_the_configuration_s_run(number, name, changes):
+def test_the_manual_s_command_line_is_the_configuration_s_run(number, name, changes):
     one, other = configuration(name, *changes), command(command_lines()[number])
     for part in ("model", "task", "criterion", "optimizer", "lr_scheduler"):
         given, wanted = ({k: v for k, v in c[part].items() if k not in {"data", "adam_betas"}} for c in (other, one))

@@ -1,0 +1,74 @@
+"""The README's commands in their order, as a reader types them, on small data."""
+
+import csv
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cli.conftest import ROOT, write_text
+from cli.test_document_classification import news
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = ("preprocess", "train", "eval_lm", "generate", "interactive", "validate")
+
+
+def section(title: str) -> str:
+    """The bash commands below a heading, without those that make or enter an environment."""
+    (text,) = (part for part in README.split("\n## ") if part.startswith(title))
+    lines = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.S)).splitlines()
+    return "\n".join(line for line in lines if not line.startswith(("source ", "pip ")))
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """A folder with the repository's parts in which runs/ is its own."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("fairseq_rkm", "examples", "scripts"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "bin").mkdir()
+    modules = {"python": "", **{f"fairseq-{name.replace('_', '-')}": f"-m fairseq_cli.{name} " for name in COMMANDS}}
+    for command, module in modules.items():
+        (folder / "bin" / command).write_text(f'#!/bin/sh\nexec {sys.executable} {module}"$@"\n')
+        (folder / "bin" / command).chmod(0o755)
+    return folder
+
+
+def type_in(checkout: Path, commands: str) -> str:
+    """Run commands in one shell, each of which must succeed; the output."""
+    environment = {
+        **os.environ, "PATH": f"{checkout / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+    }  # fmt: skip
+    shell = subprocess.run(
+        ["/bin/bash", "-euo", "pipefail", "-c", commands],
+        cwd=checkout, env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert shell.returncode == 0, (shell.stdout + shell.stderr)[-5000:]
+    return shell.stdout + shell.stderr
+
+
+def test_a_language_model_on_text_of_one_s_own(checkout, tmp_path):
+    commands = section("Train a language model").replace("TEXT", str(write_text(tmp_path)))
+    assert "fairseq-eval-lm runs/lm/data" in commands
+    output = type_in(checkout, commands.replace("--max-epoch 10", "--max-epoch 2"))
+    assert float(re.search(r"Perplexity: ([\d.]+)", output)[1]) < 40
+
+
+def test_a_classifier_of_one_s_own_documents(checkout):
+    for split, count in (("train", 200), ("test", 20)):
+        with (checkout / f"{split}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows(news(count, len(split)))
+    commands = section("Classify documents")
+    assert "fairseq_rkm.predict" in commands
+    output = type_in(checkout, commands.replace("--max-epoch 5", "--max-epoch 1").replace("classes 4", "classes 3"))
+    assert re.search(r"^[123]\t0\.\d{4}$", output, re.M)
+
+
+def test_the_folders_of_the_commands_do_not_collide():
+    folders = re.findall(r"(?:--destdir|--save-dir|--out) (\S+)", README)
+    assert len(folders) == len(set(folders)) == 4
+    assert all(folder.startswith("runs/") for folder in folders)
