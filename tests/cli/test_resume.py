@@ -44,6 +44,18 @@ def test_the_carried_state_matters_to_the_test_above(data, tmp_path):
     assert any(not torch.equal(value, results[1][name]) for name, value in results[0].items())
 
 
+def test_a_checkpoint_made_before_the_bound_trains_on_without_one(data, tmp_path):
+    """Its configuration lacks ``memory_clip``; the command that goes on from it does not name a bound."""
+    succeed("train", data, *SMALL, "--memory-clip", "none", "--max-update", 3, "--save-dir", tmp_path)
+    path = tmp_path / "checkpoint_last.pt"
+    state = torch.load(path, weights_only=True)
+    del state["cfg"]["model"]["memory_clip"]
+    torch.save(state, path)
+    result = succeed("train", data, *SMALL, "--max-update", 5, "--save-dir", tmp_path)
+    assert "checkpoint_last.pt was trained with --memory-clip none: so is this run" in result.output
+    assert torch.load(path, weights_only=True)["cfg"]["model"]["memory_clip"] == "none"
+
+
 def test_validation_does_not_disturb_training(data, tmp_path):
     common = [*SMALL, "--max-update", 9, "--dropout", 0.2]
     succeed("train", data, *common, "--save-dir", tmp_path / "without", "--disable-validation")
