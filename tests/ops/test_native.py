@@ -12,7 +12,13 @@ from helpers import assert_close, training_losses
 
 from fairseq_rkm import CELLS, RKM, RKMError
 from fairseq_rkm.ops import native
-from ops.test_backends import MISSING, NGRAMS, check_missing_numbers_stay_where_they_are, compare
+from ops.test_backends import (
+    MISSING,
+    NGRAMS,
+    check_missing_numbers_stay_where_they_are,
+    compare,
+    gradients_at_the_bound,
+)
 
 compiled = pytest.mark.skipif(native._missing(CELLS["rkm_lstm"]) is not None, reason="needs a C compiler")
 
@@ -68,6 +74,14 @@ def test_clipped_memory(cell):
             "native", dtype=torch.float32, cell=cell, feedback=feedback, mask=mask, memory_clip=0.4, sizes=(3, 19),
             learn_sigma=True,
         )  # fmt: skip
+
+
+@compiled
+@pytest.mark.parametrize("cell", [name for name, row in CELLS.items() if not row.squash_candidate])
+def test_the_gradient_passes_at_the_bound_itself_and_not_beyond(cell):
+    given, wanted = (gradients_at_the_bound(name, cell, None, torch.float32) for name in ("native", "reference"))
+    assert given[0].ne(0).tolist() == [True, True, False]
+    assert_close(given, wanted)
 
 
 @compiled
