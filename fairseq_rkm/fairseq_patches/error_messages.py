@@ -7,12 +7,12 @@ import os
 import re
 import sys
 import types
-from pathlib import Path
 
 import omegaconf
 
 from fairseq_rkm.errors import RKMError, first_line
 from fairseq_rkm.fairseq_patches import interruptions, processes
+from fairseq_rkm.fairseq_patches.commands import in_fairseq_command
 from fairseq_rkm.fairseq_patches.registry import setting
 
 DOCUMENTS = "--task sentence_prediction --criterion sentence_prediction --arch rkm_classifier"
@@ -47,12 +47,6 @@ def sentences_for_mistakes() -> None:
     if in_fairseq_command() and sys.excepthook is sys.__excepthook__:
         sys.excepthook = print_error
         os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-
-
-def in_fairseq_command() -> bool:
-    """Whether this process runs one of fairseq's commands."""
-    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
-    return Path(sys.argv[0]).name.startswith("fairseq-") or (spec is not None and spec.name.startswith("fairseq_cli"))
 
 
 def print_error(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:

@@ -10,6 +10,7 @@ import types
 from pathlib import Path
 
 from fairseq_rkm.fairseq_patches import checkpoint_writing
+from fairseq_rkm.fairseq_patches.commands import in_fairseq_command
 from fairseq_rkm.fairseq_patches.registry import setting
 
 GRACE = 10.0
@@ -26,8 +27,6 @@ received: list[int] = []
 )
 def stop_in_a_sentence() -> None:
     """Handle SIGINT and SIGTERM in fairseq's commands, where nothing else does, and not in their worker processes."""
-    from fairseq_rkm.fairseq_patches.error_messages import in_fairseq_command
-
     if not in_fairseq_command() or threading.current_thread() is not threading.main_thread():
         return
     if multiprocessing.parent_process() is not None:
