@@ -1,16 +1,11 @@
 """What several tests share: the table of tolerances, and random problems."""
 
-import importlib.util
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from fairseq_rkm import RKM
-
-ROOT = Path(__file__).parents[1]
 
 TOLERANCES: dict[torch.dtype | str, float] = {
     torch.float64: 1e-11,
@@ -121,11 +116,3 @@ def training_losses(
         losses.append(loss.detach().cpu())
     assert losses[-1] < 0.99 * losses[0]
     return torch.stack(losses)
-
-
-def load_script(path: Path) -> ModuleType:
-    """A script of scripts/ or examples/ as a module, whatever other script has its name."""
-    spec = importlib.util.spec_from_file_location("_".join(path.relative_to(ROOT).with_suffix("").parts), path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

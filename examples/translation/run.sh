@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From raw parallel text to BLEU: prepare the text, train, average the last checkpoints, translate the test sets, score.
 #   bash examples/translation/run.sh TEXT de en                   TEXT holds train.de, train.en, valid.de, ..., test.en
-#   bash examples/translation/run.sh TEXT de en --models all --seeds 1 2 3 --jobs 4      more goes to experiment.py
+#   bash examples/translation/run.sh TEXT de en --models all --seeds 1 2 3 --jobs 4      more goes to table.py
 # VOCABULARY sets the number of subwords (default 8000), FOLDER where all of it goes (default runs/translation/de-en),
 # PYTHON an interpreter that has all that is needed (default .venv's, which is made if need be).
 # An interrupted run goes on where it stopped.
@@ -18,5 +18,5 @@ fi
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONWARNINGS=ignore
 "$PYTHON" examples/translation/prepare.py "$text" -s "$source" -t "$target" --out "$out/data" \
   --vocabulary "${VOCABULARY:-8000}"
-"$PYTHON" examples/translation/experiment.py "$out/data" --out "$out" "$@"
-"$PYTHON" examples/translation/results.py "$out" --to "$out/results" --samples "$out/data"
+"$PYTHON" examples/translation/table.py "$out/data" --out "$out" "$@"
+"$PYTHON" scripts/report.py "$out" --out "$out/results" --samples "$out/data"

@@ -1,13 +1,8 @@
 import json
-import sys
 
 import pytest
-from helpers import ROOT
 
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import classification_report
-import report
+from fairseq_rkm.experiments import classification_report, report
 
 ABOUT = {"hardware": "a machine", "torch": "2", "python": "3", "commit": "abc", "threads": 1}
 
@@ -36,7 +31,7 @@ def results(tmp_path):
 
 
 def test_tables_beside_the_paper_s(results):
-    table = classification_report.markdown(classification_report.find([results]))
+    table = classification_report.markdown(classification_report.rows_of(report.read_results([results])))
     assert "| RKM-LSTM, 1-gram | 720,000 | 90.00 ± 7.07 | 2 | 91.76 | 2 x 8.0 s |" in table
     assert "| TF-IDF, logistic regression | 720,000 | 90.00 | 1 |  | 8.0 s |" in table
     assert (
@@ -46,9 +41,8 @@ def test_tables_beside_the_paper_s(results):
     assert table.index("### AG News") < table.index("### of_mine")
 
 
-def test_report_writes_all_of_it_for_folders_with_results(results, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["report.py", str(results), "--out", str(results / "report")])
-    report.main()
+def test_report_writes_all_of_it_for_folders_with_results(results, capsys):
+    report.main([str(results), "--out", str(results / "report")])
     written = sorted(path.name for path in (results / "report").iterdir())
     assert written == ["confusion-agnews.png", "confusion-of_mine.png", "curves.png", "results.json", "results.md"]
     text = (results / "report" / "results.md").read_text()

@@ -3,9 +3,8 @@ from pathlib import Path
 
 import pytest
 from fairseq.data import Dictionary, data_utils
-from helpers import ROOT, load_script
 
-prepare = load_script(ROOT / "examples" / "document_classification" / "prepare.py")
+from fairseq_rkm.experiments import classification_data as prepare
 
 ROWS = [("2", "one two two"), ("1", "three"), ("2", ""), ("10", "four four one one")] * 5
 

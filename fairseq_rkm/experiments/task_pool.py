@@ -1,25 +1,21 @@
 """Several tasks at a time, each in a process of its own, shared out over GPUs, until they are done or time is up.
 
-What fairseq's commands do, a task does by :func:`fairseq_command`, in its own process: so it ends with the task.
+A task runs fairseq's commands in its own process (``fairseq_command.py``): so they end with the task.
 """
 
-import contextlib
-import importlib
-import logging
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-import fairseq_rkm
-from fairseq_rkm import RKMError
+from fairseq_rkm.errors import RKMError
 
 PROGRESS_SECONDS = 20
 
@@ -73,6 +69,18 @@ def gpus(visible: str | None) -> list[str | None]:
     return [visible.split(",")[i] if visible else str(i) for i in numbers] or [None]
 
 
+def share_processors(jobs: int) -> None:
+    """Keep each of several tasks from taking all processors; what the user's environment says stands."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+
+
+def not_done(tasks: Sequence[Task], out: Path, result: str, kind: str, jobs: int) -> list[Task]:
+    """The tasks that have left no ``out/NAME/RESULT`` yet; a line says how many have."""
+    waiting = [task for task in tasks if not (out / task.name / result).is_file()]
+    print(f"{len(tasks) - len(waiting)} of {len(tasks)} {kind} are done; {jobs} at a time now", flush=True)
+    return waiting
+
+
 def run_all(
     tasks: Sequence[Task], out: Path, jobs: int, devices: Sequence[str | None], deadline: float,
     outcome: Callable[[Path], str], progress: Callable[[Path], str] | None = None,
@@ -91,45 +99,85 @@ def run_all(
     Returns:
         The names of those that failed.
     """
-    # Forks of this process have its imports, fairseq's five seconds among them.
-    context = multiprocessing.get_context("fork")
-    waiting, free = list(tasks), [devices[i % len(devices)] for i in range(jobs)]
-    running: list[Running] = []
-    failed: list[str] = []
-    told = time.monotonic()
+    pool = _Pool(tasks, out, [devices[i % len(devices)] for i in range(jobs)], outcome, progress)
     # To be told to end is to be interrupted: what runs is stopped.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     try:
-        while running or waiting:
+        while left := len(pool.running) + len(pool.waiting):
             if time.monotonic() > deadline:
-                print(f"out of time, {len(running) + len(waiting)} not done: the same command goes on", flush=True)
+                print(f"out of time, {left} not done: the same command goes on", flush=True)
                 break
-            while waiting and free:
-                task, gpu = waiting.pop(0), free.pop(0)
-                process = context.Process(target=_call, args=(task, out / f"{task.name}.log", gpu))
-                process.start()
-                running.append(Running(task, process, gpu, time.monotonic()))
+            pool.start()
             time.sleep(0.1)
-            if progress and time.monotonic() - told > PROGRESS_SECONDS:
-                told = time.monotonic()
-                states = [(one.task.name, progress(out / one.task.name)) for one in running]
-                if told_of := [f"{name} {state}" for name, state in states if state]:
-                    print("  " + "; ".join(told_of), flush=True)
-            for ended in [one for one in running if not one.process.is_alive()]:
-                running.remove(ended)
-                free.append(ended.gpu)
-                name, status = ended.task.name, ended.process.exitcode
-                if status:
-                    failed.append(name)
-                said = "failed" if status else outcome(out / name)
-                place = f"[{len(tasks) - len(waiting) - len(running)}/{len(tasks)}]"
-                print(f"{place} {name}: {said}, {time.monotonic() - ended.start:.0f} s", flush=True)
+            pool.tell_progress()
+            pool.collect()
     finally:
-        for one in running:
+        pool.stop()
+        signal.signal(signal.SIGTERM, before)
+    return pool.failed
+
+
+class _Pool:
+    """What :func:`run_all` keeps: the tasks that wait, the processes that run, and the GPUs that are free."""
+
+    def __init__(
+        self, tasks: Sequence[Task], out: Path, devices: list[str | None], outcome: Callable[[Path], str],
+        progress: Callable[[Path], str] | None,
+    ) -> None:  # fmt: skip
+        self.waiting, self.out, self.free, self.outcome, self.progress = list(tasks), out, devices, outcome, progress
+        self.count, self.told = len(tasks), time.monotonic()
+        self.running: list[Running] = []
+        self.failed: list[str] = []
+        # Forks of this process have its imports, fairseq's five seconds among them.
+        self.context = multiprocessing.get_context("fork")
+
+    def start(self) -> None:
+        """Begin as many tasks as there are free places."""
+        while self.waiting and self.free:
+            task, gpu = self.waiting.pop(0), self.free.pop(0)
+            process = self.context.Process(target=_call, args=(task, self.out / f"{task.name}.log", gpu))
+            process.start()
+            self.running.append(Running(task, process, gpu, time.monotonic()))
+
+    def tell_progress(self) -> None:
+        """Now and then, a line that says where each running task is."""
+        if not self.progress or time.monotonic() - self.told <= PROGRESS_SECONDS:
+            return
+        self.told = time.monotonic()
+        states = [(one.task.name, self.progress(self.out / one.task.name)) for one in self.running]
+        if told_of := [f"{name} {state}" for name, state in states if state]:
+            print("  " + "; ".join(told_of), flush=True)
+
+    def collect(self) -> None:
+        """A line for each task that has ended, whose place is free again."""
+        for ended in [one for one in self.running if not one.process.is_alive()]:
+            self.running.remove(ended)
+            self.free.append(ended.gpu)
+            name, status = ended.task.name, ended.process.exitcode
+            if status:
+                self.failed.append(name)
+            said = "failed" if status else self.outcome(self.out / name)
+            place = f"[{self.count - len(self.waiting) - len(self.running)}/{self.count}]"
+            print(f"{place} {name}: {said}, {time.monotonic() - ended.start:.0f} s", flush=True)
+
+    def stop(self) -> None:
+        """End what runs."""
+        for one in self.running:
             one.process.terminate()
             one.process.join()
-        signal.signal(signal.SIGTERM, before)
-    return failed
+
+
+def run_table(
+    tasks: Sequence[Task], result: str, kind: str, out: Path, jobs: int, devices: Sequence[str | None], deadline: float,
+    outcome: Callable[[Path], str], progress: Callable[[Path], str],
+) -> None:  # fmt: skip
+    """Run those of a table's tasks that have left no ``out/NAME/RESULT`` yet: :func:`not_done`, :func:`run_all`.
+
+    Raises:
+        SystemExit: some failed.
+    """
+    waiting = not_done(tasks, out, result, kind, jobs)
+    exit_if_failed(run_all(waiting, out, jobs, devices, deadline, outcome, progress), out)
 
 
 def exit_if_failed(failed: Sequence[str], out: Path) -> None:
@@ -153,51 +201,3 @@ def _call(task: Task, log: Path, gpu: str | None) -> None:
         task.function(*task.arguments)
     except RKMError as error:
         sys.exit(f"error: {error}")
-
-
-def fairseq_command(name: str, flags: Sequence[object], log: Path, append: bool = False) -> None:
-    """Run one of fairseq's commands in this process.
-
-    Args:
-        name: of its module in ``fairseq_cli``: ``train``, ``generate``, ...
-        flags: the command's arguments.
-        log: the file that gets what it writes, to both streams.
-        append: after what the file holds.
-
-    Raises:
-        SystemExit: the command's own, for a user's mistake.
-    """
-    fairseq_rkm.register()  # --user-dir does so only where the package has not been imported yet
-    command = importlib.import_module(f"fairseq_cli.{name}")
-    # fairseq's own format, which report.py reads; an import may have set up another before.
-    logging.basicConfig(
-        format="%(asctime)s | %(levelname)s | %(name)s | %(message)s", datefmt="%Y-%m-%d %H:%M:%S", level="INFO",
-        stream=sys.stdout, force=True,
-    )  # fmt: skip
-    with _output_in(log, "a" if append else "w"), _argv([f"fairseq-{name}", *map(str, flags)]):
-        command.cli_main()
-
-
-@contextlib.contextmanager
-def _argv(arguments: list[str]) -> Iterator[None]:
-    saved, sys.argv = sys.argv, arguments
-    try:
-        yield
-    finally:
-        sys.argv = saved
-
-
-@contextlib.contextmanager
-def _output_in(log: Path, mode: str) -> Iterator[None]:
-    """What this process writes goes to a file, and afterwards where it went before."""
-    saved = {stream: os.dup(stream) for stream in (1, 2)}
-    with log.open(mode) as file:
-        for stream in saved:
-            os.dup2(file.fileno(), stream)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        for stream, before in saved.items():
-            os.dup2(before, stream)
-            os.close(before)

@@ -1,13 +1,11 @@
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-
-import report
+from fairseq_rkm.experiments import language_model_report as report
+from fairseq_rkm.experiments.circumstances import circumstances
+from fairseq_rkm.experiments.result_files import write_json
 
 
 def line(time, kind, **entry):
@@ -44,7 +42,7 @@ def run(tmp_path):
         weights = {"decoder.layers.0.weight_ih_l0": torch.zeros(8, 3), "decoder.layers.0.bias_l0": torch.zeros(8)}
         state = {"cfg": {"model": {"cell": cell, **model}, "common": {"seed": seed}}, "model": weights}
         torch.save(state, folder / "checkpoint_best.pt")
-        report.write_json(folder / "circumstances.json", {**report.circumstances("ptb_fast"), "hardware": "H"})
+        write_json(folder / "circumstances.json", {**circumstances("ptb_fast"), "hardware": "H"})
         return folder
 
     return make
@@ -59,7 +57,7 @@ def test_time_is_added_up_over_sessions_and_validations_have_theirs():
 
 def test_the_table_has_the_paper_s_figures_and_means_over_seeds(run, tmp_path):
     runs = [run("a", 1, 58.0, layer_norm=True), run("b", 2, 57.0, layer_norm=True), run("c", 1, 58.9, "lstm")]
-    text = report.report(runs, tmp_path / "out")
+    text = report.write(runs, tmp_path / "out")
     header, _, *rows = text.splitlines()
     titles = [title.strip() for title in header.strip("|").split("|")]
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows if row.startswith("|")]
@@ -77,7 +75,7 @@ def test_the_table_has_the_paper_s_figures_and_means_over_seeds(run, tmp_path):
 
 
 def test_runs_of_one_seed_have_no_mean(run, tmp_path):
-    text = report.report([run("a", 1, 58.0), run("b", 1, 57.0)], tmp_path / "out")
+    text = report.write([run("a", 1, 58.0), run("b", 1, 57.0)], tmp_path / "out")
     assert "| 58.00 |" in text
     assert "| 57.00 |" in text
     assert "mean" not in text
@@ -86,9 +84,9 @@ def test_runs_of_one_seed_have_no_mean(run, tmp_path):
 def test_a_run_s_json_is_all_that_need_be_kept(run, tmp_path):
     folder = run("a")
     (folder / "test-cache.log").write_text("Perplexity: 52.50\n")
-    first = report.report([folder], tmp_path / "one")
+    first = report.write([folder], tmp_path / "one")
     assert "| 52.50 |" in first
-    assert report.report([folder / "run.json"], tmp_path / "two") == first
+    assert report.write([folder / "run.json"], tmp_path / "two") == first
     for name in ("results.json", "results.md"):
         assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
 
@@ -98,12 +96,12 @@ def test_another_file_is_refused(tmp_path, content):
     path = tmp_path / "other.json"
     path.write_text(content)
     with pytest.raises(SystemExit, match=r"other.json is not a run.json"):
-        report.report([path], tmp_path / "out")
+        report.write([path], tmp_path / "out")
 
 
 def test_an_unfinished_run_is_refused(tmp_path):
     with pytest.raises(SystemExit, match=r"train\.log is missing"):
-        report.report([tmp_path], tmp_path / "out")
+        report.write([tmp_path], tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -118,20 +116,4 @@ def test_an_unfinished_run_is_refused(tmp_path):
     ],
 )
 def test_what_a_preset_adds_is_told(run, tmp_path, flags, cell):
-    assert f"| {cell} |" in report.report([run("a", **flags)], tmp_path / "out")
-
-
-def test_a_command_is_told_without_this_machine_s_paths():
-    flags = [
-        "fairseq-train",
-        "/x/data/news",
-        "--user-dir",
-        report.ROOT / "fairseq_rkm",
-        "--save-dir",
-        "/x/a b",
-        "--lr",
-        3,
-    ]
-    told = report.portable(flags, DATA=Path("/x/data/news"), OUT=Path("/x"))
-    assert told == "fairseq-train DATA --user-dir ./fairseq_rkm --save-dir 'OUT/a b' --lr 3"
-    assert report.portable(["runs", "runsome", "runs/1"], OUT=Path("runs")) == "OUT runsome OUT/1"
+    assert f"| {cell} |" in report.write([run("a", **flags)], tmp_path / "out")

@@ -1,15 +1,12 @@
 import itertools
 import json
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-
-import benchmark
+from fairseq_rkm.experiments import benchmark, recurrence_benchmark
 
 
 def run(monkeypatch, *flags) -> None:
@@ -36,14 +33,14 @@ def test_each_cell_is_checked_and_timed_beside_the_lstm(monkeypatch, tmp_path, c
 
 
 def test_a_wrong_result_is_an_error_and_no_row(monkeypatch, tmp_path, capsys):
-    right = benchmark._reference
+    right = recurrence_benchmark._reference
 
     def wrong(rkm):
         copy = right(rkm)
         torch.nn.init.zeros_(copy.weight_hh_l0)
         return copy
 
-    monkeypatch.setattr(benchmark, "_reference", wrong)
+    monkeypatch.setattr(recurrence_benchmark, "_reference", wrong)
     with pytest.raises(SystemExit, match=r"rkm_lstm at \(3, 2, 4, 5\) in float32 is wrong"):
         recurrence(monkeypatch, "--shape", "3,2,4,5", "--json", tmp_path / "a.json")
     assert not (tmp_path / "a.json").exists()
@@ -54,9 +51,9 @@ def test_a_wrong_result_is_an_error_and_no_row(monkeypatch, tmp_path, capsys):
 def test_contenders_are_timed_in_turns(monkeypatch, seconds, turns):
     """By a clock that a second passes on each time it is read."""
     clock = SimpleNamespace(perf_counter=itertools.count().__next__)
-    monkeypatch.setattr(benchmark, "time", clock)
+    monkeypatch.setattr(recurrence_benchmark, "time", clock)
     calls = []
-    times = benchmark.timed([lambda: calls.append(0), lambda: calls.append(1)], "cpu", seconds)
+    times = recurrence_benchmark.timed([lambda: calls.append(0), lambda: calls.append(1)], "cpu", seconds)
     assert [set(own) for own in times] == [{1000}, {1000}]
     # Five calls of each to warm up, and one at the beginning of each turn, are not counted.
     assert calls[:10] == [0] * 5 + [1] * 5

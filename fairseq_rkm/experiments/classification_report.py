@@ -1,19 +1,12 @@
-"""The report of document classifiers: tables beside the paper's, confusion matrices and learning curves.
+"""The report of document classifiers: tables beside the paper's, confusion matrices and learning curves."""
 
-``report.py`` calls :func:`write` for folders that hold ``result.json`` files, as
-``examples/document_classification/table.py`` leaves them.
-"""
-
-import json
-import re
 import statistics
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-RESULT = "result.json"
+from fairseq_rkm.experiments.fairseq_log import parse_line, time_of
+from fairseq_rkm.experiments.result_files import draw, pyplot, write_json
 
 PAPER: dict[str, dict[str, tuple[float, float]]] = {
     "agnews": {
@@ -82,15 +75,13 @@ def read_log(path: Path) -> dict[str, Any]:
         ``curve``: pairs of an epoch and the validation accuracy after it; ``training_curve``: the same while training;
         ``seconds_per_epoch``: the mean, without validation, of epochs that were not cut off; None without any.
     """
-    from report import parse_line
-
     curve, training, durations, started = {}, {}, [], None
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        time = re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", line)
+        time = time_of(line)
         if "| Start iterating over samples" in line and time:
-            started = datetime.fromisoformat(time[0])
+            started = time
         elif '| begin validation on "' in line and time and started:
-            durations.append((datetime.fromisoformat(time[0]) - started).total_seconds())
+            durations.append((time - started).total_seconds())
             started = None
         kind, entry = parse_line(line)
         if kind == "valid":
@@ -104,12 +95,11 @@ def read_log(path: Path) -> dict[str, Any]:
     }
 
 
-def find(folders: Iterable[Path]) -> list[Row]:
-    """All results in folders and what is below them, as rows in the order of the paper's table."""
+def rows_of(runs: list[dict[str, Any]]) -> list[Row]:
+    """Results (a ``result.json`` each) as rows in the order of the paper's table."""
     rows: dict[tuple, Row] = {}
     order = list(TITLES)
-    for path in sorted({path for folder in folders for path in folder.rglob(RESULT)}):
-        run = json.loads(path.read_text(encoding="utf-8"))
+    for run in runs:
         key = run["dataset"], run["model"], run["ngram"]
         rows.setdefault(key, Row(*key)).runs.append(run)
 
@@ -165,7 +155,7 @@ def _orders(rows: list[Row]) -> list[str]:
     return sentences
 
 
-def circumstances(rows: list[Row]) -> str:
+def caption(rows: list[Row]) -> str:
     """Hardware, versions, commits and seeds, each named once."""
     runs = [run for row in rows for run in row.runs]
 
@@ -183,7 +173,7 @@ def circumstances(rows: list[Row]) -> str:
 
 def plot_curves(rows: list[Row], path: Path) -> None:
     """Validation accuracy after each epoch, the mean over seeds; a data set a panel."""
-    plt = _pyplot()
+    plt = pyplot()
     drawn = [row for row in rows if any(run["curve"] for run in row.runs)]
     datasets = list(dict.fromkeys(row.dataset for row in drawn))
     figure, panels = plt.subplots(
@@ -212,7 +202,7 @@ def _mean_curve(curves: list[list[list[float]]]) -> tuple[list[int], list[float]
 
 def plot_confusion(rows: list[Row], path: Path) -> None:
     """For each model of one data set, how the documents of a class (row) were classified, in per cent of the class."""
-    plt = _pyplot()
+    plt = pyplot()
     columns = min(4, len(rows))
     lines = -(-len(rows) // columns)
     figure, panels = plt.subplots(
@@ -244,23 +234,19 @@ def _matrices(row: Row) -> list[list[list[int]]]:
     return [run["confusion"] for run in row.runs]
 
 
-def _pyplot() -> Any:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    return plt
-
-
-def write(rows: list[Row], out: Path) -> None:
-    """``results.md``, ``results.json``, ``curves.png`` and ``confusion-DATASET.png``; print the tables."""
-    out.mkdir(parents=True, exist_ok=True)
-    text = f"{markdown(rows)}\n{circumstances(rows)}\n"
-    (out / "results.md").write_text(text, encoding="utf-8")
-    runs = [run for row in rows for run in row.runs]
-    (out / "results.json").write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
+def plot(rows: list[Row], out: Path) -> None:
+    """All pictures: ``curves.png`` and ``confusion-DATASET.png``."""
     plot_curves(rows, out / "curves.png")
     for dataset in dict.fromkeys(row.dataset for row in rows):
         plot_confusion([row for row in rows if row.dataset == dataset], out / f"confusion-{dataset}.png")
-    print(f"{text}\nTables, JSON, learning curves and confusion matrices: {out}")
+
+
+def write(runs: list[dict[str, Any]], out: Path) -> None:
+    """``results.md``, ``results.json`` and the pictures; print the tables."""
+    rows = rows_of(runs)
+    out.mkdir(parents=True, exist_ok=True)
+    text = f"{markdown(rows)}\n{caption(rows)}\n"
+    (out / "results.md").write_text(text, encoding="utf-8")
+    write_json(out / "results.json", [run for row in rows for run in row.runs])
+    pictures = ", learning curves and confusion matrices" if draw(plot, rows, out) else ""
+    print(f"{text}\nTables, JSON{pictures}: {out}")

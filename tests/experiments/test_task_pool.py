@@ -6,10 +6,10 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, load_script
 
-parallel = load_script(ROOT / "scripts" / "parallel.py")
-from fairseq_rkm import RKMError  # noqa: E402
+from fairseq_rkm import RKMError
+from fairseq_rkm.experiments import task_pool
+from fairseq_rkm.experiments.fairseq_command import fairseq_command
 
 
 def note(path: Path) -> None:
@@ -22,11 +22,11 @@ def fail(error: type[Exception]) -> None:
 
 
 def run(tasks, tmp_path, jobs=2, devices=(None,), deadline=math.inf):
-    return parallel.run_all(tasks, tmp_path, jobs, devices, deadline, lambda folder: f"outcome of {folder.name}")
+    return task_pool.run_all(tasks, tmp_path, jobs, devices, deadline, lambda folder: f"outcome of {folder.name}")
 
 
 def test_tasks_run_with_a_log_and_a_gpu_each(tmp_path, capsys):
-    tasks = [parallel.Task(f"set/{i}", note, (tmp_path / f"{i}.txt",)) for i in range(4)]
+    tasks = [task_pool.Task(f"set/{i}", note, (tmp_path / f"{i}.txt",)) for i in range(4)]
     assert run(tasks, tmp_path, 2, ["0", "1"]) == []
     seen = [(tmp_path / f"{i}.txt").read_text() for i in range(4)]
     assert sorted(seen[:2]) == ["0", "1"]
@@ -45,18 +45,18 @@ def test_gpus_are_hidden_from_the_process_that_is_forked(monkeypatch):
             monkeypatch.delenv(name)
         if visible:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        assert parallel.hide_gpus() == visible
+        assert task_pool.hide_gpus() == visible
         assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
         assert os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] == "1"
         for count, wanted in ((0, [None]), (2, ["0", "1"] if visible is None else ["3", "5"])):
             counted = subprocess.CompletedProcess([], 0, f"{count}\n")
-            monkeypatch.setattr(parallel.subprocess, "run", lambda *_args, counted=counted, **_kwargs: counted)
-            assert parallel.gpus(visible) == wanted
+            monkeypatch.setattr(task_pool.subprocess, "run", lambda *_args, counted=counted, **_kwargs: counted)
+            assert task_pool.gpus(visible) == wanted
 
 
 def test_what_fails_is_named_and_does_not_stop_the_rest(tmp_path, capfd):
-    errors = [parallel.Task("mistake", fail, (RKMError,)), parallel.Task("defect", fail, (ZeroDivisionError,))]
-    assert sorted(run([*errors, parallel.Task("last", note, (tmp_path / "last.txt",))], tmp_path)) == [
+    errors = [task_pool.Task("mistake", fail, (RKMError,)), task_pool.Task("defect", fail, (ZeroDivisionError,))]
+    assert sorted(run([*errors, task_pool.Task("last", note, (tmp_path / "last.txt",))], tmp_path)) == [
         "defect",
         "mistake",
     ]
@@ -66,9 +66,9 @@ def test_what_fails_is_named_and_does_not_stop_the_rest(tmp_path, capfd):
 
 
 def test_failures_end_the_command_and_name_their_logs():
-    parallel.exit_if_failed([], Path("out"))
+    task_pool.exit_if_failed([], Path("out"))
     with pytest.raises(SystemExit, match=r"^failed: a \(see out/a\.log\), b/c \(see out/b/c\.log\)$"):
-        parallel.exit_if_failed(["a", "b/c"], Path("out"))
+        task_pool.exit_if_failed(["a", "b/c"], Path("out"))
 
 
 @pytest.mark.parametrize(
@@ -81,38 +81,40 @@ def test_failures_end_the_command_and_name_their_logs():
     ],
 )
 def test_what_follows_two_dashes_is_for_another_command(given, own, rest):
-    assert parallel.split_command_line(given) == (own, rest)
+    assert task_pool.split_command_line(given) == (own, rest)
 
 
 def test_at_the_deadline_what_runs_is_stopped_and_the_rest_not_begun(tmp_path, capsys):
-    tasks = [parallel.Task("long", time.sleep, (600,)), parallel.Task("never", note, (tmp_path / "never.txt",))]
+    tasks = [task_pool.Task("long", time.sleep, (600,)), task_pool.Task("never", note, (tmp_path / "never.txt",))]
     assert run(tasks, tmp_path, 1, deadline=time.monotonic() + 0.3) == []
     assert "out of time, 2 not done" in capsys.readouterr().out
     assert not (tmp_path / "never.txt").exists()
 
 
 def test_what_runs_says_where_it_is(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(parallel, "PROGRESS_SECONDS", 0.2)
-    tasks = [parallel.Task("long", time.sleep, (600,)), parallel.Task("silent", time.sleep, (600,))]
+    monkeypatch.setattr(task_pool, "PROGRESS_SECONDS", 0.2)
+    tasks = [task_pool.Task("long", time.sleep, (600,)), task_pool.Task("silent", time.sleep, (600,))]
     states = {"long": "epoch 3", "silent": ""}
-    parallel.run_all(tasks, tmp_path, 2, [None], time.monotonic() + 1, lambda _: "", lambda folder: states[folder.name])
+    task_pool.run_all(
+        tasks, tmp_path, 2, [None], time.monotonic() + 1, lambda _: "", lambda folder: states[folder.name]
+    )
     assert "  long epoch 3\n" in capsys.readouterr().out
-    parallel.run_all(tasks[1:], tmp_path, 1, [None], time.monotonic() + 1, lambda _: "", lambda _: "")
+    task_pool.run_all(tasks[1:], tmp_path, 1, [None], time.monotonic() + 1, lambda _: "", lambda _: "")
     assert capsys.readouterr().out.startswith("out of time"), "nothing is said of what has nothing to say"
 
 
 def preprocess_thrice(log: Path) -> None:
     before = list(sys.argv)
-    parallel.fairseq_command("preprocess", ["a"], log)
+    fairseq_command("preprocess", ["a"], log)
     for flag in (1, 2):
-        parallel.fairseq_command("preprocess", [flag], log, append=True)
+        fairseq_command("preprocess", [flag], log, append=True)
     print("after", sys.argv == before)
 
 
 def test_a_fairseq_command_writes_to_its_log_and_leaves_streams_and_arguments_alone(tmp_path, monkeypatch):
     monkeypatch.setattr("fairseq_cli.preprocess.cli_main", lambda: print("arguments", *sys.argv))
     (tmp_path / "log").write_text("old")
-    assert run([parallel.Task("three", preprocess_thrice, (tmp_path / "log",))], tmp_path) == []
+    assert run([task_pool.Task("three", preprocess_thrice, (tmp_path / "log",))], tmp_path) == []
     lines = [f"arguments fairseq-preprocess {flag}\n" for flag in ("a", 1, 2)]
     assert (tmp_path / "log").read_text() == "".join(lines)
     assert (tmp_path / "three.log").read_text() == "after True\n"

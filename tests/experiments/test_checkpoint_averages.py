@@ -6,11 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+from fairseq_rkm.experiments import checkpoint_averages
 
-import average_checkpoints
-
-SCRIPT = average_checkpoints.__file__
+SCRIPT = Path(__file__).parents[2] / "scripts/average_checkpoints.py"
 
 
 def checkpoint(path, weight, **more):
@@ -36,13 +34,13 @@ def test_the_mean_of_the_last_epochs_in_their_order(tmp_path):
 
 def test_what_cannot_be_averaged_is_named(tmp_path):
     with pytest.raises(SystemExit, match=r"no checkpoint1.pt, checkpoint2.pt, \.\.\. in"):
-        average_checkpoints.last_checkpoints(tmp_path, 3)
+        checkpoint_averages.last_checkpoints(tmp_path, 3)
     one, other = checkpoint(tmp_path / "one.pt", [1.0]), checkpoint(tmp_path / "other.pt", [1.0, 2.0])
     with pytest.raises(SystemExit, match=r"other.pt is of another model than .*one.pt"):
-        average_checkpoints.average([one, other])
+        checkpoint_averages.average([one, other])
     (tmp_path / "broken.pt").write_bytes(one.read_bytes()[:100])
     with pytest.raises(SystemExit, match=r"cannot read .*broken.pt"):
-        average_checkpoints.average([tmp_path / "broken.pt"])
+        checkpoint_averages.average([tmp_path / "broken.pt"])
 
 
 def test_a_checkpoint_that_carries_code_is_refused(tmp_path):
@@ -52,5 +50,5 @@ def test_a_checkpoint_that_carries_code_is_refused(tmp_path):
 
     path = checkpoint(tmp_path / "one.pt", [1.0], gift=Code())
     with pytest.raises(SystemExit, match="cannot read"):
-        average_checkpoints.average([path])
+        checkpoint_averages.average([path])
     assert not (tmp_path / "it_ran").exists()

@@ -1,38 +1,13 @@
-"""Tabulate what experiment.py left: Markdown, JSON and a picture.
+"""The report of translation models: a row for each model and pair of languages, the mean over its seeds."""
 
-    python examples/translation/results.py OUT [OUT ...] --to FOLDER [--samples DATA]
-
-Writes FOLDER/results.md, results.json and bleu.png, and prints the table: a row for each model and pair of languages,
-the mean over its seeds. With --samples, results.md also has sentences of the first test set of DATA (prepare.py's) as
-each model translates them.
-"""
-
-import argparse
 import json
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-
-def read(folders: list[Path]) -> list[dict[str, Any]]:
-    """The results of all runs in the folders, with their speeds where those were measured.
-
-    Raises:
-        SystemExit: there are none, or a file is damaged.
-    """
-    runs = []
-    for path in sorted(path for folder in folders for path in folder.glob("*/result.json")):
-        speed = path.with_name("speed.json")
-        try:
-            run = json.loads(path.read_text(encoding="utf-8"))
-            run["speed"] = json.loads(speed.read_text(encoding="utf-8")) if speed.is_file() else None
-        except json.JSONDecodeError as error:
-            raise SystemExit(f"results: {path.parent} has a damaged result or speed file: {error}") from error
-        runs.append(run)
-    if not runs:
-        raise SystemExit(f"results: no */result.json in {', '.join(map(str, folders))}: run experiment.py first")
-    return runs
+from fairseq_rkm.experiments.result_files import draw, pyplot, write_json
 
 
 def group(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -79,7 +54,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "languages": lambda row: row["languages"],
         "model": lambda row: f"`{row['model']}`",
         "parameters": lambda row: f"{row['parameters']:,}",
-        **{f"BLEU, {test}": lambda row, test=test: spread(row["bleu"].get(test, [])) for test in tests},
+        **{f"BLEU, {test}": partial(_bleu, test) for test in tests},
         "seeds": lambda row: str(len(row["seeds"])),
         "training, minutes": lambda row: f"{row['minutes']:.1f}",
         "training, tokens/s": lambda row: _number(row["training_tokens_per_second"]),
@@ -91,6 +66,10 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
+def _bleu(test: str, row: dict[str, Any]) -> str:
+    return spread(row["bleu"].get(test, []))
+
+
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:,.0f}"
 
@@ -99,8 +78,8 @@ def samples(data: Path, out: Path, models: list[str], count: int = 5) -> str:
     """Sentences spread over the first test set: source, reference, and the translations of the models' first seeds.
 
     Args:
-        data: prepare.py's folder.
-        out: experiment.py's.
+        data: ``translation_data``'s folder.
+        out: the folder of the runs.
         models: in order.
         count: how many sentences.
 
@@ -112,7 +91,7 @@ def samples(data: Path, out: Path, models: list[str], count: int = 5) -> str:
         columns = {language: _lines(data / "raw" / f"test.{language}") for language in languages}
         columns |= {f"`{model}`": _lines(min(out.glob(f"{model}-[0-9]*")) / "test.txt") for model in models}
     except (OSError, ValueError, KeyError) as error:
-        raise SystemExit(f"results: no sample translations of {data} in {out}: {error}") from error
+        raise SystemExit(f"report: no sample translations of {data} in {out}: {error}") from error
     size = len(columns[languages[0]])
     blocks = [
         "\n".join(f"- {name}: {lines[size * k // count]}" for name, lines in columns.items())
@@ -138,11 +117,7 @@ def _circumstances(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """BLEU on the first test set, a point for each seed."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(7, 1 + 0.35 * len(rows)), layout="constrained")
     labels = [f"{row['model']}, {row['languages']}" for row in rows]
     for height, row in enumerate(rows):
@@ -153,26 +128,26 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", nargs="+", type=Path, metavar="OUT", help="experiment.py's --out")
-    parser.add_argument("--to", type=Path, required=True, help="where results.md, results.json and bleu.png go")
-    parser.add_argument("--samples", type=Path, metavar="DATA", help="show translations of its first test set")
-    args = parser.parse_args()
-    runs = read(args.out)
+def write(runs: list[dict[str, Any]], out: Path, sampled: tuple[Path, Path] | None = None) -> None:
+    """``results.md``, ``results.json`` and ``bleu.png``; print the table.
+
+    Args:
+        runs: a ``result.json`` each, with ``speed``: its ``speed.json``, or None.
+        out: a folder.
+        sampled: the data's folder and that of the runs, to have sample translations in ``results.md``.
+
+    Raises:
+        SystemExit: no samples there.
+    """
     rows = group(runs)
-    args.to.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     text = f"{markdown(rows)}\n\n{caption(runs)}\n"
-    if args.samples:
-        text += f"\n{samples(args.samples, args.out[0], [row['model'] for row in rows])}\n"
-    (args.to / "results.md").write_text(text, encoding="utf-8")
-    (args.to / "results.json").write_text(json.dumps({"rows": rows, "runs": runs}, indent=2) + "\n", encoding="utf-8")
-    plot(rows, args.to / "bleu.png")
+    if sampled:
+        text += f"\n{samples(*sampled, [row['model'] for row in rows])}\n"
+    (out / "results.md").write_text(text, encoding="utf-8")
+    write_json(out / "results.json", {"rows": rows, "runs": runs}, indent=2)
+    draw(plot, rows, out / "bleu.png")
     print(text)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,10 +1,4 @@
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-
-import python_reference_corpus
-import report
+from fairseq_rkm.experiments import python_reference_corpus
 
 
 def test_the_corpus_is_the_same_each_time_and_its_splits_share_no_sentence(tmp_path):
@@ -19,10 +13,3 @@ def test_the_corpus_is_the_same_each_time_and_its_splits_share_no_sentence(tmp_p
         lines[split] = set(text.decode().splitlines())
     # Two sentences may differ before tokenisation and not after it, but hardly any do.
     assert len(lines["train"] & lines["test"]) <= 0.01 * len(lines["test"])
-
-
-def test_log_lines():
-    line = '2026-01-01 00:00:00 | INFO | valid | {"epoch": 1, "valid_ppl": "9.5"}\n'
-    assert report.parse_line(line) == ("valid", {"epoch": 1, "valid_ppl": "9.5"})
-    for other in ("Traceback", "2026-01-01 00:00:00 | INFO | valid | {broken}", ""):
-        assert report.parse_line(other) == ("", {})

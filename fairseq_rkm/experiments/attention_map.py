@@ -1,0 +1,64 @@
+"""Translate a sentence and draw where the model looked for each of the translation's subwords.
+
+    python examples/translation/attention_map.py MODEL "Ein Hund läuft durch den Schnee." --out map.png
+
+MODEL is a folder that table.py left (OUT/MODEL-SEED), or any that RKMModel.from_pretrained takes.
+"""
+
+import argparse
+import logging
+from pathlib import Path
+
+from torch import Tensor
+
+from fairseq_rkm.errors import RKMError
+from fairseq_rkm.experiments.result_files import pyplot
+
+
+def draw(source: list[str], target: list[str], weights: Tensor, path: Path) -> None:
+    """The weights ``(T, S)`` as a picture, the source's tokens across and the translation's down."""
+    plt = pyplot()
+    width, height = 2.5 + 0.34 * len(source), 1.8 + 0.3 * len(target)
+    figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
+    image = axes.imshow(weights.numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    axes.set_xticks(range(len(source)), [_shown(token) for token in source], rotation=60, ha="left")
+    axes.set_yticks(range(len(target)), [_shown(token) for token in target])
+    axes.xaxis.tick_top()
+    figure.colorbar(image, label="attention")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _shown(token: str) -> str:
+    """A subword as sentencepiece writes it, its mark of a word's beginning in a character that all fonts have."""
+    return token.replace("\u2581", "_").replace("$", r"\$")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", metavar="MODEL", help="the model's folder")
+    parser.add_argument("sentence")
+    parser.add_argument("--checkpoint", default="model.pt", help="its name in the folder (model.pt)")
+    parser.add_argument("--beam", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("attention.png"), help="the picture (attention.png)")
+    args = parser.parse_args()
+    if not args.sentence.strip():
+        parser.error("the sentence is empty")
+    logging.disable(logging.INFO)
+
+    from fairseq_rkm.models import RKMModel
+
+    try:
+        pyplot()  # before the seconds that a model takes to load
+        model = RKMModel.from_pretrained(args.model, args.checkpoint)
+        source, target, weights = model.attention(args.sentence, beam=args.beam)
+    except RKMError as error:
+        raise SystemExit(f"attention_map: {error}") from error
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    draw(source, target, weights, args.out)
+    print(f"{model.detokenize(model.remove_bpe(' '.join(target[:-1])))}\n{args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Time recurrences against ``torch.nn.LSTM`` in the same run, after checking that they are right.
+
+    python scripts/benchmark.py recurrence --device cuda --dtype bfloat16 --cell rkm_lstm --shape 70,20,1150,1150
+    python scripts/benchmark.py train DATA --user-dir fairseq_rkm --task stateful_language_modeling --arch rkm_lm ...
+
+The first prints, for each shape T,B,m,d: medians and quartiles in milliseconds of the forward pass and of forward and
+backward; the memory that a forward pass leaves for the backward one; and the speed relative to ``nn.LSTM`` (cuDNN,
+oneDNN) of the same sizes and dtype: above 1 is faster. On a GPU, forward and backward are timed as PyTorch runs them,
+and as a CUDA graph, which leaves out the host's time to launch. A result that is wrong is an error, not a row.
+
+The second prints the tokens per second of whole updates.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fairseq_rkm import CELLS, RKMError
+from fairseq_rkm.experiments.circumstances import circumstances
+from fairseq_rkm.experiments.fairseq_log import entries
+from fairseq_rkm.experiments.recurrence_benchmark import plot, recurrence, shape_of
+from fairseq_rkm.experiments.result_files import pyplot
+
+
+def train(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The subcommand of that name: whole updates of fairseq-train.
+
+    Raises:
+        SystemExit: fairseq fails; the end of its output is shown.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            sys.executable, "-m", "fairseq_cli.train", *args.flags, "--log-format", "json", "--log-interval", "10",
+            "--max-update", str(args.updates), "--no-save", "--disable-validation", "--save-dir", folder,
+        ]  # fmt: skip
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    output = result.stdout + result.stderr
+    speeds = sorted(float(entry["wps"]) for entry in entries(output.splitlines(), "train_inner")[2:])
+    if result.returncode or not speeds:
+        raise SystemExit(f"benchmark: fairseq-train failed or was too short:\n{output[-2000:]}")
+    quartiles = statistics.quantiles(speeds, n=4)
+    print(f"{statistics.median(speeds):,.0f} tokens/s (quartiles {quartiles[0]:,.0f}, {quartiles[2]:,.0f})")
+    return [{"flags": args.flags, "tokens_per_second": statistics.median(speeds), "quartiles": quartiles}]
+
+
+def main() -> None:
+    """Command line."""
+    args = parse()
+    if args.plot:
+        try:
+            pyplot()  # before minutes of measuring
+        except RKMError as error:
+            raise SystemExit(f"benchmark: {error}") from error
+    rows = args.run(args)
+    if args.plot:
+        plot(rows, args.plot)
+    if args.json:
+        earlier = json.loads(args.json.read_text()) if args.json.exists() else []
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps([*earlier, *({**row, **circumstances()} for row in rows)], indent=1) + "\n")
+
+
+def parse() -> argparse.Namespace:
+    """The flags; those that ``train`` hands to fairseq as ``flags``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("recurrence", help="one layer against nn.LSTM")
+    one.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    one.add_argument(
+        "--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="float32: with TF32"
+    )
+    one.add_argument("--cell", choices=list(CELLS), nargs="+", default=["rkm_lstm"])
+    one.add_argument("--shape", type=shape_of, nargs="+", required=True, metavar="T,B,m,d")
+    one.add_argument("--backend", default="auto")
+    one.add_argument("--ngram", type=int, default=1)
+    one.add_argument("--layer-norm", action="store_true")
+    one.add_argument("--memory-clip", type=float)
+    one.add_argument("--no-feedback", action="store_true")
+    one.add_argument("--threads", type=int, help="CPU threads")
+    one.add_argument("--seconds", type=float, default=1.0, help="how long to repeat each measurement")
+    one.add_argument("--seed", type=int, default=1)
+    one.add_argument("--json", type=Path, help="where to append the rows, with hardware, versions and commit")
+    one.add_argument("--plot", type=Path, help="where to draw the ratios")
+    one.set_defaults(run=recurrence)
+    two = commands.add_parser("train", help="whole updates of fairseq-train: its flags follow")
+    two.add_argument("--updates", type=int, default=200)
+    two.add_argument("--json", type=Path, help="where to append the result, with hardware, versions and commit")
+    two.set_defaults(run=train, plot=None)
+    args, rest = parser.parse_known_args()
+    if rest and args.run is not train:
+        parser.error(f"unknown arguments: {' '.join(rest)}")
+    args.flags = rest
+    return args
+
+
+if __name__ == "__main__":
+    main()

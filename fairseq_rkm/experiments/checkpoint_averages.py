@@ -1,0 +1,90 @@
+"""Average the weights of a run's last checkpoints: often better than any one of them, and no slower.
+
+    python scripts/average_checkpoints.py RUN --last 10 --out RUN/average.pt
+    python scripts/average_checkpoints.py A.pt B.pt --out average.pt
+
+RUN is a folder with fairseq's checkpoint1.pt, checkpoint2.pt, ... (one an epoch).
+"""
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def last_checkpoints(folder: Path, count: int) -> list[Path]:
+    """The checkpoints of the last ``count`` epochs that a folder has, the oldest first.
+
+    Raises:
+        SystemExit: the folder has none.
+    """
+    epochs = {
+        int(m[1]): path for path in folder.glob("checkpoint*.pt") if (m := re.fullmatch(r"\D+(\d+)\.pt", path.name))
+    }
+    if not epochs:
+        raise SystemExit(f"average_checkpoints: no checkpoint1.pt, checkpoint2.pt, ... in {folder}")
+    return [epochs[epoch] for epoch in sorted(epochs)[-count:]]
+
+
+def average(paths: list[Path]) -> dict[str, Any]:
+    """The last checkpoint with its weights replaced by the mean of all; what is no floating-point number stays.
+
+    Sums run in float64, so that neither order nor number of the checkpoints shows in the rounding.
+
+    Raises:
+        SystemExit: checkpoints of different models.
+    """
+    total: dict[str, torch.Tensor] = {}
+    for path in paths:
+        state = _read(path)
+        shapes = {name: tensor.shape for name, tensor in state["model"].items()}
+        if total and shapes != {name: tensor.shape for name, tensor in total.items()}:
+            raise SystemExit(f"average_checkpoints: {path} is of another model than {paths[0]}")
+        for name, tensor in state["model"].items():
+            if not tensor.is_floating_point():
+                total[name] = tensor
+            else:
+                total[name] = total.get(name, torch.zeros((), dtype=torch.float64)) + tensor.double()
+    for name, tensor in state["model"].items():
+        state["model"][name] = (total[name] / len(paths)).to(tensor.dtype) if tensor.is_floating_point() else tensor
+    state.pop("last_optimizer_state", None)
+    return state
+
+
+def _read(path: Path) -> dict[str, Any]:
+    from fairseq_rkm.fairseq_patches.checkpoints import CHECKPOINT_CLASSES
+
+    try:
+        with torch.serialization.safe_globals(CHECKPOINT_CLASSES):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise SystemExit(f"average_checkpoints: cannot read {path}: {reason}") from error
+    return state
+
+
+def save(state: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint; what stands there is replaced only by the whole of it."""
+    partial = path.with_name(path.name + ".partial")
+    torch.save(state, partial)
+    partial.replace(path)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", nargs="+", type=Path, help="a run's folder, or checkpoints")
+    parser.add_argument("--last", type=int, default=10, help="of a folder, the number of epochs (default 10)")
+    parser.add_argument("--out", type=Path, required=True, help="where the average goes")
+    args = parser.parse_args()
+    paths = args.checkpoints
+    if len(paths) == 1 and paths[0].is_dir():
+        paths = last_checkpoints(paths[0], args.last)
+    save(average(paths), args.out)
+    print(f"{args.out}: the average of {', '.join(path.name for path in paths)}")
+
+
+if __name__ == "__main__":
+    main()

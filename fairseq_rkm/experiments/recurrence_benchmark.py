@@ -1,0 +1,255 @@
+"""Recurrences timed against ``torch.nn.LSTM``, after checking that they are right."""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fairseq_rkm import CELLS, RKM, RKMError
+from fairseq_rkm.experiments.result_files import pyplot
+
+TOLERANCES = {torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""``||given - wanted|| / ||wanted||`` against the float64 reference; float32's leaves room for TF32."""
+
+
+def error_of(rkm: RKM, x: Tensor) -> float:
+    """The largest relative error of output and gradients against the reference in float64, on 3 rows and 40 steps."""
+    piece = x[:40, :3].detach()
+    wanted = _outcome(_reference(rkm), piece.double())
+    given = _outcome(rkm, piece)
+    return max(((g.double() - w).norm() / w.norm()).item() for g, w in zip(given, wanted, strict=True))
+
+
+def _reference(rkm: RKM) -> RKM:
+    copy = RKM(
+        rkm.input_size, rkm.hidden_size, cell=rkm.cell, ngram=rkm.ngram, layer_norm=rkm.layer_norm,
+        memory_clip=rkm.memory_clip,
+        feedback=None if rkm.feedback == CELLS[rkm.cell].has_feedback else False, backend="reference",
+        device=rkm.get_parameter("weight_ih_l0").device, dtype=torch.float64,
+    )  # fmt: skip
+    copy.load_state_dict(rkm.state_dict())
+    return copy
+
+
+def _outcome(rkm: RKM, x: Tensor) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    output, _ = rkm(x)
+    weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=x.device).view_as(output)
+    gradients = torch.autograd.grad((output * weights).sum(), [x, *rkm.parameters()])
+    return [output.detach(), *gradients]
+
+
+CALLS = 8
+"""Calls on a GPU that follow each other unwaited-for, as in training, and count as one measurement of their mean."""
+TURNS = 20
+"""In as many at most are contenders timed, so that what else a machine has to do meets all of them."""
+
+
+def timed(runs: list[Callable[[], Any]], device: str, seconds: float) -> list[list[float]]:
+    """Milliseconds of a call of each, repeatedly: for ``seconds`` each, at least 5 times, after warming up."""
+    times: list[list[float]] = [[] for _ in runs]
+    for run in runs:
+        for _ in range(5):
+            run()
+    stop = time.perf_counter() + seconds * len(runs)
+    while len(times[-1]) < 5 or time.perf_counter() < stop:
+        for run, own in zip(runs, times, strict=True):
+            run()  # finds the caches as another has left them
+            turn = time.perf_counter() + seconds / TURNS
+            own.append(once(run, device))
+            while time.perf_counter() < turn:
+                own.append(once(run, device))
+    return times
+
+
+def once(run: Callable[[], Any], device: str) -> float:
+    """Milliseconds of a call; on a GPU of one among :data:`CALLS`."""
+    if device == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(CALLS):
+            run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / CALLS
+    before = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - before)
+
+
+def graphed(module: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], Any]:
+    """Forward and backward as a CUDA graph: the work of the GPU, without the host's time to launch it."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            module.zero_grad(set_to_none=True)
+            module(x)[0].backward(grad)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    module.zero_grad(set_to_none=True)
+    x.grad = None
+    with torch.cuda.graph(graph):
+        module(x)[0].backward(grad)
+    return graph.replay
+
+
+def kept_memory(module: nn.Module, x: Tensor) -> int | None:
+    """Bytes that a forward pass keeps for the backward one, its output included; None on CPU."""
+    if x.device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    output = module(x)
+    torch.cuda.synchronize()
+    kept = torch.cuda.memory_allocated() - before
+    del output
+    return kept
+
+
+def runs_of(module: nn.Module, x: Tensor) -> dict[str, Callable[[], Any]]:
+    """What is timed of a module."""
+    inputs = x.detach()  # nn.LSTM takes another way for inputs that want a gradient, even where there is none
+
+    def forward() -> None:
+        with torch.no_grad():
+            module(inputs)
+
+    grad = torch.randn_like(module(x)[0])
+
+    def both() -> None:
+        module.zero_grad(set_to_none=True)
+        module(x)[0].backward(grad)
+
+    runs: dict[str, Callable[[], Any]] = {"forward": forward, "forward_backward": both}
+    return runs if x.device.type == "cpu" else {**runs, "graphed": graphed(module, x, grad)}
+
+
+def measure(modules: list[nn.Module], x: Tensor, seconds: float) -> list[dict[str, Any]]:
+    """Memory and times of modules."""
+    results: list[dict[str, Any]] = [{"kept_bytes": kept_memory(module, x)} for module in modules]
+    runs = [runs_of(module, x) for module in modules]
+    for kind in runs[0]:
+        for result, times in zip(results, timed([r[kind] for r in runs], x.device.type, seconds), strict=True):
+            quartiles = statistics.quantiles(times, n=4)
+            result[kind] = {"median_ms": statistics.median(times), "quartiles_ms": [quartiles[0], quartiles[2]]}
+    return results
+
+
+def benchmark_shape(shape: tuple[int, int, int, int], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """``nn.LSTM`` and each cell at one shape.
+
+    Raises:
+        SystemExit: a cell whose result is wrong.
+    """
+    steps, batch, m, d = shape
+    dtype = getattr(torch, args.dtype)
+    x = torch.randn(steps, batch, m, device=args.device, dtype=dtype, requires_grad=True)
+    modules: list[nn.Module] = [nn.LSTM(m, d, device=args.device, dtype=dtype)]
+    about = {"shape": shape, "dtype": args.dtype}
+    rows: list[dict[str, Any]] = [{**about, "cell": "nn.LSTM", "backend": "torch"}]
+    for cell in args.cell:
+        rkm = RKM(
+            m, d, cell=cell, ngram=args.ngram, layer_norm=args.layer_norm, memory_clip=args.memory_clip,
+            feedback=False if args.no_feedback else None, backend=args.backend, device=args.device, dtype=dtype,
+        )  # fmt: skip
+        error = error_of(rkm, x)
+        if not error <= TOLERANCES[dtype]:
+            raise SystemExit(f"benchmark: {cell} at {shape} in {args.dtype} is wrong: off by {error:.1e}")
+        modules.append(rkm)
+        rows.append(
+            {
+                **about,
+                "cell": cell,
+                "backend": args.backend,
+                "error": error,
+                "feedback": rkm.feedback,
+                "ngram": args.ngram,
+            }
+            | {"layer_norm": args.layer_norm, "memory_clip": args.memory_clip}
+        )
+    measured = measure(modules, x, args.seconds)
+    kinds = measured[0].keys() - {"kept_bytes"}
+    for row, result in zip(rows, measured, strict=True):
+        row.update(result)
+        if row is not rows[0]:
+            row.update({f"{kind}_ratio": rows[0][kind]["median_ms"] / row[kind]["median_ms"] for kind in kinds})
+    return rows
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """How many times as fast as ``nn.LSTM`` each row is."""
+    plt = pyplot()
+    shown = [row for row in rows if "error" in row]
+    names = [
+        f"{row['cell']}{'' if row['feedback'] else ', no feedback'}, {row['dtype']}\n"
+        + ", ".join(map(str, row["shape"]))
+        for row in shown
+    ]
+    figure, axes = plt.subplots(figsize=(8, 1 + 0.55 * len(shown)), layout="constrained")
+    kinds = {"forward_backward_ratio": "as PyTorch runs it", "graphed_ratio": "as a CUDA graph"}
+    for i, (kind, label) in enumerate(kinds.items()):
+        if any(kind in row for row in shown):
+            places = [at + 0.38 * i for at in range(len(shown))]
+            bars = axes.barh(places, [row.get(kind, 0) for row in shown], 0.36, label=label)
+            axes.bar_label(bars, fmt="%.1f", padding=3)
+    axes.set_yticks([at + 0.19 for at in range(len(shown))], names)
+    axes.invert_yaxis()
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xlabel("times nn.LSTM's speed, forward and backward (T, B, m, d)")
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        "| T, B, m, d | dtype | cell | forward ms | forward + backward ms (quartiles) | / nn.LSTM | as a CUDA graph ms "
+        "| / nn.LSTM | kept MB |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        both = row["forward_backward"]
+        spread = "{:.3f}, {:.3f}".format(*both["quartiles_ms"])
+        kept = "" if row["kept_bytes"] is None else f"{row['kept_bytes'] / 1e6:.1f}"
+        ratios = [f"{row[k]:.2f}" if k in row else "" for k in ("forward_backward_ratio", "graphed_ratio")]
+        graph = f"{row['graphed']['median_ms']:.3f}" if "graphed" in row else ""
+        name = row["cell"] + ("" if row.get("feedback", True) else " without feedback")
+        lines.append(
+            f"| {', '.join(map(str, row['shape']))} | {row['dtype']} | {name} | {row['forward']['median_ms']:.3f} | "
+            f"{both['median_ms']:.3f} ({spread}) | {ratios[0]} | {graph} | {ratios[1]} | {kept} |"
+        )
+    return "\n".join(lines)
+
+
+def shape_of(text: str) -> tuple[int, ...]:
+    """``"70,20,1150,1150"`` as numbers."""
+    numbers = tuple(int(field) for field in text.split(","))
+    if len(numbers) != 4 or min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"a shape is T,B,m,d, four positive numbers, not {text!r}")
+    return numbers
+
+
+def recurrence(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The subcommand of that name."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("benchmark: no CUDA device here; use --device cpu")
+    if args.device == "cpu" and args.threads:
+        torch.set_num_threads(args.threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.manual_seed(args.seed)
+    rows = []
+    for shape in args.shape:
+        try:
+            rows += benchmark_shape(shape, args)
+        except RKMError as error:
+            raise SystemExit(f"benchmark: {error}") from error
+        print(table(rows[-1 - len(args.cell) :]), flush=True)
+    return rows

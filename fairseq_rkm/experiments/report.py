@@ -1,0 +1,87 @@
+"""Tabulate runs of any kind: Markdown, JSON and pictures.
+
+    python scripts/report.py RUN [RUN ...] --out FOLDER
+
+A RUN is a folder of one of three kinds, or holds such folders; all are of one kind.
+
+    a language model    what fairseq-train and fairseq-eval-lm left there (README.md, "Language models"), or a run.json
+    a classifier        result.json of examples/document_classification/table.py
+    a translation       result.json of examples/translation/table.py, and speed.json; with --samples DATA, results.md
+                        has sentences of the first test set of DATA (prepare.py's) as each model translates them
+
+Writes FOLDER/results.md and results.json, and where matplotlib is installed pictures: learning curves, confusion
+matrices, BLEU. Prints the table.
+
+    python scripts/report.py --circumstances RUN --config NAME
+
+before training notes in RUN/circumstances.json on which machine and commit the run is made, and what it is called.
+"""
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fairseq_rkm.experiments import classification_report, language_model_report, translation_report
+from fairseq_rkm.experiments.circumstances import circumstances
+from fairseq_rkm.experiments.result_files import write_json
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    args = parse(arguments)
+    if args.circumstances:
+        write_json(args.circumstances / "circumstances.json", circumstances(args.config))
+        return
+    results = read_results(args.runs)
+    translations = [result for result in results if "bleu" in result]
+    if translations and len(translations) < len(results):
+        raise SystemExit("report: these are classifiers and translations: make a report of each")
+    if args.samples and not translations:
+        raise SystemExit("report: --samples is for translations, and there are none")
+    if translations:
+        translation_report.write(translations, args.out, (args.samples, args.runs[0]) if args.samples else None)
+    elif results:
+        classification_report.write(results, args.out)
+    else:
+        language_model_report.write(args.runs, args.out)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The flags."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="a run's folder, or its run.json")
+    parser.add_argument("--out", type=Path, help="where results.md, results.json and the pictures go")
+    parser.add_argument("--samples", type=Path, metavar="DATA", help="show translations of its first test set")
+    parser.add_argument("--circumstances", type=Path, metavar="RUN", help="note machine and commit there, before a run")
+    parser.add_argument("--config", help="what the run is called in the table's last column")
+    args = parser.parse_args(arguments)
+    if not args.circumstances and not (args.runs and args.out):
+        parser.error("give runs, and --out for the results")
+    return args
+
+
+def read_results(folders: Iterable[Path]) -> list[dict[str, Any]]:
+    """All ``result.json`` in folders and below them, with the ``speed.json`` beside them, or None, as ``speed``.
+
+    Raises:
+        SystemExit: a damaged file.
+    """
+    results = []
+    for path in sorted({path for folder in folders for path in folder.rglob("result.json")}):
+        speed = path.with_name("speed.json")
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            if not {"bleu", "confusion"} & set(result):
+                raise ValueError("neither a classifier's nor a translation's")
+            if "bleu" in result:
+                result["speed"] = json.loads(speed.read_text(encoding="utf-8")) if speed.is_file() else None
+        except (ValueError, TypeError) as error:
+            raise SystemExit(f"report: {path.parent} has a damaged result or speed file: {error}") from error
+        results.append(result)
+    return results
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Read fairseq's output (``--log-format json``), keep it all in a file and print one short line an interval.
+
+    fairseq-train ... --log-format json | python scripts/progress.py run/train.log --updates 1200
+
+If fairseq fails, the end of its output is printed, so that nothing need be looked up.
+"""
+
+import argparse
+import collections
+import sys
+from pathlib import Path
+
+from fairseq_rkm.experiments.fairseq_log import parse_line
+
+
+def describe(kind: str, entry: dict[str, str], updates: int) -> str | None:
+    """One line about a training interval or a validation; None for what need not be shown."""
+    if kind == "train_inner":
+        done = int(entry["num_updates"])
+        share = f"{100 * done / updates:3.0f}%" if updates else f"update {done:,}"
+        speed = f"{float(entry['wps']):,.0f} tokens/s"
+        return f"  {share}  epoch {entry['epoch']}  training perplexity {entry['ppl']:>9}  {speed}"
+    if kind == "valid":
+        return f"  valid perplexity {entry['valid_ppl']} after {int(entry['valid_num_updates']):,} updates"
+    return None
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("log", type=Path, help="where all of the output goes")
+    parser.add_argument("--updates", type=int, default=0, help="updates in all, for a percentage")
+    args = parser.parse_args()
+    last: collections.deque[str] = collections.deque(maxlen=15)
+    finished = False
+    with args.log.open("a", encoding="utf-8") as log:
+        for line in sys.stdin:
+            log.write(line)
+            last.append(line)
+            finished = finished or "done training" in line
+            kind, entry = parse_line(line)
+            shown = describe(kind, entry, args.updates)
+            if shown:
+                print(shown, flush=True)
+    if not finished:
+        sys.stderr.writelines(last)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""No module of the package imports itself, by whatever way round, and no file outside tests edits sys.path."""
+
+import ast
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def modules(root: Path) -> dict[str, Path]:
+    """The files of ``fairseq_rkm`` below a folder, by the names under which they are imported."""
+    found = {}
+    for path in (root / "fairseq_rkm").rglob("*.py"):
+        parts = path.relative_to(root).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(name: str, path: Path, known: dict[str, Path]) -> set[str]:
+    """The modules that a module imports, at once or in a function; of the package itself, at once."""
+    found = set()
+    for node in nodes(ast.parse(path.read_text(encoding="utf-8")), into_functions=name != "fairseq_rkm"):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+            above = package.split(".")[: 1 - node.level or None] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            found |= {inner if (inner := f"{base}.{alias.name}") in known else base for alias in node.names}
+    return (found & known.keys()) - {name}
+
+
+def nodes(tree: ast.AST, into_functions: bool):
+    """A module's nodes, those of its functions' bodies only if asked for."""
+    for node in ast.iter_child_nodes(tree):
+        yield node
+        if into_functions or not isinstance(node, ast.FunctionDef):
+            yield from nodes(node, into_functions)
+
+
+def circles(root: Path) -> list[str]:
+    """A circle for each import that closes one."""
+    known = modules(root)
+    graph = {name: imports(name, path, known) for name, path in known.items()}
+    found, done, way = [], set(), []
+
+    def visit(name: str) -> None:
+        if name in way:
+            found.append(" -> ".join([*way[way.index(name) :], name]))
+        elif name not in done:
+            way.append(name)
+            for other in sorted(graph[name]):
+                visit(other)
+            done.add(way.pop())
+
+    for name in sorted(graph):
+        visit(name)
+    return found
+
+
+def test_the_package_has_no_import_circles():
+    assert circles(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    ("files", "circle"),
+    [
+        ({"a": "from fairseq_rkm import b", "b": "import fairseq_rkm.a"}, "a -> b -> a"),
+        ({"a": "def f():\n    from .b import x", "b": "from .a import f"}, "a -> b -> a"),
+        (
+            {"a": "from fairseq_rkm.b import x", "b": "from fairseq_rkm.c import x", "c": "from . import b"},
+            "b -> c -> b",
+        ),
+        ({"a": "from .b import x\nfrom .c import x", "b": "from .c import x", "c": ""}, None),
+    ],
+)
+def test_a_circle_is_found(tmp_path, files, circle):
+    (tmp_path / "fairseq_rkm").mkdir()
+    for name, text in {"__init__": "", **files}.items():
+        (tmp_path / "fairseq_rkm" / f"{name}.py").write_text(text)
+    found = [text.replace("fairseq_rkm.", "") for text in circles(tmp_path)]
+    assert found == ([circle] if circle else [])
+
+
+def test_no_file_of_the_experiments_has_another_s_name():
+    names = Counter(path.name for path in modules(ROOT).values())
+    of_experiments = {path.name for name, path in modules(ROOT).items() if ".experiments." in name}
+    assert len(of_experiments) > 20
+    assert [name for name in sorted(of_experiments) if names[name] > 1] == []
+
+
+def test_no_file_outside_tests_edits_the_path_of_imports():
+    folders = [ROOT / name for name in ("fairseq_rkm", "scripts", "examples")]
+    files = [path for folder in folders for path in folder.rglob("*") if path.suffix in {".py", ".sh"}]
+    assert len(files) > 50
+    edits = re.compile(r"sys\.path\s*(?:\.\w|\[|\+?=)")
+    assert [str(path) for path in files if edits.search(path.read_text(encoding="utf-8"))] == []
