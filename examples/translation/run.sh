@@ -18,5 +18,4 @@ fi
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONWARNINGS=ignore
 "$PYTHON" examples/translation/prepare.py "$text" -s "$source" -t "$target" --out "$out/data" \
   --vocabulary "${VOCABULARY:-8000}"
-"$PYTHON" examples/translation/table.py "$out/data" --out "$out" "$@"
-"$PYTHON" scripts/report.py "$out" --out "$out/results" --samples "$out/data"
+PYTHON=$PYTHON bash examples/translation/train.sh rkm_lstm "$out/data" "$out" "$@"

@@ -12,12 +12,10 @@ from fairseq.data import data_utils
 from fairseq_rkm.data.preparation import Preparation
 from fairseq_rkm.errors import RKMError
 from fairseq_rkm.experiments import classification_baselines, classification_data
-from fairseq_rkm.experiments.circumstances import PLUGIN, circumstances, portable
-from fairseq_rkm.experiments.classification_jobs import RESULT, Job, settings_of
-from fairseq_rkm.experiments.classification_report import read_log
+from fairseq_rkm.experiments.circumstances import PLUGIN, portable
+from fairseq_rkm.experiments.classification_jobs import Job, settings_of
+from fairseq_rkm.experiments.classification_scores import scores, write_result
 from fairseq_rkm.experiments.fairseq_command import fairseq_command
-from fairseq_rkm.experiments.result_files import write_json
-from fairseq_rkm.models import RKMClassifier
 
 
 def prepare_dataset(args: argparse.Namespace, name: str) -> None:
@@ -64,14 +62,7 @@ def run_job(args: argparse.Namespace, job: Job) -> None:
     else:
         found = train_cell(args, job, folder, data, epochs)
     about = {"dataset": job.dataset, "model": job.model, "ngram": job.ngram, "seed": job.seed}
-    result = {
-        **about,
-        "classes": Preparation.load(data).classes,
-        "accuracy": classification_baselines.accuracy(found["confusion"]),
-        **found,
-        "circumstances": circumstances(),
-    }
-    write_json(folder / RESULT, result, indent=None)
+    write_result(folder, about, Preparation.load(data).classes, found)
 
 
 def train_cell(args: argparse.Namespace, job: Job, folder: Path, data: Path, epochs: int) -> dict[str, Any]:
@@ -81,22 +72,12 @@ def train_cell(args: argparse.Namespace, job: Job, folder: Path, data: Path, epo
     validation documents would add noise, and nothing else.
     """
     flags = train_flags(args, job, folder, data, epochs)
-    log = folder / "train.log"
-    fairseq_command("train", flags, log, append=True)
-    classifier = RKMClassifier.from_pretrained(str(folder), "checkpoint_last.pt", str(data))
-    if torch.cuda.is_available() and not args.cpu:
-        classifier.cuda()
-    result = {
-        "confusion": classifier.confusion("test").tolist(),
-        "weights": classifier.model.rkm.num_weights(),
-        "parameters": sum(parameter.numel() for parameter in classifier.model.parameters()),
-        "command": portable(["fairseq-train", *flags], DATA=data, OUT=args.out),
-        **read_log(log),
-    }
+    fairseq_command("train", flags, folder / "train.log", append=True)
+    _, found = scores(folder, "checkpoint_last.pt", data, args.cpu)
     if not args.keep_checkpoints:
         for checkpoint in folder.glob("checkpoint*.pt"):
             checkpoint.unlink()
-    return result
+    return {**found, "command": portable(["fairseq-train", *flags], DATA=data, OUT=args.out)}
 
 
 def train_flags(args: argparse.Namespace, job: Job, folder: Path, data: Path, epochs: int) -> list[str]:

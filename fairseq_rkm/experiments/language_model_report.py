@@ -100,7 +100,10 @@ def read_run(path: Path) -> Run:
             raise SystemExit(
                 f"report: {file} is missing: give the --save-dir of a finished run, or a folder with result.json files"
             )
-    training, curve, seconds = read_log(log.read_text(encoding="utf-8"))
+    try:
+        training, curve, seconds = read_log(log.read_text(encoding="utf-8"))
+    except KeyError as error:
+        raise SystemExit(f"report: {log} is not a language model's log: it has no {error} in a validation") from error
     speeds = sorted(float(entry["wps"]) for entry in training[1:])
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     model = state["cfg"]["model"]

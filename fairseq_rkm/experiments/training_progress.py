@@ -19,10 +19,18 @@ def describe(kind: str, entry: dict[str, str], updates: int) -> str | None:
         done = int(entry["num_updates"])
         share = f"{100 * done / updates:3.0f}%" if updates else f"update {done:,}"
         speed = f"{float(entry['wps']):,.0f} tokens/s"
-        return f"  {share}  epoch {entry['epoch']}  training perplexity {entry['ppl']:>9}  {speed}"
+        return f"  {share}  epoch {entry['epoch']}  training {_figure(entry, '', 9)}  {speed}"
     if kind == "valid":
-        return f"  valid perplexity {entry['valid_ppl']} after {int(entry['valid_num_updates']):,} updates"
+        return f"  valid {_figure(entry, 'valid_', 0)} after {int(entry['valid_num_updates']):,} updates"
     return None
+
+
+def _figure(entry: dict[str, str], prefix: str, width: int) -> str:
+    """A classifier's accuracy, or a language model's perplexity."""
+    for name, title in (("accuracy", "accuracy"), ("ppl", "perplexity"), ("loss", "loss")):
+        if prefix + name in entry:
+            return f"{title} {entry[prefix + name]:>{width}}"
+    return ""
 
 
 def main() -> None:

@@ -217,16 +217,24 @@ def test_long_documents_may_be_cut_and_word_vectors_frozen(data, tmp_path):
 
 
 def test_the_configuration_for_hydra_trains_the_same_model(data, tmp_path):
-    result = succeed(
-        "hydra_train", "--config-dir", "examples/document_classification/config", "--config-name", "agnews",
-        f"hydra.run.dir={tmp_path}", f"common.user_dir={ROOT / 'fairseq_rkm'}", f"task.data={data}", "common.cpu=true",
-        f"checkpoint.save_dir={tmp_path / 'run'}", "task.num_classes=3", "model.cell=ran", "+model.layer_norm=false",
+    train = ["bash", "examples/document_classification/train.sh", "agnews", data, tmp_path / "run"]
+    changes = [
+        "common.cpu=true", "task.num_classes=3", "model.cell=ran", "+model.layer_norm=false", "common.log_interval=1",
         "+model.encoder_embed_dim=16", "+model.encoder_hidden_size=16", "optimization.max_update=3",
-    )  # fmt: skip
-    log = result.output + "".join(path.read_text() for path in tmp_path.glob("*.log"))
-    assert '"num_updates": "3"' in log or '"train_num_updates": "3"' in log
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*train, *changes], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(
+        r"update 3  epoch 1  training accuracy +\S+  \S+ tokens/s\n  valid accuracy \S+ after 3", done.stdout
+    )
     classifier = RKMClassifier.from_pretrained(tmp_path / "run")
     assert (classifier.model.rkm.cell, classifier.model.rkm.layer_norm) == ("ran", False)
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["confusion"] == classifier.confusion("test").tolist()
+    assert (result["dataset"], result["model"], result["seed"]) == (data.name, "ran", 1)
+    assert f"test accuracy {result['accuracy']:.2f}%" in done.stdout
+    assert f"| RAN, 1-gram | {result['weights']:,} | {result['accuracy']:.2f} | 1 |" in done.stdout
 
 
 def test_the_table_goes_on_where_it_stopped(files, tmp_path):

@@ -99,6 +99,14 @@ def test_another_file_is_refused(tmp_path, content):
         report.write([path], tmp_path / "out")
 
 
+def test_the_log_of_a_classifier_is_refused(run, tmp_path):
+    folder = run("a")
+    with (folder / "train.log").open("a") as log:
+        log.write(line("10:00:00", "valid", epoch=1, valid_accuracy=80.0, valid_num_updates=100))
+    with pytest.raises(SystemExit, match=r"train\.log is not a language model's log: it has no 'valid_ppl'"):
+        report.write([folder], tmp_path / "out")
+
+
 def test_an_unfinished_run_is_refused(tmp_path):
     with pytest.raises(SystemExit, match=r"train\.log is missing"):
         report.write([tmp_path], tmp_path / "out")
