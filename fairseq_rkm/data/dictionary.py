@@ -4,9 +4,19 @@ import hashlib
 
 import torch
 from fairseq.data import Dictionary
-from torch import Tensor
+from torch import Tensor, nn
 
 from fairseq_rkm.errors import RKMError
+
+FINGERPRINT = "dictionary_fingerprint_version"
+"""The buffer of a model that holds the fingerprint.
+
+fairseq's exponential moving average (``--store-ema``) goes through a model's ``state_dict`` and leaves out what has
+"version" in its name. It averages all else, and fails with whole numbers.
+"""
+
+FORMER = "dictionary_fingerprint"
+"""The buffer's name in older checkpoints."""
 
 
 def fingerprint(dictionary: Dictionary) -> Tensor:
@@ -18,11 +28,25 @@ def fingerprint(dictionary: Dictionary) -> Tensor:
     return torch.tensor([int.from_bytes(digest[i : i + 4], "big") for i in range(0, 32, 4)])
 
 
-def check_fingerprint(state_dict: dict, key: str, own: Tensor) -> None:
-    """Raises RKMError if a checkpoint's fingerprint under ``key`` is not ``own``; a checkpoint without one passes."""
-    given = state_dict.setdefault(key, own)
-    if not torch.equal(given.cpu(), own.cpu()):
+def check_fingerprint(state_dict: dict, prefix: str, module: nn.Module, dictionary: Dictionary) -> None:
+    """Compare a checkpoint's dictionary with a module's; a checkpoint without fingerprint is given the module's.
+
+    Args:
+        state_dict: the checkpoint's weights; its attribute ``read_from``, if it has one, names the file.
+        prefix: of the module's names in it.
+        module: whose buffer :data:`FINGERPRINT` is of ``dictionary``.
+        dictionary: its attribute ``read_from``, if it has one, names the file.
+
+    Raises:
+        RKMError: they differ.
+    """
+    own = module.get_buffer(FINGERPRINT)
+    if prefix + FORMER in state_dict:
+        state_dict[prefix + FINGERPRINT] = state_dict.pop(prefix + FORMER)
+    given = state_dict.setdefault(prefix + FINGERPRINT, own)
+    if given is not own and not torch.equal(given.cpu(), own.cpu()):
         raise RKMError(
-            "the checkpoint was trained with another dictionary than this data's dict.txt: give the binarized data "
-            "that it was trained on, or binarize yours with --srcdict and that dictionary"
+            f"{getattr(state_dict, 'read_from', 'the checkpoint')} was trained with another dictionary than "
+            f"{getattr(dictionary, 'read_from', 'this data has')}: give the binarized data that it was trained on, or "
+            "binarize yours with --srcdict and that dictionary"
         )

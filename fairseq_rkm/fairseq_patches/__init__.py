@@ -9,7 +9,9 @@ import importlib
 
 SUBJECTS = (
     "torch_and_numpy",
+    "configuration",
     "checkpoints",
+    "file_names",
     "memory_bounds",
     "checkpoint_writing",
     "resuming",
@@ -21,6 +23,7 @@ SUBJECTS = (
     "late_readings",
     "shutdown",
     "translation",
+    "translation_tasks",
     "documents",
     "batches",
     "perplexity",

@@ -5,9 +5,10 @@ from typing import Any, Optional
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
+from fairseq_rkm.models.memory import check_memory
 from fairseq_rkm.modules import RKM
 from fairseq_rkm.modules.rkm import NGRAM_PADDINGS
-from fairseq_rkm.ops import BACKENDS, CELLS
+from fairseq_rkm.ops import BACKENDS, CELLS, resolve_cell
 
 CELL_CHOICES = ChoiceEnum(list(CELLS))
 NGRAM_PADDING_CHOICES = ChoiceEnum(list(NGRAM_PADDINGS))
@@ -48,7 +49,11 @@ class RKMOptions(FairseqDataclass):
 
 
 def build_rkm(options: RKMOptions, input_size: int, hidden_size: int, **arguments: Any) -> RKM:
-    """An RKM of the given sizes as the flags say; further arguments are the module's own, and override the flags."""
+    """An RKM of the given sizes as the flags say; further arguments are the module's own, and override the flags.
+
+    Raises:
+        RKMError: weights that this machine's memory does not hold, and as the module.
+    """
     flags = {
         "cell": str(options.cell),
         "ngram": options.ngram,
@@ -62,7 +67,23 @@ def build_rkm(options: RKMOptions, input_size: int, hidden_size: int, **argument
         "forget_bias": None if options.uniform_forget_bias else options.forget_bias,
         "backend": str(options.backend),
     }
-    return RKM(input_size, hidden_size, **{**flags, **arguments})
+    arguments = {**flags, **arguments}
+    check_memory(
+        _count_weights(input_size, hidden_size, **arguments),
+        f"the recurrent weights of {hidden_size:,} units with {input_size:,} inputs of {arguments['ngram']:,} steps",
+    )
+    return RKM(input_size, hidden_size, **arguments)
+
+
+def _count_weights(
+    input_size: int, hidden_size: int, cell: str, ngram: int, feedback: Any = None, num_layers: int = 1,
+    bidirectional: bool = False, **_others: Any,
+) -> int:  # fmt: skip
+    """Numbers in the matrices of the module with these arguments."""
+    resolved, directions = resolve_cell(cell, feedback), 2 if bidirectional else 1
+    gates, recurrent = len(resolved.gates), len(resolved.recurrent_gates) if resolved.has_feedback else 0
+    inputs = ngram * (input_size + (num_layers - 1) * hidden_size * directions)
+    return directions * hidden_size * (gates * inputs + num_layers * recurrent * hidden_size)
 
 
 def first_given(value: Any, default: Any) -> Any:

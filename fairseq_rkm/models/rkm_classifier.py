@@ -10,7 +10,7 @@ from fairseq.models import BaseFairseqModel, register_model
 from omegaconf import II
 from torch import Tensor, nn
 
-from fairseq_rkm.data.dictionary import check_fingerprint, fingerprint
+from fairseq_rkm.data.dictionary import FINGERPRINT, check_fingerprint, fingerprint
 from fairseq_rkm.errors import RKMError
 from fairseq_rkm.models.fitting_task import check_task
 from fairseq_rkm.models.options import NGRAM_PADDING_CHOICES, RKMOptions, build_rkm
@@ -78,8 +78,8 @@ class RKMClassifier(BaseFairseqModel):
     def __init__(self, cfg: RKMClassifierConfig, dictionary: Dictionary) -> None:
         super().__init__()
         self.cfg = cfg
-        self.padding_idx = dictionary.pad()
-        self.register_buffer("dictionary_fingerprint", fingerprint(dictionary))
+        self.dictionary, self.padding_idx = dictionary, dictionary.pad()
+        self.register_buffer(FINGERPRINT, fingerprint(dictionary))
         self.embed_tokens = build_embedding(
             dictionary, cfg.encoder_embed_dim, cfg.encoder_embed_path, cfg.encoder_freeze_embed
         )
@@ -136,7 +136,7 @@ class RKMClassifier(BaseFairseqModel):
     def upgrade_state_dict_named(self, state_dict: dict, name: str) -> None:
         """Refuse a checkpoint of another dictionary before its weights are looked at."""
         prefix = f"{name}." if name else ""
-        check_fingerprint(state_dict, f"{prefix}dictionary_fingerprint", self.dictionary_fingerprint)
+        check_fingerprint(state_dict, prefix, self, self.dictionary)
 
     @classmethod
     def from_pretrained(

@@ -9,7 +9,7 @@ from fairseq.models import FairseqIncrementalDecoder
 from fairseq.modules import FairseqDropout
 from torch import Tensor, nn
 
-from fairseq_rkm.data.dictionary import check_fingerprint, fingerprint
+from fairseq_rkm.data.dictionary import FINGERPRINT, check_fingerprint, fingerprint
 from fairseq_rkm.graphs.decoding_graphs import DecodingGraphs
 from fairseq_rkm.models.options import NO_LIMIT, build_rkm, first_given
 from fairseq_rkm.models.rkm_encoder import EncoderOut
@@ -70,7 +70,7 @@ class RKMAttentionDecoder(FairseqIncrementalDecoder):
     def __init__(self, cfg: Any, dictionary: Dictionary, embed_tokens: nn.Embedding, source_size: int) -> None:
         super().__init__(dictionary)
         self.padding_idx = dictionary.pad()
-        self.register_buffer("dictionary_fingerprint", fingerprint(dictionary))
+        self.register_buffer(FINGERPRINT, fingerprint(dictionary))
         self.embed_tokens = embed_tokens
         self.dropout_words = cfg.dropout_words
         self.dropout_in = FairseqDropout(first_given(cfg.decoder_dropout_in, cfg.dropout), type(self).__name__)
@@ -259,7 +259,7 @@ class RKMAttentionDecoder(FairseqIncrementalDecoder):
 
     def upgrade_state_dict_named(self, state_dict: dict, name: str) -> None:
         """Refuse a checkpoint of another dictionary before its weights are looked at."""
-        check_fingerprint(state_dict, f"{name}.dictionary_fingerprint", self.dictionary_fingerprint)
+        check_fingerprint(state_dict, f"{name}.", self, self.dictionary)
 
 
 class StateBridge(nn.Module):

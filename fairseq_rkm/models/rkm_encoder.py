@@ -8,7 +8,7 @@ from fairseq.models import FairseqEncoder
 from fairseq.modules import FairseqDropout
 from torch import Tensor, nn
 
-from fairseq_rkm.data.dictionary import check_fingerprint, fingerprint
+from fairseq_rkm.data.dictionary import FINGERPRINT, check_fingerprint, fingerprint
 from fairseq_rkm.models.options import NO_LIMIT, build_rkm, first_given
 from fairseq_rkm.modules import dropped_embedding
 
@@ -33,7 +33,7 @@ class RKMEncoder(FairseqEncoder):
     def __init__(self, cfg: Any, dictionary: Dictionary, embed_tokens: nn.Embedding) -> None:
         super().__init__(dictionary)
         self.padding_idx = dictionary.pad()
-        self.register_buffer("dictionary_fingerprint", fingerprint(dictionary))
+        self.register_buffer(FINGERPRINT, fingerprint(dictionary))
         self.embed_tokens = embed_tokens
         self.dropout_words = cfg.dropout_words
         self.dropout_in = FairseqDropout(first_given(cfg.encoder_dropout_in, cfg.dropout), type(self).__name__)
@@ -84,7 +84,7 @@ class RKMEncoder(FairseqEncoder):
 
     def upgrade_state_dict_named(self, state_dict: dict, name: str) -> None:
         """Refuse a checkpoint of another dictionary before its weights are looked at."""
-        check_fingerprint(state_dict, f"{name}.dictionary_fingerprint", self.dictionary_fingerprint)
+        check_fingerprint(state_dict, f"{name}.", self, self.dictionary)
 
 
 def _side_by_side(state: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from fairseq.hub_utils import GeneratorHubInterface
 from fairseq.models import FairseqIncrementalDecoder, FairseqLanguageModel, register_model
 from torch import Tensor, nn
 
-from fairseq_rkm.data.dictionary import check_fingerprint, fingerprint
+from fairseq_rkm.data.dictionary import FINGERPRINT, check_fingerprint, fingerprint
 from fairseq_rkm.errors import RKMError
 from fairseq_rkm.models import hub
 from fairseq_rkm.models.carried_state import CarriedState
@@ -129,7 +129,7 @@ class RKMDecoder(FairseqIncrementalDecoder):
         for name in ("dropout_words", "dropout_weights"):
             check_probability(f"--{name.replace('_', '-')}", getattr(cfg, name))
         self.padding_idx = dictionary.pad()
-        self.register_buffer("dictionary_fingerprint", fingerprint(dictionary))
+        self.register_buffer(FINGERPRINT, fingerprint(dictionary))
         self.embed_tokens = build_embedding(
             dictionary, cfg.decoder_embed_dim, cfg.decoder_embed_path, cfg.decoder_freeze_embed
         )
@@ -254,7 +254,7 @@ class RKMDecoder(FairseqIncrementalDecoder):
 
     def upgrade_state_dict_named(self, state_dict: dict, name: str) -> None:
         """Refuse a checkpoint of another dictionary before its weights are looked at."""
-        check_fingerprint(state_dict, f"{name}.dictionary_fingerprint", self.dictionary_fingerprint)
+        check_fingerprint(state_dict, f"{name}.", self, self.dictionary)
 
 
 def check_streams(states: States, tokens: Tensor) -> States:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Optional
 
 import torch
+from fairseq.criterions import CRITERION_REGISTRY
 from fairseq.data import Dictionary
 from fairseq.dataclass import FairseqDataclass
 from fairseq.modules import AdaptiveSoftmax
@@ -12,6 +13,7 @@ from torch import nn
 
 from fairseq_rkm.data.word_vectors import load_word_vectors
 from fairseq_rkm.errors import RKMError
+from fairseq_rkm.models.memory import check_memory
 
 
 def build_embedding(
@@ -28,6 +30,7 @@ def build_embedding(
     Raises:
         RKMError: a file that is missing or does not fit.
     """
+    check_memory(len(dictionary) * size, f"embeddings of {len(dictionary):,} words and size {size:,}")
     embedding = nn.Embedding(len(dictionary), size, padding_idx=dictionary.pad())
     nn.init.uniform_(embedding.weight, -0.1, 0.1)
     if path:
@@ -52,9 +55,16 @@ class SoftmaxOptions(FairseqDataclass):
 
 
 def check_softmax(cfg: SoftmaxOptions) -> None:
-    """Raises RKMError if the criterion asks for an adaptive softmax and no flag does."""
+    """Raises RKMError unless an adaptive softmax and a criterion that trains it come together."""
     if cfg.criterion_name == "adaptive_loss" and not cfg.adaptive_softmax_cutoff:
         raise RKMError("--criterion adaptive_loss needs --adaptive-softmax-cutoff")
+    criterion = CRITERION_REGISTRY.get(cfg.criterion_name)
+    of_fairseq = criterion is not None and criterion.__module__.startswith("fairseq.")
+    if cfg.adaptive_softmax_cutoff and of_fairseq and cfg.criterion_name != "adaptive_loss":
+        raise RKMError(
+            f"--criterion {cfg.criterion_name} cannot train an adaptive softmax: with --adaptive-softmax-cutoff give "
+            "--criterion adaptive_loss or cross_entropy_ar_tar"
+        )
 
 
 def build_softmax(cfg: Any, features: int, types: int, tied: Optional[nn.Embedding] = None) -> nn.Module:
@@ -74,6 +84,7 @@ def build_softmax(cfg: Any, features: int, types: int, tied: Optional[nn.Embeddi
             types, features, parse_cutoffs(cfg.adaptive_softmax_cutoff, types),
             dropout=cfg.adaptive_softmax_dropout, factor=cfg.adaptive_softmax_factor,
         )  # fmt: skip
+    check_memory(types * features, f"a softmax of {types:,} words and size {features:,}")
     linear = nn.Linear(features, types)
     nn.init.uniform_(linear.weight, -0.1, 0.1)
     nn.init.zeros_(linear.bias)

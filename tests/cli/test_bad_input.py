@@ -28,7 +28,7 @@ def test_unknown_names(data, tmp_path, flag, value):
     ("flags", "message"),
     [
         (["--ngram", 0], "ngram must be at least 1, not 0"),
-        (["--sigma-i2", 1.5], "sigma_i2 must lie within (0, 1), not be 1.5"),
+        (["--sigma-i2", 1.5], "--sigma-i2 must lie within (0, 1), not be 1.5"),
         (["--ngram", 3, "--ngram-padding", "same"], "--ngram-padding same looks ahead"),
         (["--decoder-layers", 1], "make --decoder-hidden-size (12) and --decoder-embed-dim (8) equal"),
         (["--update-freq", 2], "--update-freq above 1"),
@@ -111,7 +111,8 @@ def test_another_dictionary(trained, text, tmp_path):
     with (changed / "train.txt").open("a") as train_text:
         train_text.write("w29 w29 w29\n" * 50)
     data = preprocess(changed, tmp_path / "bin")
-    assert "trained with another dictionary than this data's dict.txt" in evaluate(data, run / "checkpoint_best.pt")
+    error = evaluate(data, run / "checkpoint_best.pt")
+    assert f"{run}/checkpoint_best.pt was trained with another dictionary than {data}/dict.txt" in error
     result = fairseq(
         "train", data, *SMALL, "--ngram", 2, "--save-dir", tmp_path, "--max-update", 1, "--restore-file",
         run / "checkpoint_best.pt",

@@ -1,0 +1,247 @@
+"""A run's whole configuration is checked before anything is built: numbers, names, flags that do not go together.
+
+The command line and ``fairseq-hydra-train`` meet here. fairseq lets most of such mistakes pass until an assertion fails
+somewhere, or trains with them.
+"""
+
+import argparse
+import ast
+import difflib
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from fairseq import tasks, utils
+from fairseq.dataclass import utils as dataclass_utils
+from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
+from fairseq.registry import REGISTRIES
+from fairseq.tasks import TASK_REGISTRY
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from fairseq_rkm.errors import RKMError
+from fairseq_rkm.fairseq_patches.registry import patch
+from fairseq_rkm.flag_ranges import FAIRSEQS, OURS, check_section, flag_of
+from fairseq_rkm.optim.adamw_average import parse_betas
+
+logger = logging.getLogger(__name__)
+
+WHY = (
+    "numbers out of range, unknown names and flags that exclude each other end in assertions, some after training began"
+)
+UNTIL = "fairseq checks its configuration itself"
+
+
+@patch(utils, "import_user_module", why=WHY, until=UNTIL)
+def check_after_import(import_user_module: Callable) -> Callable:
+    """The first thing that fairseq's commands do with a configuration from the command line."""
+
+    def imported(args: Any) -> None:
+        import_user_module(args)
+        check_root(args)
+
+    # fairseq keeps what it has imported as an attribute of the function, under the function's name in its module.
+    imported.memo = getattr(import_user_module, "memo", set())  # type: ignore[attr-defined]
+    return imported
+
+
+@patch(dataclass_utils, "merge_with_parent", why=WHY, until=UNTIL)
+def check_before_defaults(merge: Callable) -> Callable:
+    """The first thing after ``common.user_dir`` is imported that fairseq-hydra-train does with its configuration."""
+
+    def merged(dc: Any, cfg: DictConfig, remove_missing: bool = False) -> Any:
+        check_root(cfg)
+        return merge(dc, cfg, remove_missing)
+
+    return merged
+
+
+@patch(tasks, "setup_task", why=WHY, until=UNTIL)
+def check_before_task(setup_task: Callable) -> Callable:
+    """The same for a configuration of which fairseq knows no part."""
+
+    def checked(cfg: Any, **kwargs: Any) -> Any:
+        if not kwargs.get("from_checkpoint"):
+            check_root(cfg)
+        return setup_task(cfg, **kwargs)
+
+    return checked
+
+
+@patch(
+    dataclass_utils,
+    "_override_attr",
+    why="a flag that must be a Python value and is none ends in a stack trace of Python's parser",
+    until=UNTIL,
+)
+def tell_unreadable_values(override_attr: Callable) -> Callable:
+    """Name the flag that cannot be read."""
+
+    def overridden(sub_node: str, data_class: Any, args: argparse.Namespace) -> list[str]:
+        try:
+            overrides: list[str] = override_attr(sub_node, data_class, args)
+        except (ValueError, SyntaxError, TypeError) as error:
+            raise RKMError(_unreadable(sub_node, data_class, args, override_attr) or str(error)) from error
+        return overrides
+
+    return overridden
+
+
+def _unreadable(sub_node: str, data_class: Any, args: argparse.Namespace, override_attr: Callable) -> str | None:
+    """The sentence about the first flag of a section that fails by itself."""
+    for name in data_class.__dataclass_fields__:
+        if not hasattr(args, name):
+            continue
+        try:
+            override_attr(sub_node, data_class, argparse.Namespace(**{name: getattr(args, name)}))
+        except (ValueError, SyntaxError, TypeError):
+            return f"{flag_of(name)} cannot be read as a Python value: {getattr(args, name)!r}"
+    return None
+
+
+def check_root(node: Any) -> None:
+    """Check the whole configuration that a section belongs to; anything but a part of a configuration passes.
+
+    Raises:
+        RKMError: what is wrong, and what to give instead.
+    """
+    root = node._get_root() if isinstance(node, DictConfig) else None
+    if not isinstance(root, DictConfig) or "common" not in root or "checkpoint" not in root:
+        return
+    check_names(root)
+    for section in FAIRSEQS | OURS:
+        check_section(section, _section(root, section), ours=_is_ours(root, section))
+    check_optimizer(root)
+    check_batches(root)
+    check_lengths(root)
+    check_overrides(root)
+    find_inputs(root)
+
+
+def _section(root: DictConfig, name: str) -> Any:
+    """A section's values; those that are taken from elsewhere or missing are still placeholders, which are strings."""
+    found = root.get(name)
+    if OmegaConf.is_config(found):
+        return OmegaConf.to_container(found, resolve=False)
+    return {"_name": found} if isinstance(found, str) else found or {}
+
+
+def _name(root: DictConfig, section: str) -> str | None:
+    values = _section(root, section)
+    name = values.get("_name") if isinstance(values, dict) else getattr(values, "_name", None)
+    return name if isinstance(name, str) and not name.startswith("${") else None
+
+
+def _registry(section: str) -> dict[str, Any]:
+    if section == "task":
+        return TASK_REGISTRY
+    if section == "model":
+        return {**MODEL_REGISTRY, **ARCH_MODEL_REGISTRY}
+    known: dict[str, Any] = REGISTRIES.get(section, {}).get("registry", {})
+    return known
+
+
+def _is_ours(root: DictConfig, section: str) -> bool:
+    found = _registry(section).get(_name(root, section) or "")
+    return found is not None and found.__module__.startswith("fairseq_rkm.")
+
+
+NAMED = ("task", "model", "criterion", "optimizer", "lr_scheduler")
+
+
+def check_names(root: DictConfig) -> None:
+    """Raises RKMError for a model, task, criterion, optimizer or scheduler that is not registered."""
+    for section in NAMED:
+        name, known = _name(root, section), _registry(section)
+        if name is not None and name not in known:
+            near = difflib.get_close_matches(name, known, n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(sorted(_short(known)))}"
+            raise RKMError(f"unknown {section} {name!r}: {hint}")
+
+
+def _short(known: Iterable[str]) -> list[str]:
+    """The names of this package, or all if it has none."""
+    return [name for name in known if name.startswith(("rkm", "stateful"))] or list(known)
+
+
+def check_optimizer(root: DictConfig) -> None:
+    """Raises RKMError for what the optimizer cannot read, and precisions that it or the machine cannot have."""
+    common, optimizer = root.common, _section(root, "optimizer")
+    if isinstance(optimizer, dict) and optimizer.get("adam_betas") is not None:
+        parse_betas(optimizer["adam_betas"])
+    on_gpu = torch.cuda.is_available() and not common.cpu
+    if common.fp16 and not on_gpu and not (common.fp16_no_flatten_grads or common.memory_efficient_fp16):
+        raise RKMError("--fp16 needs a CUDA GPU (and no --cpu): use --bf16 here, or no such flag")
+    if (common.memory_efficient_fp16 or common.memory_efficient_bf16) and _is_ours(root, "optimizer"):
+        raise RKMError(
+            f"--optimizer {_name(root, 'optimizer')} keeps float32 weights, since small steps and averages are lost in "
+            "16 bits: use --fp16 or --bf16 in place of --memory-efficient-fp16 and --memory-efficient-bf16"
+        )
+
+
+def check_batches(root: DictConfig) -> None:
+    """Raises RKMError for buckets of batches without the size that they are cut to."""
+    task = _section(root, "task")
+    buckets = task.get("num_batch_buckets") if isinstance(task, dict) else None
+    if buckets and not root.dataset.max_tokens:
+        raise RKMError("--num-batch-buckets needs --max-tokens, which says how many sentences of a length are a batch")
+
+
+def check_lengths(root: DictConfig) -> None:
+    """Raises RKMError for lengths of generated sentences that exclude each other."""
+    generation = _section(root, "generation")
+    least, share, most = (generation.get(name) for name in ("min_len", "max_len_a", "max_len_b"))
+    if None not in (least, share, most) and share == 0 and least > most:
+        raise RKMError(f"--min-len {least} is more than the {most} tokens of --max-len-b: raise the latter or lower it")
+    if generation.get("beam") and (generation.get("nbest") or 1) > generation["beam"]:
+        raise RKMError(f"--nbest {generation['nbest']} is more than --beam {generation['beam']}: a beam has no more")
+
+
+def check_overrides(root: DictConfig) -> None:
+    """Raises RKMError unless ``--model-overrides`` is a dictionary in Python's notation."""
+    given = _section(root, "common_eval").get("model_overrides")
+    if given is None:
+        return
+    try:
+        fits = isinstance(ast.literal_eval(given), dict)
+    except (ValueError, SyntaxError):
+        fits = False
+    if not fits:
+        raise RKMError(f"--model-overrides takes a dictionary such as \"{{'data': 'folder'}}\", not {given!r}")
+
+
+INPUTS = {
+    "task": ("data",),
+    "model": ("encoder_embed_path", "decoder_embed_path"),
+    "checkpoint": ("restore_file", "finetune_from_model"),
+    "ema": ("ema_seed_model",),
+}
+"""Files and folders that a run reads."""
+
+
+def find_inputs(root: DictConfig) -> None:
+    """Under hydra, which starts each run in a new folder, look for relative inputs where the command was given.
+
+    What a run writes goes to the new folder, as hydra has it.
+    """
+    if not HydraConfig.initialized():
+        return
+    start = Path(HydraConfig.get().runtime.cwd)
+    for section, names in INPUTS.items():
+        values = _section(root, section)
+        for name in names:
+            given = values.get(name) if isinstance(values, dict) else None
+            if not isinstance(given, str) or not given:
+                continue
+            found = [_found(path, start) for path in utils.split_paths(given)]
+            if (text := ":".join(found)) != given:
+                with open_dict(root):
+                    root[section][name] = text
+                logger.info("%s.%s: %s", section, name, text)
+
+
+def _found(path: str, start: Path) -> str:
+    """A path that exists from where the command was given, and only there, as an absolute one."""
+    return str(start / path) if not Path(path).exists() and (start / path).exists() else path
