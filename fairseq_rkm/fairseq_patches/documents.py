@@ -4,12 +4,14 @@ The task itself ends in bare assertions where a flag or a file is missing, leave
 than ``--max-positions``, and trains on labels outside its dictionary until the loss fails.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
 from fairseq.data import Dictionary, data_utils
 from fairseq.tasks.sentence_prediction import SentencePredictionTask
 
+from fairseq_rkm.data.binarized_split import prefetch
 from fairseq_rkm.errors import RKMError
 from fairseq_rkm.fairseq_patches.registry import patch
 
@@ -56,7 +58,9 @@ def check_split(load_dataset: Any) -> Any:
                 raise RKMError(f"no binarized split {split!r} at {binary}: was it given to fairseq-preprocess?")
             if not binary.stat().st_size:
                 raise RKMError(f"the split {split!r} at {binary} is empty")
-        if not task.cfg.regression_target:
+        if task.cfg.regression_target:
+            check_values(task, split)
+        else:
             check_labels(task, split)
         dataset = load_dataset(task, split, *args, **kwargs)
         check_lengths(task, split)
@@ -72,6 +76,7 @@ def check_labels(task: SentencePredictionTask, split: str) -> None:
         data_utils.load_indexed_dataset(str(Path(task.cfg.data, kind, split)), dictionary)
         for kind in ("input0", "label")
     )
+    prefetch(labels)
     where = f"the split {split!r} in {Path(task.cfg.data, 'label')}"
     if len(documents) != len(labels):
         raise RKMError(f"{where} has {len(labels):,} labels for {len(documents):,} documents")
@@ -89,6 +94,27 @@ def check_labels(task: SentencePredictionTask, split: str) -> None:
                 f"{where}: document {i + 1} is of class {label[0] - dictionary.nspecial + 1} of label/dict.txt, but "
                 f"--num-classes is {classes}"
             )
+
+
+def check_values(task: SentencePredictionTask, split: str) -> None:
+    """Raises RKMError unless each document of a split has ``--num-classes`` finite numbers as its target."""
+    path, wanted = Path(task.cfg.data, "label", f"{split}.label"), task.cfg.num_classes
+    if not path.is_file():
+        raise RKMError(f"--regression-target needs {path}: the numbers to be learnt, a document's on each line")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    documents = data_utils.load_indexed_dataset(str(Path(task.cfg.data, "input0", split)), task.source_dictionary)
+    if len(lines) != len(documents):
+        raise RKMError(f"{path} has {len(lines):,} lines for {len(documents):,} documents")
+    for number, line in enumerate(lines, 1):
+        if _count_finite(line) != wanted or len(line.split()) != wanted:
+            raise RKMError(f"{path}, line {number}: {line!r} is not --num-classes {wanted} finite numbers")
+
+
+def _count_finite(line: str) -> int:
+    try:
+        return sum(math.isfinite(float(field)) for field in line.split())
+    except ValueError:
+        return -1
 
 
 def check_lengths(task: SentencePredictionTask, split: str) -> None:

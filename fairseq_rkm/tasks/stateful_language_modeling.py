@@ -8,7 +8,7 @@ from typing import Any, Optional
 
 import torch
 from fairseq import utils
-from fairseq.data import Dictionary, data_utils, iterators
+from fairseq.data import Dictionary, iterators
 from fairseq.data.indexed_dataset import get_available_dataset_impl
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.distributed import utils as distributed_utils
@@ -17,6 +17,7 @@ from fairseq.tasks.language_modeling import LanguageModelingTask
 from omegaconf import II
 from torch import Tensor
 
+from fairseq_rkm.data.binarized_split import read_tokens
 from fairseq_rkm.data.token_stream import SegmentIterator, StreamSegments, TokenStream
 from fairseq_rkm.errors import RKMError, first_line
 from fairseq_rkm.modules import RKMState
@@ -138,17 +139,12 @@ class StatefulLanguageModelingTask(AveragedValidation, GraphedSteps, LanguageMod
         """Read a split as one stream.
 
         Raises:
-            RKMError: a split that is missing, empty, or shorter than its streams are many.
+            RKMError: a split that is missing, empty, of another format than ``--dataset-impl``, or shorter than its
+                streams are many.
         """
         paths = utils.split_paths(self.args.data)
         path = os.path.join(paths[(epoch - 1) % len(paths)], split)
-        binary = Path(f"{path}.bin")
-        if not binary.is_file():
-            raise RKMError(f"no binarized split {split!r} at {binary}: was it given to fairseq-preprocess?")
-        if not binary.stat().st_size:
-            raise RKMError(f"the split {split!r} at {binary} is empty")
-        sentences = data_utils.load_indexed_dataset(path, self.dictionary, self.args.dataset_impl, combine=combine)
-        tokens = torch.cat([sentences[i] for i in range(len(sentences))]).long()
+        tokens = read_tokens(path, self.dictionary, self.args.dataset_impl, combine)
         stream = TokenStream(tokens, self.dictionary.eos(), split)
         per_process = self.args.batch_size if split == self.args.train_subset else self.args.batch_size_valid
         stream.check_streams((per_process or 1) * max(1, self.args.distributed_world_size))

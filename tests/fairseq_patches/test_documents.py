@@ -81,7 +81,30 @@ def test_missing_and_empty_files(tmp_path):
             SentencePredictionTask.setup_task(built.cfg)
 
 
-def test_a_regression_needs_no_labels(tmp_path):
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (None, "--regression-target needs .*train.label"),
+        (["1", "2"], "has 2 lines for 3 documents"),
+        (["1", "two", "3"], "line 2: 'two' is not --num-classes 1 finite numbers"),
+        (["1", "nan", "3"], "line 2: 'nan' is not"),
+        (["1", "2", "3 4"], "line 3: '3 4' is not"),
+        (["1", "", "3"], "line 2: '' is not"),
+    ],
+)
+def test_a_regression_needs_its_numbers(tmp_path, lines, message):
     write(tmp_path, "input0", "a b", ["a b a", "", "b"])
+    if lines is not None:
+        (tmp_path / "label").mkdir()
+        (tmp_path / "label" / "train.label").write_text("\n".join(lines) + "\n")
+    cfg = SentencePredictionConfig(data=str(tmp_path), num_classes=1, regression_target=True, seed=1)
+    with pytest.raises(RKMError, match=message):
+        SentencePredictionTask.setup_task(cfg).load_dataset("train")
+
+
+def test_a_regression_needs_no_label_dictionary(tmp_path):
+    write(tmp_path, "input0", "a b", ["a b a", "", "b"])
+    (tmp_path / "label").mkdir()
+    (tmp_path / "label" / "train.label").write_text("1\n-2.5\n3e-3\n")
     cfg = SentencePredictionConfig(data=str(tmp_path), num_classes=1, regression_target=True, seed=1)
     assert len(SentencePredictionTask.setup_task(cfg).load_dataset("train")) == 3
