@@ -117,6 +117,7 @@ def check_root(node: Any) -> None:
     check_batches(root)
     check_lengths(root)
     check_overrides(root)
+    check_paths(root)
     find_inputs(root)
 
 
@@ -197,6 +198,11 @@ def check_lengths(root: DictConfig) -> None:
         raise RKMError(f"--min-len {least} is more than the {most} tokens of --max-len-b: raise the latter or lower it")
     if generation.get("beam") and (generation.get("nbest") or 1) > generation["beam"]:
         raise RKMError(f"--nbest {generation['nbest']} is more than --beam {generation['beam']}: a beam has no more")
+    if generation.get("sampling") and generation.get("nbest") != generation.get("beam"):
+        raise RKMError(
+            f"--sampling draws --beam {generation.get('beam')} sentences and shows --nbest {generation.get('nbest')}: "
+            "give both the same number"
+        )
 
 
 def check_overrides(root: DictConfig) -> None:
@@ -210,6 +216,15 @@ def check_overrides(root: DictConfig) -> None:
         fits = False
     if not fits:
         raise RKMError(f"--model-overrides takes a dictionary such as \"{{'data': 'folder'}}\", not {given!r}")
+
+
+def check_paths(root: DictConfig) -> None:
+    """Raises RKMError for an existing path with a colon, which fairseq takes for a list of paths."""
+    for flag, section, name in (("--path", "common_eval", "path"), ("data", "task", "data")):
+        values = _section(root, section)
+        path = values.get(name) if isinstance(values, dict) else None
+        if isinstance(path, str) and ":" in path and "://" not in path and Path(path).exists():
+            raise RKMError(f"{flag} {path}: fairseq reads a colon as the end of a path; rename it or link it")
 
 
 INPUTS = {

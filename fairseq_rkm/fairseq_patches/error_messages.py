@@ -8,6 +8,7 @@ import re
 import sys
 import types
 
+import hydra.errors
 import omegaconf
 
 from fairseq_rkm.errors import RKMError, first_line
@@ -70,10 +71,8 @@ def sentence_of(error: BaseException | None) -> str | None:
     for link in chain:
         if isinstance(link, RKMError):
             return str(link)
-        if isinstance(link, omegaconf.errors.InterpolationKeyError):
-            return f"{first_line(link)}: --task, --criterion and --arch must go together, as {DOCUMENTS} do"
-        if isinstance(link, (omegaconf.errors.ValidationError, omegaconf.errors.ConfigKeyError)):
-            return f"configuration key {link.full_key}: {first_line(link)}"
+        if about_flags := _about_flags(link):
+            return about_flags
         if isinstance(link, FloatingPointError):
             return _advised(str(link))
         in_worker = re.search(rf"({RKMError.__module__}.{RKMError.__name__}|FloatingPointError): (.*)", str(link))
@@ -86,6 +85,19 @@ def sentence_of(error: BaseException | None) -> str | None:
     # A bare Exception is how fairseq itself tells users of a mistake.
     told = (str(link) for link in chain if isinstance(link, OSError) or type(link) is Exception)
     return next(told, None)
+
+
+def _about_flags(error: BaseException) -> str | None:
+    """What is wrong with the flags, if an error of hydra's, omegaconf's or a generator's is about them."""
+    if isinstance(error, omegaconf.errors.InterpolationKeyError):
+        return f"{first_line(error)}: --task, --criterion and --arch must go together, as {DOCUMENTS} do"
+    if isinstance(error, (omegaconf.errors.ValidationError, omegaconf.errors.ConfigKeyError)):
+        return f"configuration key {error.full_key}: {first_line(error)}"
+    if isinstance(error, hydra.errors.OverrideParseException):
+        return f"a value that hydra cannot read, for its quotes or a backslash at its end: {first_line(error)}"
+    if isinstance(error, AssertionError) and "min_len cannot be larger than max_len" in str(error):
+        return "--min-len is more than --max-len-a times a source sentence's length plus --max-len-b: change one"
+    return None
 
 
 def _short_of_memory(error: BaseException) -> bool:

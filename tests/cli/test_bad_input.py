@@ -89,6 +89,8 @@ def test_training_that_diverges(data, tmp_path, optimizer):
     ("change", "message"),
     [
         ("model.ngram=0", "ngram must be at least 1, not 0"),
+        ("common.seed=-1", "--seed must be at least 0, not -1"),
+        ("model._name=rkm_lmm", "unknown model 'rkm_lmm': did you mean rkm_lm"),
         ("model.cell=gru", "configuration key cell: Invalid value 'gru', expected one of [lstm, rkm_lstm,"),
         ("+model.units=3", "configuration key units: Key 'units' not in 'RKMLanguageModelConfig'"),
         ("optimization.lr=[1e20]", "training has diverged"),
