@@ -1,5 +1,38 @@
-"""``python -m fairseq_rkm`` prints the plugin's folder, for ``--user-dir "$(python -m fairseq_rkm)"``."""
+"""Print the plugin's folder, which fairseq's commands take: ``--user-dir "$(python -m fairseq_rkm)"``."""
 
+import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-print(Path(__file__).resolve().parent)
+from fairseq_rkm.errors import RKMError
+
+EPILOG = (
+    "Other commands: python -m fairseq_rkm.predict (classify text), python -m fairseq_rkm.fairseq_patches (list the "
+    "changes to fairseq)."
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fairseq_rkm", description=(__doc__ or "").replace("``", ""), epilog=EPILOG
+    )
+    parser.add_argument(
+        "--flags", metavar="NAME", help="print the flags of an architecture, task, criterion or optimizer instead"
+    )
+    name = parser.parse_args(arguments).flags
+    print(Path(__file__).resolve().parent if name is None else _flags(name), end="\n" if name is None else "")
+
+
+def _flags(name: str) -> str:
+    from fairseq_rkm.flags import describe
+
+    return describe(name)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except RKMError as error:
+        sys.exit(f"fairseq-rkm: error: {error}")

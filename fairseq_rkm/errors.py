@@ -9,6 +9,16 @@ class RKMError(ValueError):
     """
 
 
+class FairseqMissingError(RKMError, ModuleNotFoundError):
+    """What was asked for needs fairseq, which is not installed."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "this needs fairseq, which is not installed: pip install 'fairseq-rkm[fairseq]' (docs/installation.md says "
+            "what building it needs). RKM itself, from fairseq_rkm import RKM, works without"
+        )
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or for want of one its kind."""
     return next(iter(str(error).splitlines()), type(error).__name__)

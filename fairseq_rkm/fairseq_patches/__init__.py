@@ -8,6 +8,8 @@ alone.
 import importlib
 
 SUBJECTS = (
+    "console",
+    "help",
     "torch_and_numpy",
     "configuration",
     "checkpoints",

@@ -84,9 +84,10 @@ class ClassifierHubInterface(nn.Module):
             raise RKMError(f"the batch size must be at least 1, not {batch_size}")
         results = torch.empty(len(documents), len(self.classes))
         lengths = np.array([len(document) for document in documents], dtype=np.int64)
+        most_tokens = max([MAX_TOKENS, *lengths.tolist()])
         by_length = np.argsort(lengths, kind="stable")
         for rows in data_utils.batch_by_size(
-            by_length, lengths.__getitem__, lengths[by_length], max(MAX_TOKENS, lengths.max(initial=0)), batch_size
+            by_length, lengths.__getitem__, lengths[by_length], most_tokens, batch_size
         ):
             tokens = data_utils.collate_tokens([documents[i] for i in rows], self.task.source_dictionary.pad())
             results[rows] = self._logits(tokens.to(self.device)).float().softmax(dim=1).cpu()

@@ -1,0 +1,45 @@
+"""What fairseq's commands print beside what their users asked for."""
+
+import logging
+import os
+import warnings
+
+from fairseq_rkm.fairseq_patches.error_messages import _in_fairseq_command
+from fairseq_rkm.fairseq_patches.registry import setting
+
+
+@setting(
+    "logging.root",
+    why="one of fairseq's models sets the root logger to DEBUG, so that commands print everybody's debugging lines",
+    until="fairseq leaves the root logger to its commands, which set it to LOGLEVEL",
+)
+def level_of_fairseq_s_commands() -> None:
+    """Set it to ``LOGLEVEL`` (by default INFO) in fairseq's commands; a program's own level is left alone."""
+    if _in_fairseq_command() and logging.root.level == logging.DEBUG:
+        logging.root.setLevel(os.environ.get("LOGLEVEL", "INFO").upper())
+
+
+HYDRA = (
+    r"\s*The version_base parameter is not specified",
+    r"hydra\.experimental\.\w+\(\) is no longer experimental",
+    r"In '[^']*': Usage of deprecated keyword in package header",
+    r"\s*'[^']*' is validated against ConfigStore schema",
+    r"\s*The strict flag in the compose API is deprecated",
+)
+"""How hydra's warnings about fairseq's use of it begin."""
+
+
+@setting(
+    "warnings",
+    why="hydra and torch tell of fairseq's deprecated calls in twenty lines a command",
+    until="fairseq makes these calls in today's way",
+)
+def no_deprecations_of_fairseq_s() -> None:
+    """Ignore them where the user's filters (``-W``, ``PYTHONWARNINGS``) do not say otherwise."""
+    for message in HYDRA:
+        _ignore(message=message)
+    _ignore(category=FutureWarning, module=r"fairseq(_cli)?\.")
+
+
+def _ignore(message: str = "", category: type[Warning] = Warning, module: str = "") -> None:
+    warnings.filterwarnings("ignore", message, category, module, append=True)
