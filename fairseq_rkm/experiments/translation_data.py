@@ -20,6 +20,7 @@ import gzip
 import hashlib
 import json
 import lzma
+import re
 import shutil
 import subprocess
 import sys
@@ -99,7 +100,7 @@ def learn_pieces(lines: Iterator[str], size: int, prefix: Path) -> sentencepiece
     """A BPE model of both languages, saved as ``prefix.model``.
 
     Raises:
-        SystemExit: more pieces than the text has.
+        SystemExit: more pieces than the text has, or fewer than its characters.
     """
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -107,9 +108,19 @@ def learn_pieces(lines: Iterator[str], size: int, prefix: Path) -> sentencepiece
             character_coverage=1.0, minloglevel=2,
         )  # fmt: skip
     except RuntimeError as error:
-        raise SystemExit(f"prepare: cannot make a vocabulary of {size} pieces: {error}") from error
+        raise SystemExit(f"prepare: {_other_size(size, str(error))}") from error
     Path(f"{prefix}.vocab").unlink()
     return sentencepiece.SentencePieceProcessor(model_file=f"{prefix}.model")
+
+
+def _other_size(size: int, complaint: str) -> str:
+    """Sentencepiece's complaint about a vocabulary's size, with a size that suits the text."""
+    flag = "--vocabulary (for run.sh VOCABULARY)"
+    if most := re.search(r"value <= (\d+)", complaint):
+        return f"the training text is too small for a vocabulary of {size:,} subwords: give {flag} {most[1]} or fewer"
+    if least := re.search(r"required_chars\. \d+ vs (\d+)", complaint):
+        return f"a vocabulary of {size:,} subwords does not hold the text's characters: give {flag} {least[1]} or more"
+    return f"cannot make a vocabulary of {size:,} subwords ({flag}): {complaint}"
 
 
 def write_lines(path: Path, lines: list[str]) -> None:

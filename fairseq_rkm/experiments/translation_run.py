@@ -82,8 +82,12 @@ class Run:
     def _choose(self) -> tuple[dict[str, float], str]:
         """Make model.pt of the better of the best checkpoint and the average; BLEU on the validation set of both."""
         if not list(self.folder.glob("checkpoint[0-9]*.pt")):
+            (self.folder / "trained").unlink()  # so that the command, given more, trains
             minutes = self.args.minutes
-            raise SystemExit(f"table: {self.folder.name} has no whole epoch after {minutes} minutes: give --minutes")
+            raise SystemExit(
+                f"table: {self.folder.name} has no whole epoch after {minutes:g} minutes: allow more of them, as "
+                f"--minutes {2 * minutes:g}"
+            )
         save(average(last_checkpoints(self.folder, self.args.average)), self.folder / "average.pt")
         valid = {
             name: self._translate(self.folder / f"{name}.pt", "valid")["bleu"]

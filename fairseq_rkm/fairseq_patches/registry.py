@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 from fairseq_rkm.errors import RKMError
 
 logger = logging.getLogger(__name__)
+# fairseq's import leaves the root logger at DEBUG, where nobody asked for it; LOGLEVEL is fairseq's own variable.
+logger.setLevel(os.environ.get("LOGLEVEL", "INFO").upper())
 Function = TypeVar("Function", bound=Callable)
 
 SWITCH = "FAIRSEQ_RKM_PATCHES"

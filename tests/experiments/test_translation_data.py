@@ -1,3 +1,4 @@
+import re
 from argparse import Namespace
 
 import pytest
@@ -53,3 +54,18 @@ def test_empty_lines_are_left_out_of_training_and_refused_in_tests(tmp_path, cap
     assert "1 pairs with an empty side are left out, the first of them line 2" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="line 2 of test is empty in one language"):
         prepare.read_pairs(text, "test", ("de", "en"), keep_empty=True)
+
+
+@pytest.mark.parametrize(
+    ("size", "advice"),
+    [
+        (8000, r"too small for a vocabulary of 8,000 .*: give --vocabulary \(for run.sh VOCABULARY\) (\d+) or fewer"),
+        (3, r"3 subwords does not hold .*: give --vocabulary \(for run.sh VOCABULARY\) (\d+) or more"),
+    ],
+)
+def test_a_vocabulary_that_does_not_suit_the_text_is_told_with_one_that_does(tmp_path, size, advice):
+    lines = ["the quick brown fox jumps over the lazy dog", "what does the brown dog say"] * 20
+    with pytest.raises(SystemExit) as told:
+        prepare.learn_pieces(iter(lines), size, tmp_path / "pieces")
+    suits = int(re.search(advice, str(told.value))[1])
+    assert prepare.learn_pieces(iter(lines), suits, tmp_path / "pieces").vocab_size() == suits

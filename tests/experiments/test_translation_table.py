@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,14 @@ def test_too_few_updates_to_time(tmp_path, capsys):
     with pytest.raises(SystemExit):
         translation_table.parse([str(tmp_path), "--out", "out", "--speed", "--speed-updates", "19"])
     assert "--speed-updates must be at least 20: tokens/s are logged that often" in capsys.readouterr().err
+
+
+def test_too_few_minutes_for_an_epoch_are_told_and_trained_on_when_there_are_more(tmp_path):
+    (tmp_path / "data.json").write_text('{"languages": ["de", "en"], "splits": {}}')
+    arguments = Namespace(data=tmp_path, out=tmp_path, minutes=10.0, average=5)
+    unfinished = translation_run.Run(arguments, "rkm_lstm", 1)
+    unfinished.folder.mkdir()
+    (unfinished.folder / "trained").touch()
+    with pytest.raises(SystemExit, match="no whole epoch after 10 minutes: allow more of them, as --minutes 20"):
+        unfinished._choose()
+    assert not (unfinished.folder / "trained").exists()

@@ -14,11 +14,11 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from fairseq_rkm import RKM, RKMError
+from fairseq_rkm import CELLS, RKM, RKMError
 from fairseq_rkm.ops import native
 from fairseq_rkm.ops.plain_tensors import obstacle
 
-compiled = pytest.mark.skipif(native._missing() is not None, reason="needs a C compiler")
+compiled = pytest.mark.skipif(native._missing(CELLS["rkm_lstm"]) is not None, reason="needs a C compiler")
 FAST = ["batched", pytest.param("native", marks=compiled)]
 STACK = {"num_layers": 2, "bidirectional": True, "ngram": 3, "layer_norm": True}
 
