@@ -4,7 +4,7 @@ import logging
 import os
 import warnings
 
-from fairseq_rkm.fairseq_patches.error_messages import _in_fairseq_command
+from fairseq_rkm.fairseq_patches.error_messages import in_fairseq_command
 from fairseq_rkm.fairseq_patches.registry import setting
 
 
@@ -15,7 +15,7 @@ from fairseq_rkm.fairseq_patches.registry import setting
 )
 def level_of_fairseq_s_commands() -> None:
     """Set it to ``LOGLEVEL`` (by default INFO) in fairseq's commands; a program's own level is left alone."""
-    if _in_fairseq_command() and logging.root.level == logging.DEBUG:
+    if in_fairseq_command() and logging.root.level == logging.DEBUG:
         logging.root.setLevel(os.environ.get("LOGLEVEL", "INFO").upper())
 
 
