@@ -120,7 +120,7 @@ class _Forward:
             if self.weights.recurrent is None:
                 last = last_real_step(self.keep.squeeze(-1)).view(1, -1, 1).expand(1, *hidden.shape)
                 hidden, memory = self.hidden.gather(0, last)[0], self.memory.gather(0, last)[0]
-            output = torch.where(self.keep, output, 0)
+            output = output.masked_fill(~self.keep, 0)
         return output, hidden.clone(), memory.clone()
 
     def _feed_back(self, t: int, recurrent: Tensor) -> None:
@@ -194,7 +194,7 @@ class _Backward:
     ) -> None:  # fmt: skip
         self.cell, self.weights, self.gates, self.hidden, self.memory = cell, weights, gates, hidden, memory
         self.norm = norm
-        self.keep = None if keep is None else keep.unsqueeze(-1)
+        self.padding = None if keep is None else ~keep.unsqueeze(-1)
         self.at = gate_slices(cell, hidden.size(2))
         self.normed_grad = torch.empty_like(memory[1:] if norm is not None else memory[:0])
         self.inside = None if cell.clip is None else self._inside(cell.clip)
@@ -230,18 +230,18 @@ class _Backward:
             gate = gates[..., at[OUTPUT]]
             factors[..., at[OUTPUT]] = squashed * _sigmoid_slope(gate)
             slope.mul_(gate)
-        if self.keep is not None:
+        if self.padding is not None:
             # Filled, and not multiplied: padding has no part in a gradient even where a number beside it is missing.
-            factors.masked_fill_(~self.keep, 0)
-            slope.masked_fill_(~self.keep, 0)
+            factors.masked_fill_(self.padding, 0)
+            slope.masked_fill_(self.padding, 0)
         self.factors, self.slope = factors, slope
 
     def loop(self, grad_output: Tensor, grad_hidden: Tensor, grad_memory: Tensor) -> tuple[Tensor, Tensor]:
         """Turn ``factors`` into the gates' gradients; return those of the initial state."""
         weights, dtype = self.weights, self.memory.dtype
         grad_output = grad_output.to(dtype)
-        if self.keep is not None:
-            grad_output = torch.where(self.keep, grad_output, 0)
+        if self.padding is not None:
+            grad_output = grad_output.masked_fill(self.padding, 0)
         if weights.recurrent is None:
             return self._parallel(grad_output, grad_hidden.to(dtype), grad_memory)
         recurrent = recurrent_slice(self.cell, self.hidden.size(2))
@@ -249,14 +249,14 @@ class _Backward:
         for t in range(self.gates.size(0) - 1, -1, -1):
             through = grad_hidden
             grad_hidden = grad_hidden + grad_output[t]
-            if self.keep is not None:
-                grad_hidden = torch.where(self.keep[t], grad_hidden, 0)
+            if self.padding is not None:
+                grad_hidden = grad_hidden.masked_fill(self.padding[t], 0)
             self._through_output(slice(t, t + 1), grad_hidden)
             grad_memory = self._through_memory(t, torch.addcmul(grad_memory, grad_hidden, self.slope[t]))
             fed_back = self.factors[t, :, recurrent]
             grad_hidden = (fed_back.to(weights.recurrent.dtype) @ weights.recurrent).to(dtype)
-            if self.keep is not None:
-                grad_hidden = torch.where(self.keep[t], grad_hidden, through)
+            if self.padding is not None:
+                grad_hidden = torch.where(self.padding[t], through, grad_hidden)
         return grad_hidden.to(self.hidden.dtype), grad_memory
 
     def _parallel(self, grad_output: Tensor, grad_hidden: Tensor, grad_memory: Tensor) -> tuple[Tensor, Tensor]:
@@ -265,8 +265,8 @@ class _Backward:
         grads = torch.cat([torch.zeros_like(grad_hidden).unsqueeze(0), grad_output])
         held = torch.zeros_like(grads)
         last = grads.new_full((grads.size(1),), steps, dtype=torch.int64)
-        if self.keep is not None:
-            last = last_real_step(self.keep.squeeze(-1).bool())
+        if self.padding is not None:
+            last = last_real_step(~self.padding.squeeze(-1))
         index = last.view(1, -1, 1).expand(1, *grad_hidden.shape)
         grads.scatter_add_(0, index, grad_hidden.unsqueeze(0))
         held.scatter_add_(0, index, grad_memory.unsqueeze(0))
@@ -286,8 +286,8 @@ class _Backward:
 
     def _through_norm(self, block: slice, grad: Tensor) -> Tensor:
         """From the gradient of ``c_t`` to the memory gates' and, returned, to that before layer norm or clipping."""
-        if self.keep is not None:
-            grad = torch.where(self.keep[block], grad, 0)
+        if self.padding is not None:
+            grad = grad.masked_fill(self.padding[block], 0)
         if self.inside is not None:
             grad = grad * self.inside[block]
         if self.norm is not None:
@@ -306,9 +306,9 @@ class _Backward:
         """The gradient of ``c_{t-1}`` from that of ``c_t``."""
         before = self._through_norm(slice(t, t + 1), grad.unsqueeze(0)).squeeze(0)
         forget = self.gates[t, :, self.at[FORGET]] if self.cell.forget_is_gate else self.weights.sigma_f
-        if self.keep is None:
+        if self.padding is None:
             return before * forget
-        return torch.where(self.keep[t], before * forget, grad)
+        return torch.where(self.padding[t], grad, before * forget)
 
     def norm_gradients(self) -> dict[str, Tensor]:
         """The gradients of the layer norm's gain and bias, where there is one."""

@@ -167,7 +167,7 @@ class _Native(torch.autograd.Function):
         _run("forward", cell, weights, keep, call)
         save_arguments(ctx, cell, keep, inputs, hidden, memory, weights, gates, hiddens, memories, moments)
         output = hiddens[1:]
-        output = output if keep is None else torch.where(keep.unsqueeze(-1), output, 0)
+        output = output if keep is None else output.masked_fill(~keep.unsqueeze(-1), 0)
         return output, hiddens[-1].clone(), memories[-1].clone()
 
     @staticmethod

@@ -309,7 +309,7 @@ class _Persistent(torch.autograd.Function):
         own = gates, run.hiddens, run.memories, run.moments
         save_arguments(ctx, cell, keep, inputs, hidden, memory, weights, *own)
         ctx.set_materialize_grads(False)
-        output = run.hiddens[1:] if keep is None else torch.where(keep.unsqueeze(-1), run.hiddens[1:], 0)
+        output = run.hiddens[1:] if keep is None else run.hiddens[1:].masked_fill(~keep.unsqueeze(-1), 0)
         return output, run.last_hidden, run.last_memory
 
     @staticmethod

@@ -114,7 +114,7 @@ class _Scan(torch.autograd.Function):
             if grad_memory is not None:
                 first_memory = torch.where(never, grad_memory, first_memory)
             if grad_hidden is not None:
-                first_hidden = torch.where(never, grad_hidden, 0) if need_hidden else None
+                first_hidden = grad_hidden.masked_fill(~never, 0) if need_hidden else None
         needs = (need_inputs, *need_weights)
         # Nothing is fed back, so that no gradient needs the hidden states.
         known = {name: share.sum(0) for name, share in shares.items()}
