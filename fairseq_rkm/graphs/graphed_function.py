@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fairseq_rkm.errors import RKMError
 from fairseq_rkm.graphs.recording import GraphRecorder, Recordings, Run, copy_all, record
@@ -101,9 +100,12 @@ class _Replay(torch.autograd.Function):
         return tuple(x.detach() for x in passes.outputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
         owner, passes = ctx.owner, ctx.passes
+        if torch.is_grad_enabled():
+            raise RKMError(
+                f"gradients that are recorded have no derivatives of their own (create_graph): {owner.remedy}"
+            )
         if ctx.number != owner.forward_passes:
             raise RKMError(
                 "two forward passes before the first one's backward pass, which shares its memory with the second: "

@@ -95,6 +95,15 @@ def test_a_forward_pass_between_another_and_its_backward_pass_is_refused():
     first.backward()  # met for the first time, it was no replay
 
 
+def test_derivatives_of_recorded_gradients_are_refused():
+    weight = nn.Parameter(torch.ones(3))
+    function = GraphedFunction(lambda x: (x * weight,), [weight], run_at_once, "train without graphs")
+    function(torch.ones(3))
+    (output,) = function(torch.ones(3))
+    with pytest.raises(RKMError, match=r"have no derivatives of their own \(create_graph\): train without graphs"):
+        torch.autograd.grad(output.sum(), weight, create_graph=True)
+
+
 def test_more_shapes_than_are_kept_are_done_without(monkeypatch):
     monkeypatch.setattr(graphed_function, "MOST_SHAPES", 1)
     model = Model()
