@@ -28,13 +28,15 @@ class GlobalAttention(nn.Module):
             query: ``(T, B, d)``.
             source: ``(S, B, e)``. Or of ``B / K`` sentences, each that of K rows of the query which follow each other:
                 of its beams.
-            padding_mask: ``(B, S)`` or ``(B / K, S)`` bool, True at the source's padding, which gets no weight.
+            padding_mask: ``(B, S)`` or ``(B / K, S)`` bool, True at the source's padding, which gets no weight
+                and is not read.
 
         Returns:
             The attentional vectors, ``(T, B, output_size)``, and the weights, ``(B, T, S)``; both of the query's dtype,
             the softmax computed in float32 or better.
         """
-        source = source.transpose(0, 1)
+        # Filled, since a weight of zero does not make zero of a number that is missing.
+        source = source.transpose(0, 1).masked_fill(padding_mask.unsqueeze(-1), 0)
         steps, sentences = query.size(0), source.size(0)
         # A sentence is asked by each step of each of its beams.
         asked = self.score(query).view(steps, sentences, -1, source.size(2)).transpose(0, 1).flatten(1, 2)

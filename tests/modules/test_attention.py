@@ -1,3 +1,4 @@
+import pytest
 import torch
 from helpers import assert_close
 
@@ -36,3 +37,18 @@ def test_a_source_of_padding_alone_gives_no_nan():
     output, weights = attention(torch.randn(3, 1, 4), torch.zeros(2, 1, 6), torch.ones(1, 2, dtype=torch.bool))
     assert output.isfinite().all()
     assert weights.isfinite().all()
+
+
+@pytest.mark.parametrize("missing", [torch.nan, torch.inf])
+def test_missing_numbers_at_padding_are_not_read(missing):
+    attention = GlobalAttention(4, 5, 6)
+    query, source = torch.randn(3, 2, 4, requires_grad=True), torch.randn(7, 2, 5)
+    mask = torch.zeros(2, 7, dtype=torch.bool)
+    mask[1, 4:] = True
+    results = []
+    for fill in (0.0, missing):
+        padded = source.masked_fill(mask.t().unsqueeze(-1), fill).requires_grad_()
+        output, weights = attention(query, padded, mask)
+        leaves = [query, padded, *attention.parameters()]
+        results.append([output, weights, *torch.autograd.grad(output.sum(), leaves)])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
