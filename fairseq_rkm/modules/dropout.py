@@ -1,5 +1,7 @@
 """Dropouts that hold one mask for all steps of a sequence (Gal and Ghahramani 2016; Merity et al. 2018)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,12 +21,22 @@ class LockedDropout(nn.Module):
     Args:
         p: the probability of a zero, within [0, 1).
         name: what an error calls it.
+
+    Attributes:
+        recorded: whether the state dict loaded last was made by a module that had this one.
     """
 
     def __init__(self, p: float, name: str = "dropout") -> None:
         super().__init__()
         check_probability(name, p)
         self.p = p
+        self.recorded = False
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *arguments: Any
+    ) -> None:
+        self.recorded = "version" in local_metadata
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *arguments)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x``: ``(T, B, d)``; the mask is ``(1, B, d)``."""

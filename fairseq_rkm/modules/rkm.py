@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from fairseq_rkm.errors import RKMError
 from fairseq_rkm.modules.dropout import LockedDropout, check_probability
+from fairseq_rkm.modules.lstm_weights import GATES_OF_TORCH, LSTM_GATES, converted, is_of_torch, restack
 from fairseq_rkm.ops import Weights, recurrence, resolve_cell
 from fairseq_rkm.ops.cells import resolve_clip
 from fairseq_rkm.ops.dispatch import check_backend
@@ -88,6 +89,22 @@ class RKM(nn.Module):
         device: where the parameters live.
         dtype: their type.
 
+    Fast backends and the reference give the same derivatives, of any order. Gradients that are to be differentiated
+    (``create_graph=True``) are computed by the reference, which is slow. So is all under ``torch.func``, and under what
+    follows PyTorch's operators one by one (FakeTensorMode, ``make_fx``, ``torch.jit.trace``, the ONNX exporters), and
+    so are tensors that are not plain ones in memory. A backend asked for by name refuses there. A recorded program has
+    as many steps as there were: one of ``torch.jit.trace`` or ONNX refuses sequences of other lengths.
+
+    At padding outputs are zero, and inputs and gradients are not read: NaN and infinity there have no effect.
+
+    ``load_state_dict`` converts an ``nn.LSTM``'s weights (another order of gates, two biases) for ``cell="lstm"`` and
+    refuses them for other cells. Without biases names and shapes do not tell whose weights they are. An RKM without
+    biases of one, three or four gates therefore saves an empty tensor ``stacked_...`` as well, named after the order of
+    its gates, which PyTorch's modules refuse. Weights without it, saved by an earlier version, are told from PyTorch's
+    by the modules that ``state_dict()`` records beside the tensors. Where that record is lost, as in a dict made anew,
+    they are refused, in a sentence that says how to go on. From one cell of RKM to another of the same shapes weights
+    are loaded gate by gate, as they are.
+
     Parameters, for layer k and the suffix ``""`` or ``"_reverse"``:
         ``weight_ih_l{k}`` ``(len(gates) * d, n * m)``, ``weight_hh_l{k}`` ``(len(recurrent_gates) * d, d)``,
         ``bias_l{k}`` ``(len(gates) * d,)``, ``norm_weight_l{k}``, ``norm_bias_l{k}``, ``sigma_f_logit_l{k}`` ``(d,)``,
@@ -147,6 +164,10 @@ class RKM(nn.Module):
                 for name, shape in self._shapes(layer).items():
                     parameter = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
                     self.register_parameter(f"{name}_l{layer}{suffix}", parameter)
+        if self._like_torch and self._kinds == ("weight_ih", "weight_hh"):
+            self.register_buffer(self._mark, torch.empty(0, device=device))
+        self._in_doubt = False
+        self.register_load_state_dict_post_hook(_settle)
         self.reset_parameters()
 
     def set_memory_clip(self, memory_clip: float | str | None) -> None:
@@ -238,6 +259,8 @@ class RKM(nn.Module):
         if self.batch_first:
             x = x.transpose(0, 1)
         autocast = _autocast_dtype(x.device)
+        if autocast is not None and self.get_parameter("weight_ih_l0").dtype == torch.float64:
+            autocast = None  # which leaves float64 as it is
         x = x if autocast is None else x.to(autocast)
         keep = self._keep(x, padding_mask)
         hidden, cell, context = self._initial_state(x, state)
@@ -301,6 +324,11 @@ class RKM(nn.Module):
     def _keep(self, x: Tensor, padding_mask: Tensor | None) -> Tensor | None:
         if padding_mask is None:
             return None
+        if not torch.is_tensor(padding_mask) or padding_mask.device != x.device:
+            given = (
+                f"a tensor on {padding_mask.device}" if torch.is_tensor(padding_mask) else type(padding_mask).__name__
+            )
+            raise RKMError(f"padding_mask must be a tensor on {x.device}, as the input is, not {given}")
         if padding_mask.shape != (x.size(1), x.size(0)) or padding_mask.dtype != torch.bool:
             raise RKMError(
                 f"padding_mask must be bool of shape (B, T) = {(x.size(1), x.size(0))}, "
@@ -315,21 +343,77 @@ class RKM(nn.Module):
         shape = (self.num_layers * len(self._suffixes), x.size(1), self.hidden_size)
         if state is None:
             return None, None, None
+        if not isinstance(state, tuple | list) or not 2 <= len(state) <= 3:
+            given = f"{len(state)} of them" if isinstance(state, tuple | list) else type(state).__name__
+            raise RKMError(f"the state must be an RKMState or a pair (hidden, cell) of tensors, not {given}")
         hidden, cell, context = RKMState(*state)
         for what, tensor in (("hidden", hidden), ("cell", cell)):
+            if not torch.is_tensor(tensor):
+                raise RKMError(
+                    f"the state's {what} must be one tensor (layers * directions, B, d), not a {type(tensor).__name__}"
+                )
             if tensor.shape != shape:
                 raise RKMError(
                     f"the state's {what} must have shape (layers * directions, B, d) = {shape}, "
                     f"not {tuple(tensor.shape)}"
                 )
-        if context is not None:
-            wanted = [(self.ngram - 1, x.size(1), self.layer_input_size(k)) for k in range(self.num_layers)]
-            given = [tuple(c.shape) for c in context]
-            if self.ngram == 1 or given != wanted:
-                wanted_text = "None for ngram 1" if self.ngram == 1 else f"one tensor a layer of shapes {wanted}"
-                raise RKMError(f"the state's context must be {wanted_text}, not {given}")
-            context = [c.to(x.dtype) for c in context]
-        return hidden, cell, context
+        return hidden, cell, None if context is None else self._initial_context(x, context)
+
+    def _initial_context(self, x: Tensor, context: Any) -> list[Tensor]:
+        if not isinstance(context, tuple | list) or not all(torch.is_tensor(c) for c in context):
+            raise RKMError(f"the state's context must be a list of tensors, not {type(context).__name__}")
+        wanted = [(self.ngram - 1, x.size(1), self.layer_input_size(k)) for k in range(self.num_layers)]
+        given = [tuple(c.shape) for c in context]
+        if self.ngram == 1 or given != wanted:
+            wanted_text = "None for ngram 1" if self.ngram == 1 else f"one tensor a layer of shapes {wanted}"
+            raise RKMError(f"the state's context must be {wanted_text}, not {given}")
+        for c in context:
+            if c.device != x.device or not c.is_floating_point():
+                wanted_text = f"floating-point numbers on {x.device}"
+                raise RKMError(f"the state's context must be {wanted_text}, not {c.dtype} on {c.device}")
+        return [c.to(x.dtype) for c in context]
+
+    @property
+    def _like_torch(self) -> bool:
+        """Whether the matrices have the names and shapes of a recurrent module of PyTorch."""
+        return self.gates == self.recurrent_gates and len(self.gates) in GATES_OF_TORCH
+
+    @property
+    def _mark(self) -> str:
+        """The key that tells, of weights which might be PyTorch's, that they are an RKM's."""
+        return f"stacked_{'_'.join(self.gates)}"
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *arguments: Any
+    ) -> None:
+        """Load, converting what is an ``nn.LSTM``'s; ``state_dict`` is a copy, as for every module of PyTorch."""
+        self._in_doubt = False
+        own = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
+        own = {name: value for name, value in own.items() if "." not in name}
+        if is_of_torch(tuple(own)):
+            self._check_is_lstm()
+            for name in own:
+                del state_dict[prefix + name]
+            state_dict.update((prefix + name, value) for name, value in converted(own, self.gates).items())
+        elif self._like_torch and own and all(name.startswith(("weight_ih", "weight_hh")) for name in own):
+            if "version" not in local_metadata:
+                raise RKMError(
+                    f"the weights {prefix}weight_ih_l0, ... have no biases and do not say whose they are, and "
+                    f"{GATES_OF_TORCH[len(self.gates)]}'s of these names and shapes would be another function here. "
+                    "If they are its, take RKM.from_lstm of an nn.LSTM that has loaded them. If they are an RKM's, "
+                    f"saved before this was told, say so: state_dict[{prefix + self._mark!r}] = torch.empty(0)"
+                )
+            self._in_doubt = True
+        if self._mark in self._buffers:
+            state_dict.setdefault(prefix + self._mark, self._buffers[self._mark])
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *arguments)
+
+    def _check_is_lstm(self) -> None:
+        if self.cell != "lstm" or not self.feedback:
+            raise RKMError(
+                "weights of nn.LSTM, nn.GRU or nn.RNN are no weights of this RKM, which is another function "
+                f"(cell {self.cell!r}{'' if self.feedback else ' without feedback'}): only cell='lstm' takes nn.LSTM's"
+            )
 
     @classmethod
     def from_lstm(cls, lstm: nn.LSTM) -> "RKM":
@@ -351,7 +435,7 @@ class RKM(nn.Module):
                     value = getattr(lstm, f"bias_ih{name[4:]}") + getattr(lstm, f"bias_hh{name[4:]}")
                 else:
                     value = getattr(lstm, name)
-                parameter.copy_(_restack(value, _LSTM_GATES, rkm.gates))
+                parameter.copy_(restack(value, LSTM_GATES, rkm.gates))
         return rkm.train(lstm.training)
 
     def to_lstm(self) -> nn.LSTM:
@@ -373,7 +457,7 @@ class RKM(nn.Module):
                     parameter.zero_()
                 else:
                     value = getattr(self, name.replace("bias_ih", "bias"))
-                    parameter.copy_(_restack(value, self.gates, _LSTM_GATES))
+                    parameter.copy_(restack(value, self.gates, LSTM_GATES))
         return lstm.train(self.training)
 
     def extra_repr(self) -> str:
@@ -387,6 +471,20 @@ class RKM(nn.Module):
         return text + ("" if self.feedback else ", feedback=False")
 
 
+def _settle(rkm: RKM, _keys: object) -> None:
+    """When weights without biases have been loaded: convert them if they are an ``nn.LSTM``'s.
+
+    What a state dict records beside its tensors is told to each module by itself. One that knows this RKM and not the
+    dropout in it was made by another module.
+    """
+    if not rkm._in_doubt or rkm.dropout.recorded:
+        return
+    rkm._check_is_lstm()
+    for name, parameter in rkm.named_parameters():
+        if name.startswith("weight"):
+            parameter.data = restack(parameter.data, LSTM_GATES, rkm.gates)
+
+
 def _autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The type that matrix products run in under autocast; None outside it."""
     available = torch.amp.is_autocast_available(device.type)
@@ -396,15 +494,6 @@ def _autocast_dtype(device: torch.device) -> torch.dtype | None:
 def _is_exporting() -> bool:
     """Whether ``torch.export`` is tracing; before torch 2.7, which cannot tell, whether anything is."""
     return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
-
-
-_LSTM_GATES = ("input", "forget", "candidate", "output")
-"""The order in which ``nn.LSTM`` stacks its gates (i, f, g, o)."""
-
-
-def _restack(value: Tensor, given: tuple[str, ...], wanted: tuple[str, ...]) -> Tensor:
-    blocks = dict(zip(given, value.chunk(len(given)), strict=True))
-    return torch.cat([blocks[gate] for gate in wanted])
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:

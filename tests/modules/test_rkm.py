@@ -190,6 +190,76 @@ def test_inputs_that_do_not_fit_are_refused_in_a_sentence():
         RKM(3, 4, num_layers=2)(x, state)
 
 
+def test_states_that_might_be_misread_are_refused_in_a_sentence():
+    rkm, x = RKM(3, 4, num_layers=2), torch.zeros(5, 2, 3)
+    pair = torch.zeros(2, 2, 4), torch.zeros(2, 2, 4)
+    for state, message in (
+        (pair[0], "an RKMState or a pair .* not Tensor"),
+        (torch.stack(pair), "an RKMState or a pair .* not Tensor"),
+        ({"hidden": pair[0], "cell": pair[1]}, "an RKMState or a pair .* not dict"),
+        ((pair[0],), "an RKMState or a pair .* not 1 of them"),
+        ([pair, pair], "state's hidden must be one tensor .* not a tuple"),
+        ((pair[0], None), "state's cell must be one tensor .* not a NoneType"),
+        ((pair[0], pair[1][:, :1]), r"state's cell must have shape .* not \(2, 1, 4\)"),
+        ((pair[0][:1], pair[1]), r"state's hidden must have shape .* not \(1, 2, 4\)"),
+        ((pair[0].int(), pair[1]), r"the hidden state must be floating-point numbers, not torch\.int32"),
+        ((pair[0], pair[1].cfloat()), r"the memory must be floating-point numbers, not torch\.complex64"),
+        ((pair[0], pair[1].to("meta")), "inputs are on cpu but the memory on meta"),
+    ):
+        with pytest.raises(RKMError, match=message):
+            rkm(x, state)
+    grams = RKM(3, 4, ngram=2)
+    state = torch.zeros(1, 2, 4), torch.zeros(1, 2, 4)
+    context = torch.zeros(1, 2, 3)
+    for given_, message in (
+        (context, "context must be a list of tensors, not Tensor"),
+        ([context.int()], r"floating-point numbers on cpu, not torch\.int32 on cpu"),
+        ([context.to("meta")], r"floating-point numbers on cpu, not torch\.float32 on meta"),
+    ):
+        with pytest.raises(RKMError, match=message):
+            grams(x, (*state, given_))
+    assert torch.equal(grams(x, state)[0], grams(x, RKMState(*state, [context]))[0]), "a pair has an empty context"
+
+
+def test_a_state_of_another_floating_point_type_is_converted():
+    rkm = randomized(RKM(3, 4))
+    x, hidden, cell = torch.randn(5, 2, 3), *torch.randn(2, 1, 2, 4)
+    output, state = rkm(x, (hidden.double(), cell.double()))
+    assert torch.equal(output, rkm(x, (hidden, cell))[0])
+    assert (state.hidden.dtype, state.cell.dtype) == (torch.float32, torch.float32)
+
+
+def test_masks_and_numbers_of_another_kind_are_refused_in_a_sentence():
+    rkm, x, mask = RKM(3, 4), torch.zeros(5, 2, 3), torch.zeros(2, 5, dtype=torch.bool)
+    with pytest.raises(RKMError, match="padding_mask must be a tensor on cpu, as the input is, not a tensor on meta"):
+        rkm(x, padding_mask=mask.to("meta"))
+    with pytest.raises(RKMError, match="padding_mask must be a tensor on cpu, as the input is, not list"):
+        rkm(x, padding_mask=mask.tolist())
+    for dtype in (torch.int64, torch.complex64, torch.bool):
+        with pytest.raises(RKMError, match=f"inputs are {dtype} but the weights torch.float32"):
+            rkm(x.to(dtype))
+    with pytest.raises(RKMError, match=r"the inputs must be floating-point numbers, not torch\.complex64"):
+        RKM(3, 4, dtype=torch.complex64, cell="cnn")(x.cfloat())
+
+
+@pytest.mark.parametrize("name", ["weight_ih_l0", "weight_hh_l0", "bias_l0", "norm_weight_l0", "norm_bias_l0"])
+def test_weights_of_another_shape_or_device_are_refused_where_they_would_be_broadcast_or_read_past(name):
+    rkm, x = RKM(3, 4, layer_norm=True), torch.zeros(5, 2, 3)
+    parameter = rkm.get_parameter(name)
+    for value in (parameter[:1], torch.cat([parameter, parameter])):
+        with pytest.raises(RKMError, match=r"must be of shape \(\d+,( \d+)?\) here, not"):
+            torch.func.functional_call(rkm, {name: value}, (x,))
+    with pytest.raises(RKMError, match=r"the inputs are on cpu but the .* on meta"):
+        torch.func.functional_call(rkm, {name: parameter.to("meta")}, (x,))
+
+
+def test_autocast_leaves_float64_as_it_is():
+    rkm, x = RKM(3, 4, dtype=DOUBLE), torch.randn(5, 2, 3, dtype=DOUBLE)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output, _ = rkm(x)
+    assert torch.equal(output, rkm(x)[0])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_sixteen_bit_models_keep_their_memory_in_float32(dtype):
     output, state = RKM(3, 4, dtype=dtype)(torch.randn(5, 2, 3, dtype=dtype))

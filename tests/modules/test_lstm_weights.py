@@ -1,0 +1,158 @@
+"""Weights that are exchanged with PyTorch's modules are the same function, or are refused."""
+
+import copy
+import io
+
+import pytest
+import torch
+from helpers import assert_close
+from torch import nn
+
+from fairseq_rkm import RKM, RKMError
+
+
+class Model(nn.Module):
+    """A recurrent module under some other module's name."""
+
+    def __init__(self, rnn):
+        super().__init__()
+        self.rnn, self.out = rnn, nn.Linear(5, 2)
+
+
+def through_a_file(state_dict):
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def bare(state_dict):
+    """Without what it records beside tensors, as fairseq's checkpoints and dicts made anew are."""
+    return dict(state_dict)
+
+
+def of_an_earlier_version(rkm):
+    """The module's state dict without the key that tells whose weights are."""
+    state_dict = rkm.state_dict()
+    for key in [key for key in state_dict if "stacked" in key]:
+        del state_dict[key]
+    return state_dict
+
+
+def assert_same_function(rkm, lstm):
+    x = torch.randn(4, 2, 3)
+    assert_close(rkm(x)[0], lstm(x)[0])
+
+
+@pytest.mark.parametrize("change", [through_a_file, bare])
+@pytest.mark.parametrize("arguments", [{}, {"num_layers": 2, "bidirectional": True}])
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_lstm_s_weights_with_biases_are_converted(arguments, change, strict):
+    lstm, rkm = nn.LSTM(3, 5, **arguments), RKM(3, 5, cell="lstm", **arguments)
+    rkm.load_state_dict(change(lstm.state_dict()), strict=strict)
+    assert_same_function(rkm, lstm)
+    model = Model(RKM(3, 5, cell="lstm", **arguments))
+    model.load_state_dict(change(Model(lstm).state_dict()), strict=strict)
+    assert_same_function(model.rnn, lstm)
+
+
+@pytest.mark.parametrize("change", [lambda state: state, through_a_file])
+@pytest.mark.parametrize("arguments", [{}, {"num_layers": 2, "bidirectional": True}])
+@pytest.mark.parametrize("assign", [False, True])
+def test_an_lstm_s_weights_without_biases_are_converted(arguments, change, assign):
+    lstm, rkm = nn.LSTM(3, 5, bias=False, **arguments), RKM(3, 5, cell="lstm", bias=False, **arguments)
+    kept = copy.deepcopy(lstm.state_dict())
+    state_dict = change(lstm.state_dict())
+    rkm.load_state_dict(state_dict, assign=assign)
+    assert_same_function(rkm, lstm)
+    model = Model(RKM(3, 5, cell="lstm", bias=False, **arguments))
+    model.load_state_dict(change(Model(lstm).state_dict()), assign=assign)
+    assert_same_function(model.rnn, lstm)
+    assert all(torch.equal(kept[name], value) for name, value in lstm.state_dict().items()), "which are the LSTM's"
+
+
+@pytest.mark.parametrize("arguments", [{}, {"bias": False}])
+@pytest.mark.parametrize("cell", ["lstm", "rkm_lstm", "rkm_cifg", "linear_kernel", "linear_kernel_gated", "ran", "cnn"])
+@pytest.mark.parametrize("change", [lambda state: state, through_a_file, bare])
+def test_an_rkm_s_weights_are_loaded_as_they_are(arguments, cell, change):
+    rkm = RKM(3, 5, cell=cell, **arguments)
+    for source in (rkm, Model(rkm), nn.Sequential(nn.ModuleList([rkm]))):
+        target = copy.deepcopy(source)
+        for parameter in target.parameters():
+            parameter.data.zero_()
+        for strict in (True, False):
+            keys = target.load_state_dict(change(source.state_dict()), strict=strict)
+            assert not keys.missing_keys
+            assert not keys.unexpected_keys
+            assert all(torch.equal(p, q) for p, q in zip(source.parameters(), target.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("cell", ["lstm", "rkm_lstm", "rkm_cifg", "linear_kernel", "ran"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_so_are_those_of_an_earlier_version(cell, bias):
+    rkm = RKM(3, 5, cell=cell, bias=bias)
+    for source in (rkm, Model(rkm)):
+        for change in (lambda state: state, through_a_file) + ((bare,) if bias else ()):
+            target = copy.deepcopy(source)
+            for parameter in target.parameters():
+                parameter.data.zero_()
+            target.load_state_dict(change(of_an_earlier_version(source)))
+            assert all(torch.equal(p, q) for p, q in zip(source.parameters(), target.parameters(), strict=True))
+
+
+def test_weights_that_do_not_say_whose_they_are_are_refused_until_they_do():
+    rkm = RKM(3, 5, cell="lstm", bias=False)
+    state_dict = bare(of_an_earlier_version(Model(rkm)))
+    target = Model(RKM(3, 5, cell="lstm", bias=False))
+    for strict in (True, False):
+        with pytest.raises(RKMError, match="have no biases and do not say whose they are") as refusal:
+            target.load_state_dict(state_dict, strict=strict)
+    remedy = "state_dict['rnn.stacked_candidate_input_forget_output'] = torch.empty(0)"
+    assert remedy in str(refusal.value)
+    exec(remedy, {"state_dict": state_dict, "torch": torch})  # noqa: S102 - the line that a user is told to write
+    target.load_state_dict(state_dict)
+    assert torch.equal(target.rnn.weight_hh_l0, rkm.weight_hh_l0)
+    with pytest.raises(RKMError, match="do not say whose they are"):
+        RKM(3, 5, cell="lstm").load_state_dict(bare(nn.LSTM(3, 5, bias=False).state_dict()), strict=False)
+
+
+@pytest.mark.parametrize(
+    ("module", "cell"),
+    [(nn.LSTM, "rkm_lstm"), (nn.GRU, "rkm_cifg"), (nn.RNN, "linear_kernel"), (nn.GRU, "ran"), (nn.LSTM, "gated_cnn")],
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_other_functions_weights_are_refused(module, cell, bias):
+    state_dict = module(3, 5, bias=bias).state_dict()
+    with pytest.raises((RKMError, RuntimeError), match=r"only cell='lstm' takes nn\.LSTM's|key|size"):
+        RKM(3, 5, cell=cell, bias=bias).load_state_dict(state_dict)
+    if bias or cell in {"rkm_lstm", "rkm_cifg", "linear_kernel"}:
+        with pytest.raises(RKMError, match=r"only cell='lstm' takes nn\.LSTM's"):
+            RKM(3, 5, cell=cell, bias=bias).load_state_dict(state_dict, strict=False)
+
+
+def test_a_projection_or_another_size_is_refused():
+    with pytest.raises(RKMError, match="projections"):
+        RKM(3, 5, cell="lstm").load_state_dict(nn.LSTM(3, 5, proj_size=2).state_dict())
+    for other in (nn.LSTM(3, 4), nn.GRU(3, 5), nn.LSTM(2, 5)):
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            RKM(3, 5, cell="lstm").load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("module", "cell"), [(nn.LSTM, "lstm"), (nn.LSTM, "rkm_lstm"), (nn.GRU, "rkm_cifg"), (nn.RNN, "linear_kernel")]
+)
+def test_pytorch_s_modules_refuse_an_rkm_s_weights(module, cell, bias):
+    state_dict = RKM(3, 5, cell=cell, bias=bias).state_dict()
+    with pytest.raises(RuntimeError, match="Unexpected key.*" + ("bias_l0" if bias else "stacked_candidate")):
+        module(3, 5, bias=bias).load_state_dict(state_dict)
+
+
+def test_the_mark_survives_what_is_done_to_state_dicts():
+    """Types, averages and movements: it is an empty tensor of floating-point numbers."""
+    rkm = RKM(3, 5, cell="lstm", bias=False)
+    halved = {name: (value.half() + value.half()) / 2 for name, value in rkm.state_dict().items()}
+    target = RKM(3, 5, cell="lstm", bias=False)
+    target.load_state_dict(halved)
+    assert_close(target.weight_ih_l0.half(), rkm.weight_ih_l0.half())
+    assert sum(p.numel() for p in rkm.parameters()) == sum(v.numel() for v in rkm.state_dict().values())
