@@ -112,8 +112,10 @@ def write_beside(path: str, write: Callable[[Any], Any]) -> None:
                 write(file)
             return
         except (OSError, RuntimeError) as error:
-            # torch's writer raises an error of its own after that of the file.
+            # torch's writer raises an error of its own after that of the file, or after an interruption.
             cause = error if isinstance(error, OSError) else error.__context__
+            if isinstance(cause, (KeyboardInterrupt, SystemExit)):
+                raise cause from None
             if not isinstance(cause, OSError):
                 raise
             if not left or cause.errno not in PASSING:

@@ -29,7 +29,7 @@ def stop_in_a_sentence() -> None:
     """Handle SIGINT and SIGTERM in fairseq's commands, where nothing else does, and not in their worker processes."""
     if not in_fairseq_command() or threading.current_thread() is not threading.main_thread():
         return
-    if multiprocessing.parent_process() is not None:
+    if multiprocessing.current_process().name != "MainProcess":
         return
     defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
     handled = [number for number, default in defaults.items() if signal.getsignal(number) is default]
@@ -61,7 +61,7 @@ def _tell(number: int) -> None:
 
 def _advice() -> str:
     if not checkpoint_writing.training_folders:
-        return "What was written so far is not whole: start the same command again"
+        return "Its output is not whole: start the same command again"
     last = Path(checkpoint_writing.training_folders[0], "checkpoint_last.pt")
     if last.exists():
         return f"{last} is whole: the same command goes on from it"

@@ -18,11 +18,13 @@ from urllib.parse import urlsplit
 import torch
 import torch.distributed as dist
 from fairseq import checkpoint_utils
+from fairseq.distributed import DistributedTimeoutWrapper
 from fairseq.distributed import utils as distributed_utils
 from omegaconf import OmegaConf, open_dict
 
 from fairseq_rkm.errors import RKMError, first_line
-from fairseq_rkm.fairseq_patches.registry import patch
+from fairseq_rkm.fairseq_patches.checkpoint_writing import training_folders
+from fairseq_rkm.fairseq_patches.registry import patch, setting
 
 logger = logging.getLogger(__name__)
 
@@ -156,6 +158,8 @@ def start_all_processes(call: Any) -> Any:
 
     def call_main(cfg: Any, main: Callable, **kwargs: Any) -> None:
         distributed = cfg.distributed_training
+        if trains(main):
+            training_folders[:] = [cfg.checkpoint.save_dir]
         if distributed.distributed_init_method is None:
             _refuse_tasks_apart(distributed, main)
             distributed_utils.infer_init_method(distributed)
@@ -280,10 +284,7 @@ def _meet(cfg: Any) -> None:
         )
     homes = [store.get(f"home{other}").decode() for other in range(size)]
     _meeting[:] = [Meeting(store, rank, homes, seconds)]
-    time_allowed = timedelta(seconds=seconds)
-    # Groups that fairseq makes later take torch's default, not the time of the first group.
-    dist.distributed_c10d.default_pg_timeout = time_allowed
-    dist.distributed_c10d.default_pg_nccl_timeout = time_allowed
+    time_allowed = _wait_at_most(seconds)
     dist.init_process_group(
         cfg.distributed_backend, store=dist.PrefixStore("groups", store), rank=rank, world_size=size,
         timeout=time_allowed,
@@ -291,6 +292,42 @@ def _meet(cfg: Any) -> None:
     logger.info(f"initialized host {socket.gethostname()} as rank {rank}")
     if torch.cuda.is_available():
         dist.all_reduce(torch.zeros(1).cuda())
+
+
+@setting(
+    "torch.distributed",
+    why="processes wait half an hour for one that no longer answers, also where fairseq-hydra-train has met already",
+    until="fairseq gives torch.distributed a time",
+)
+def wait_ten_minutes() -> None:
+    """Let the processes of fairseq's commands wait ten minutes for each other, unless more or less was asked for."""
+    from fairseq_rkm.fairseq_patches.error_messages import in_fairseq_command
+
+    if in_fairseq_command() and not _meeting:
+        _wait_at_most(TIMEOUT)
+
+
+def _wait_at_most(seconds: int) -> timedelta:
+    """Set the time for groups that fairseq makes, which take torch's default and not the time of the first group."""
+    time_allowed = timedelta(seconds=seconds)
+    dist.distributed_c10d.default_pg_timeout = time_allowed
+    dist.distributed_c10d.default_pg_nccl_timeout = time_allowed
+    return time_allowed
+
+
+@patch(
+    DistributedTimeoutWrapper,
+    "__init__",
+    why="--heartbeat-timeout interrupts a process that waits, before it can say for which other it waits",
+    until="fairseq gives the time to torch.distributed",
+)
+def leave_time_to_torch(init: Any) -> Any:
+    """The clock of fairseq's own, which stands still where processes wait for each other no longer than that time."""
+
+    def initialize(wrapper: Any, module: Any, timeout: int, *args: Any, **kwargs: Any) -> None:
+        init(wrapper, module, -1 if _meeting else timeout, *args, **kwargs)
+
+    return initialize
 
 
 def _open_store(method: str, rank: int, size: int, seconds: int) -> Any:
@@ -303,27 +340,45 @@ def _open_store(method: str, rank: int, size: int, seconds: int) -> Any:
     time_allowed = timedelta(seconds=seconds)
     try:
         if place.scheme == "tcp" and place.port:
+            if rank > 0:
+                _await_listener(place.hostname or "localhost", place.port, seconds)
             return dist.TCPStore(
                 place.hostname or "localhost", place.port, size, rank == 0, time_allowed, wait_for_workers=False
             )
         return next(dist.rendezvous(method, rank, size, timeout=time_allowed))[0]
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         what = "cannot listen" if rank == 0 else f"did not find rank 0 within {seconds} seconds (--heartbeat-timeout)"
         raise RKMError(
-            f"rank {rank} {what} at {method}: {first_line(error)}. Start a process for each rank, all with the same "
+            f"rank {rank} {what} at {method}: {first_line(error)}: start a process for each rank, all with the same "
             "address, of rank 0's machine, and a port that is free there"
         ) from error
 
 
+def _await_listener(host: str, port: int, seconds: float) -> None:
+    """Return once somebody listens; torch's own waiting prints stack traces of C++.
+
+    Raises:
+        OSError: nobody did in time.
+    """
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=max(0.1, end - time.monotonic())).close()
+            return
+        except OSError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(0.2)
+
+
 def _missing(store: Any, key: str, ranks: list[int], seconds: float) -> list[int]:
     """The ranks that have not written ``key`` with their number to the store within some seconds."""
-    end, missing = time.monotonic() + seconds, []
-    for rank in ranks:
-        left = max(0.01, end - time.monotonic())
-        try:
-            store.wait([f"{key}{rank}"], timedelta(seconds=left))
-        except RuntimeError:
-            missing.append(rank)
+    end = time.monotonic() + seconds
+    # Looked for again and again: torch's own waiting prints warnings of C++.
+    while missing := [rank for rank in ranks if not store.check([f"{key}{rank}"])]:
+        if time.monotonic() > end:
+            break
+        time.sleep(0.1)
     return missing
 
 
@@ -333,8 +388,10 @@ def _ranks(ranks: list[int]) -> str:
 
 def lost_process(error: BaseException) -> str | None:
     """A sentence for an error that came of another process's end or silence; None for any other error."""
-    if not _meeting or not isinstance(error, RuntimeError) or not LOST.search(str(error)):
+    if not dist.is_initialized() or not isinstance(error, RuntimeError) or not LOST.search(str(error)):
         return None
+    if not _meeting:
+        return f"rank {dist.get_rank()} lost another process. See the output of the others for the reason, then {AGAIN}"
     meeting = _meeting[0]
     others = [rank for rank in range(len(meeting.homes)) if rank != meeting.rank]
     gone = [rank for rank in others if _has_ended(meeting.homes[rank])] or _silent(meeting, others)

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fairseq_rkm import RKMError
-from fairseq_rkm.data.token_stream import StreamSegments, TokenStream, random_lengths
+from fairseq_rkm.data.token_stream import SegmentIterator, StreamSegments, TokenStream, random_lengths
 
 PAD, EOS = 1, 2
 
@@ -75,3 +75,48 @@ def test_random_lengths_are_of_the_published_distribution():
     for group, mean in ((lengths[~short], 69.5), (lengths[short], 34.5)):
         assert group.mean() == pytest.approx(mean, abs=0.6)
         assert group.std() == pytest.approx(5, abs=0.4)
+
+
+def iterator(tokens: int = 100, streams: int = 4, length: int = 5, seed: tuple[int, int] | None = None, shift: int = 0):
+    stream = TokenStream(torch.arange(tokens) + shift, 2, "train")
+    segments = StreamSegments(stream, streams, (0, streams), length, 1, length_seed=seed)
+    batches = [[i] for i in range(len(segments))]
+    return SegmentIterator(segments, segments.collater, batch_sampler=batches, disable_shuffling=True)
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "named"),
+    [
+        ({}, {"length": 6}, "--tokens-per-sample: 5, now 6"),
+        ({}, {"streams": 5}, "--batch-size times processes: 4, now 5"),
+        ({}, {"tokens": 101}, "the training text"),
+        ({}, {"shift": 1}, "the training text"),
+        ({}, {"seed": (1, 1)}, "--variable-bptt: False, now True"),
+        ({"seed": (1, 1)}, {"seed": (2, 1)}, "--seed, by which --variable-bptt draws lengths: 1, now 2"),
+    ],
+)
+def test_a_text_that_is_cut_otherwise_is_not_gone_on_with(then, now, named):
+    before = iterator(**then)
+    batches = before.next_epoch_itr(shuffle=False)
+    next(batches)
+    state = before.state_dict()
+    with pytest.raises(RKMError, match=named) as raised:
+        iterator(**{**then, **now}).load_state_dict(state)
+    assert "--reset-dataloader" in str(raised.value)
+    list(batches)
+    ended = before.state_dict()
+    assert ended["iterations_in_epoch"] == 0
+    iterator(**{**then, **now}).load_state_dict(ended)  # an epoch's start is the same place in any cut
+
+
+def test_the_same_cut_goes_on_with_the_next_segment():
+    before = iterator(seed=(1, 1))
+    batches = before.next_epoch_itr(shuffle=False)
+    next(batches)
+    resumed = iterator(seed=(1, 1))
+    resumed.load_state_dict(before.state_dict())
+    assert torch.equal(next(resumed.next_epoch_itr())["target"], next(batches)["target"])
+    old = {key: value for key, value in before.state_dict().items() if key != "cut"}
+    iterator(seed=(1, 1)).load_state_dict(old)  # as checkpoints were before
+    with pytest.raises(RKMError, match="stopped after 99 segments of an epoch that has"):
+        iterator().load_state_dict({**old, "iterations_in_epoch": 99})
