@@ -47,7 +47,7 @@ def stop_in_a_sentence() -> None:
 def _stop(number: int, _frame: types.FrameType | None) -> None:
     """The handler: end this process, at a second signal at once."""
     if received:
-        os._exit(128 + number)
+        _end(number)
     _tell(number)
     raise SystemExit(128 + number)
 
@@ -76,7 +76,14 @@ def _end_in_time(reading: int) -> None:
             time.sleep(GRACE)
             if not received:
                 _tell(number)
-            os._exit(128 + number)
+            _end(number)
+
+
+def _end(number: int) -> None:
+    """End this process at once, and its worker processes."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    os._exit(128 + number)
 
 
 def _be_quiet() -> None:
