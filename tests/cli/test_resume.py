@@ -1,6 +1,6 @@
 import torch
 
-from cli.conftest import SMALL, succeed
+from cli.conftest import SMALL, fairseq, succeed
 
 
 def weights(path) -> dict[str, torch.Tensor]:
@@ -68,3 +68,27 @@ def test_validation_does_not_disturb_training(data, tmp_path):
     assert_same_bits(weights(tmp_path / "without/checkpoint_last.pt"), weights(tmp_path / "with/checkpoint_last.pt"))
     losses = [float(entry["valid_loss"]) for entry in result.entries("valid")]
     assert losses[-1] < losses[0]
+
+
+def test_a_damaged_last_checkpoint_a_finished_run_and_another_cut(data, tmp_path):
+    """One run that all of this happens to ends with the bits of one that nothing happened to."""
+    flags = [*SMALL, "--dropout", 0.2, "--save-interval-updates", 3]
+    succeed("train", data, *flags, "--max-update", 9, "--save-dir", tmp_path / "whole")
+    run = tmp_path / "parts"
+    succeed("train", data, *flags, "--max-update", 6, "--save-dir", run)
+    (run / "checkpoint_last.pt.1.tmp").write_bytes(b"half")
+    with open(run / "checkpoint_last.pt", "r+b") as last:
+        last.truncate(20_000)
+    result = succeed("train", data, *flags, "--max-update", 9, "--save-dir", run)
+    assert "the newest whole checkpoint, of update 6" in result.output
+    assert_same_bits(weights(tmp_path / "whole/checkpoint_last.pt"), weights(run / "checkpoint_last.pt"))
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    assert not any(name.endswith(".tmp") for name in before)
+    result = succeed("train", data, *flags, "--max-update", 9, "--save-dir", run)
+    assert "all is done: the checkpoint is of update 9, and --max-update is 9" in result.output
+    assert not result.entries("train_inner")
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    longer = [*flags, "--max-update", 10, "--save-dir", run, "--tokens-per-sample", 9]
+    assert "--tokens-per-sample: 7, now 9" in fairseq("train", data, *longer).error
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    assert len(succeed("train", data, *longer, "--reset-dataloader").entries("train_inner")) == 1

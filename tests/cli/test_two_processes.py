@@ -1,4 +1,5 @@
 import socket
+import time
 
 import pytest
 import torch
@@ -75,3 +76,32 @@ def test_two_processes_resume_exactly(data, tmp_path, all_ranks):
     whole, parts = (checkpoint(tmp_path / name)["model"] for name in ("whole", "parts"))
     for name, value in whole.items():
         assert torch.equal(parts[name], value), name
+
+
+def test_processes_of_torchrun_on_cpus_are_one_run_and_name_the_one_that_is_killed(
+    data, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    flags = [*SMALL, "--max-epoch", 100_000, "--save-interval-updates", 20, "--log-interval", 1000]
+    ranks = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        ranks.append(start("train", data, *flags, "--disable-validation", "--save-dir", tmp_path))
+    while not (tmp_path / "checkpoint_1_20.pt").exists():
+        assert ranks[0].poll() is None
+        time.sleep(0.1)
+    ranks[1].kill()
+    result = finish(ranks[0])
+    finish(ranks[1])
+    assert result.status == 1
+    assert "Traceback" not in result.output
+    assert "rank 0 lost rank 1 " in result.output.splitlines()[-1]
+    state = checkpoint(tmp_path)
+    assert len(state["extra_state"]["StatefulLanguageModelingTask"]["ranks"]) == 2
+
+
+def test_a_number_of_processes_is_enough_on_cpus(data, tmp_path):
+    succeed("train", data, *SMALL, "--max-update", 2, "--distributed-world-size", 2, "--save-dir", tmp_path)
+    assert len(checkpoint(tmp_path)["extra_state"]["StatefulLanguageModelingTask"]["ranks"]) == 2
