@@ -78,9 +78,7 @@ def test_two_processes_resume_exactly(data, tmp_path, all_ranks):
         assert torch.equal(parts[name], value), name
 
 
-def test_processes_of_torchrun_on_cpus_are_one_run_and_name_the_one_that_is_killed(
-    data, tmp_path, monkeypatch
-):
+def test_processes_of_torchrun_on_cpus_are_one_run_and_name_the_one_that_is_killed(data, tmp_path, monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     monkeypatch.setenv("WORLD_SIZE", "2")
