@@ -54,14 +54,12 @@ def average(paths: list[Path]) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    from fairseq_rkm.fairseq_patches.checkpoints import CHECKPOINT_CLASSES
+    from fairseq_rkm import checkpoints
 
     try:
-        with torch.serialization.safe_globals(CHECKPOINT_CLASSES):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise SystemExit(f"average_checkpoints: cannot read {path}: {reason}") from error
+        state: dict[str, Any] = checkpoints.load(path)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"average_checkpoints: {error}") from error
     return state
 
 

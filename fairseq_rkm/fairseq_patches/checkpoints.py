@@ -1,27 +1,30 @@
-"""Checkpoints are read as data: no class that could run code, and a sentence for a damaged file."""
+"""Checkpoints and archives of models are read as data: see :mod:`fairseq_rkm.checkpoints`."""
 
 import argparse
 import collections
-import pickle
-import re
+import contextlib
+import importlib
+import types
 import typing
+from pathlib import Path
 from typing import Any
 
-import numpy as np
+import fairseq
+import hydra
 import omegaconf
 import torch
-from fairseq import checkpoint_utils
-from fairseq.distributed.utils import _TensorPlaceholder
+from fairseq import checkpoint_utils, file_utils, models, tasks
+from fairseq.distributed import utils as distributed_utils
+from fairseq.models import BaseFairseqModel
+from torch import nn
 
+from fairseq_rkm.checkpoints import building, classes, contents, literals, reading, unpacking, weights
+from fairseq_rkm.checkpoints.loading import LOADING, Loading, Wanted
 from fairseq_rkm.errors import RKMError, first_line
 from fairseq_rkm.fairseq_patches.registry import patch, setting
 
-_reconstruct = np.ndarray(0).__reduce__()[0]
-
-CHECKPOINT_CLASSES: list[Any] = [
-    # The flags of models, criterions and optimizers that are not dataclass components.
+BROADCAST_CLASSES: list[Any] = [
     argparse.Namespace,
-    # What rank 0 broadcasts when several processes resume: its configuration and stand-ins for tensors.
     omegaconf.DictConfig,
     omegaconf.ListConfig,
     omegaconf.base.ContainerMetadata,
@@ -31,53 +34,248 @@ CHECKPOINT_CLASSES: list[Any] = [
     dict,
     list,
     int,
+    set,
     collections.defaultdict,
-    _TensorPlaceholder,
-    # The counts that translation's --eval-bleu sums, under the names that numpy 2 and numpy 1 write.
-    np.ndarray,
-    np.dtype,
-    np.dtypes.Int64DType,
-    *((_reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("_core", "core")),
+    distributed_utils._TensorPlaceholder,
 ]
-"""Classes that hold data and run no code when a checkpoint is read."""
+"""What rank 0 broadcasts of a checkpoint that it has checked: its configuration and stand-ins for tensors."""
+
+EVALUATING = (
+    "criterions.ctc",
+    "data.audio.raw_audio_dataset",
+    "data.codedataset",
+    "models.fconv",
+    "models.fconv_lm",
+    "models.fconv_self_att",
+    "models.hubert.hubert",
+    "models.lightconv_lm",
+    "models.speech_to_text.s2t_wav_transformer",
+    "models.transformer_lm",
+    "models.wav2vec.wav2vec",
+    "models.wav2vec.wav2vec2",
+    "optim.adafactor",
+    "optim.adam",
+    "optim.adamax",
+    "optim.cpu_adam",
+    "optim.fused_lamb",
+    "utils",
+)
+"""Modules of fairseq that call ``eval`` on flags, on a checkpoint's configuration or on lines of data."""
+
+
+class _Torch(types.ModuleType):
+    """PyTorch with another ``load``."""
+
+    def __init__(self, load: Any) -> None:
+        super().__init__("torch")
+        self.load = load
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+@setting(
+    "fairseq.checkpoint_utils.torch.load",
+    why="a checkpoint may be damaged or forged, and fairseq looks at nothing of it before it is used",
+    until="never",
+)
+def read_as_data() -> None:
+    """Read checkpoints by :func:`fairseq_rkm.checkpoints.reading.load`."""
+    checkpoint_utils.torch = _Torch(reading.load)
+
+
+@setting(
+    "fairseq.distributed.utils.torch.load",
+    why="processes that resume receive from the first a configuration of omegaconf's, which torch refuses",
+    until="fairseq broadcasts plain containers",
+)
+def receive_configurations() -> None:
+    """Allow a broadcast's classes while one is read."""
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        with torch.serialization.safe_globals([*BROADCAST_CLASSES, *classes.allowed()]):
+            received = torch.load(*args, weights_only=True, **kwargs)
+        contents.count_values(received, contents.MOST_VALUES)
+        return received
+
+    distributed_utils.torch = _Torch(load)
 
 
 @setting(
     "torch.serialization",
-    why="torch 2.6 and later read checkpoints with weights_only=True, and fairseq's hold a few classes beside tensors",
+    why="torch 2.6 and later read checkpoints with weights_only=True, and fairseq's hold flags beside tensors",
     until="fairseq's checkpoints hold plain containers alone",
 )
-def allow_classes() -> None:
-    """Allow the classes of :data:`CHECKPOINT_CLASSES`; any other is refused, and nothing of it runs."""
-    torch.serialization.add_safe_globals(CHECKPOINT_CLASSES)
+def allow_flags() -> None:
+    """Allow Namespaces, which parts of fairseq read with torch's own ``load``."""
+    torch.serialization.add_safe_globals([argparse.Namespace])
+
+
+@setting(
+    "eval in fairseq's modules",
+    why="fairseq evaluates strings of configurations, and a checkpoint brings its configuration",
+    until="fairseq uses ast.literal_eval",
+)
+def evaluate_literals_only() -> None:
+    """Let the name ``eval`` mean :func:`fairseq_rkm.checkpoints.literals.evaluate` in :data:`EVALUATING`."""
+    for name in EVALUATING:
+        with contextlib.suppress(ImportError):  # of what that module needs
+            vars(importlib.import_module(f"{fairseq.__name__}.{name}"))["eval"] = literals.evaluate
 
 
 @patch(
     checkpoint_utils,
     "load_checkpoint_to_cpu",
-    why="a damaged or refused checkpoint ends in a stack trace",
+    why="a checkpoint whose names are damaged ends in a stack trace",
     until="fairseq says what is wrong with the file",
 )
 def explain(load: Any) -> Any:
     """``load_checkpoint_to_cpu`` with errors that say what is wrong with the file."""
 
     def load_checkpoint_to_cpu(path: str, *args: Any, **kwargs: Any) -> Any:
+        loading = LOADING.get()
         try:
-            return load(path, *args, **kwargs)
-        except pickle.UnpicklingError as error:
-            refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-            if refused is None:
-                raise RKMError(f"{path} is not a checkpoint, or is damaged: {first_line(error)}") from error
-            raise RKMError(
-                f"refused {path}: it carries the class {refused[1]}, and a checkpoint of fairseq holds none such. "
-                "Nothing of it was run. Get the checkpoint from its authors as plain tensors"
-            ) from error
-        except FileNotFoundError:
+            state = load(path, *args, **kwargs)
+            if loading is not None:
+                loading.weights = state["model"]
+                if loading.wanted is not None:
+                    _check_wanted(str(path), state["cfg"], loading.wanted)
+        except (RKMError, FileNotFoundError):
             raise
-        except (RuntimeError, EOFError, KeyError, OSError) as error:
-            raise RKMError(
-                f"cannot read {path}: it is truncated or not a checkpoint ({first_line(error)}). Use an earlier one "
-                "(checkpoint_best.pt, or a checkpoint of an earlier epoch)"
-            ) from error
+        except UNUSABLE as error:
+            raise RKMError(f"cannot read {path}: {_unusable(error)}") from error
+        return state
 
     return load_checkpoint_to_cpu
+
+
+UNUSABLE = (
+    AssertionError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    hydra.errors.HydraException,
+    omegaconf.errors.OmegaConfBaseException,
+)
+"""What fairseq's code raises on a state or a configuration that it did not write."""
+
+
+def _unusable(error: BaseException) -> str:
+    return (
+        f"it is damaged, or was not written by this version of fairseq ({type(error).__name__}: {first_line(error)}). "
+        "Use an earlier one (checkpoint_best.pt, or a checkpoint of an earlier epoch)"
+    )
+
+
+def _check_wanted(path: str, cfg: Any, wanted: Wanted) -> None:
+    """As ``setup_task`` and ``build_model`` of fairseq find out what they are to build."""
+    model, task = getattr(cfg, "model", None), getattr(cfg, "task", None)
+    name = getattr(model, "_name", None) or getattr(model, "arch", None)
+    kind = models.ARCH_MODEL_REGISTRY.get(str(name)) or models.MODEL_REGISTRY.get(str(name))
+    if kind is None or not issubclass(kind, wanted.model):
+        raise RKMError(f"{path} is of a model {str(name)!r}, which does not {wanted.use}")
+    name = getattr(task, "task", None)
+    name = name if isinstance(name, str) else getattr(task, "_name", None)
+    kind = tasks.TASK_REGISTRY.get(str(name))
+    if kind is None or not issubclass(kind, wanted.tasks):
+        raise RKMError(f"{path} is of a task {str(name)!r}, which does not {wanted.use}")
+
+
+@patch(
+    checkpoint_utils,
+    "load_model_ensemble_and_task",
+    why="a checkpoint's configuration may be damaged, or ask for more memory than there is",
+    until="never",
+)
+def load_bounded(load: Any) -> Any:
+    """``load_model_ensemble_and_task`` in which :func:`build_bounded` knows the weights."""
+
+    def load_model_ensemble_and_task(filenames: Any, *args: Any, **kwargs: Any) -> Any:
+        outer = LOADING.get()
+        loading = Loading(outer.wanted if outer else None)
+        given = kwargs.get("state")
+        if given is not None:
+            loading.weights = given["model"]
+        token = LOADING.set(loading)
+        names = ", ".join(map(str, filenames))
+        try:
+            return load(filenames, *args, **kwargs)
+        except RKMError as error:
+            if any(str(name) in str(error) for name in filenames):
+                raise
+            raise RKMError(f"{names}: {error}") from error
+        except OSError:
+            raise
+        except UNUSABLE as error:
+            raise RKMError(f"cannot use {names}: {_unusable(error)}") from error
+        finally:
+            LOADING.reset(token)
+
+    return load_model_ensemble_and_task
+
+
+@patch(
+    models,
+    "build_model",
+    why="a checkpoint's configuration may ask for more memory than there is",
+    until="never",
+)
+def build_bounded(build: Any) -> Any:
+    """``build_model`` that takes memory in proportion to the checkpoint's weights, where there is a checkpoint."""
+
+    def build_model(*args: Any, **kwargs: Any) -> Any:
+        loading = LOADING.get()
+        with building.Bounded(loading.weights) if loading else contextlib.nullcontext():
+            return build(*args, **kwargs)
+
+    return build_model
+
+
+@patch(
+    BaseFairseqModel,
+    "load_state_dict",
+    why="weights that are NaN, or of another kind of number, load in silence",
+    until="fairseq looks at the weights that it loads",
+)
+def check_weights(load: Any) -> Any:
+    """``load_state_dict`` that looks at the weights, and says in a sentence which names or sizes are others."""
+
+    def load_state_dict(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def check(_: nn.Module, state_dict: Any, *__: Any) -> None:
+            weights.check(model, state_dict)
+
+        # A hook, since before it fairseq renames and prunes the weights.
+        hook = model.register_load_state_dict_pre_hook(check)
+        try:
+            return load(model, *args, **kwargs)
+        except RuntimeError as error:
+            lines = [line.strip() for line in str(error).splitlines()]
+            raise RKMError(f"the checkpoint's weights are not this model's: {' '.join(lines[1:4] or lines)}") from error
+        finally:
+            hook.remove()
+
+    return load_state_dict
+
+
+@patch(
+    file_utils,
+    "load_archive_file",
+    why="an archive's files may lie outside its folder, and fairseq deletes the user's archive",
+    until="fairseq unpacks with tarfile's data filter into a folder of its own",
+)
+def unpack_aside(_: Any) -> Any:
+    """``load_archive_file`` that unpacks into fairseq's cache, and leaves the archive as it is."""
+
+    def load_archive_file(archive_file: Any) -> str:
+        try:
+            found = Path(file_utils.cached_path(archive_file, cache_dir=None))
+        except OSError as error:
+            raise RKMError(f"no model at {archive_file}: neither a folder, nor an archive, nor its URL") from error
+        unpacked = Path(file_utils.PYTORCH_FAIRSEQ_CACHE, "unpacked")
+        return str(found if found.is_dir() else unpacking.unpack(found, unpacked))
+
+    return load_archive_file

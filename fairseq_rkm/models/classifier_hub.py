@@ -11,6 +11,7 @@ from fairseq.data import data_utils
 from torch import Tensor, nn
 
 import fairseq_rkm
+from fairseq_rkm.checkpoints.loading import Wanted, only
 from fairseq_rkm.data.preparation import FILE, Preparation
 from fairseq_rkm.errors import RKMError
 
@@ -117,7 +118,7 @@ class ClassifierHubInterface(nn.Module):
 
 
 def load(
-    folder: str | Path, checkpoint_file: str, data: str | Path | None, overrides: dict[str, Any]
+    wanted: Wanted, folder: str | Path, checkpoint_file: str, data: str | Path | None, overrides: dict[str, Any]
 ) -> ClassifierHubInterface:
     """See :meth:`fairseq_rkm.models.rkm_classifier.RKMClassifier.from_pretrained`."""
     fairseq_rkm.register()
@@ -128,9 +129,6 @@ def load(
         data = folder
     if data is not None:
         overrides = {**overrides, "data": str(data)}
-    state = checkpoint_utils.load_checkpoint_to_cpu(str(path), overrides)
-    model = (state.get("cfg") or {}).get("model") or {}
-    if model.get("_name") != "rkm_classifier":
-        raise RKMError(f"{path} is of a model {model.get('_name')!r}, not of an rkm_classifier")
-    models, _, task = checkpoint_utils.load_model_ensemble_and_task([str(path)], overrides, state=state)
+    with only(wanted):
+        models, _, task = checkpoint_utils.load_model_ensemble_and_task([str(path)], overrides)
     return ClassifierHubInterface(task, models[0])

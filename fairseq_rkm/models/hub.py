@@ -9,15 +9,15 @@ from fairseq.hub_utils import GeneratorHubInterface
 from torch import Tensor
 
 import fairseq_rkm
+from fairseq_rkm.checkpoints.loading import Wanted, only
 from fairseq_rkm.errors import RKMError
 
 
-def load(wanted: type, use: str, folder: str, checkpoint_file: str, data: str, **kwargs: Any) -> dict[str, Any]:
+def load(wanted: Wanted, folder: str, checkpoint_file: str, data: str, **kwargs: Any) -> dict[str, Any]:
     """Load models and their task as fairseq's ``hub_utils.from_pretrained`` does.
 
     Args:
-        wanted: the class that each model must be of.
-        use: what models of it do.
+        wanted: the classes that the models and their task must be of; nothing else is built.
         folder: that ``checkpoint_file`` is in, or an archive of it or its URL.
         checkpoint_file: a checkpoint, or several separated by colons: an ensemble.
         data: the folder of the dictionaries; ``"."`` is the models' own.
@@ -32,10 +32,8 @@ def load(wanted: type, use: str, folder: str, checkpoint_file: str, data: str, *
     fairseq_rkm.register()
     if "://" not in folder:
         _check_files(Path(folder), checkpoint_file.split(os.pathsep))
-    loaded = hub_utils.from_pretrained(folder, checkpoint_file, data, **kwargs)
-    for model in loaded["models"]:
-        if not isinstance(model, wanted):
-            raise RKMError(f"{checkpoint_file} in {folder}: {type(model).__name__} does not {use}")
+    with only(wanted):
+        loaded: dict[str, Any] = hub_utils.from_pretrained(folder, checkpoint_file, data, **kwargs)
     return loaded
 
 

@@ -6,8 +6,10 @@ from typing import Any, Optional
 
 import torch
 from fairseq.models import FairseqEncoderDecoderModel, register_model, register_model_architecture
+from fairseq.tasks.translation import TranslationTask
 from torch import Tensor, nn
 
+from fairseq_rkm.checkpoints.loading import Wanted
 from fairseq_rkm.data.sentencepieces import check_pieces
 from fairseq_rkm.errors import RKMError
 from fairseq_rkm.graphs.graphed_function import GraphedFunction
@@ -166,9 +168,8 @@ class RKMModel(FairseqEncoderDecoderModel):
             RKMError: no checkpoint there, one that is damaged, carries code or does not translate, or files that do not
                 fit together.
         """
-        loaded = hub.load(
-            FairseqEncoderDecoderModel, "translate", model_name_or_path, checkpoint_file, data_name_or_path, **kwargs
-        )
+        wanted = Wanted(FairseqEncoderDecoderModel, (TranslationTask,), "translate")
+        loaded = hub.load(wanted, model_name_or_path, checkpoint_file, data_name_or_path, **kwargs)
         translation = hub.TranslationHub(loaded["args"], loaded["task"], loaded["models"])
         check_pieces(translation.bpe, translation.src_dict)
         return translation

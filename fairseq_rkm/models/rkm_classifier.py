@@ -7,9 +7,11 @@ from typing import Any, Optional
 from fairseq.data import Dictionary
 from fairseq.dataclass import ChoiceEnum
 from fairseq.models import BaseFairseqModel, register_model
+from fairseq.tasks.sentence_prediction import SentencePredictionTask
 from omegaconf import II
 from torch import Tensor, nn
 
+from fairseq_rkm.checkpoints.loading import Wanted
 from fairseq_rkm.data.dictionary import FINGERPRINT, check_fingerprint, fingerprint
 from fairseq_rkm.errors import RKMError
 from fairseq_rkm.models.fitting_task import check_task
@@ -161,7 +163,8 @@ class RKMClassifier(BaseFairseqModel):
         """
         from fairseq_rkm.models.classifier_hub import load
 
-        return load(model_name_or_path, checkpoint_file, data_name_or_path, overrides)
+        wanted = Wanted(cls, (SentencePredictionTask,), "classify documents")
+        return load(wanted, model_name_or_path, checkpoint_file, data_name_or_path, overrides)
 
 
 def has_layer_norm(cfg: RKMClassifierConfig) -> bool:

@@ -8,8 +8,10 @@ from typing import Any, Optional
 from fairseq.data import Dictionary
 from fairseq.hub_utils import GeneratorHubInterface
 from fairseq.models import FairseqIncrementalDecoder, FairseqLanguageModel, register_model
+from fairseq.tasks.language_modeling import LanguageModelingTask
 from torch import Tensor, nn
 
+from fairseq_rkm.checkpoints.loading import Wanted
 from fairseq_rkm.data.dictionary import FINGERPRINT, check_fingerprint, fingerprint
 from fairseq_rkm.errors import RKMError
 from fairseq_rkm.models import hub
@@ -88,9 +90,8 @@ class RKMLanguageModel(FairseqLanguageModel):
             RKMError: no checkpoint or dictionary there, a checkpoint that is damaged, carries code or is of another
                 kind of model, or another dictionary than the model's.
         """
-        loaded = hub.load(
-            FairseqLanguageModel, "continue text", model_name_or_path, checkpoint_file, data_name_or_path, **kwargs
-        )
+        wanted = Wanted(FairseqLanguageModel, (LanguageModelingTask,), "continue text")
+        loaded = hub.load(wanted, model_name_or_path, checkpoint_file, data_name_or_path, **kwargs)
         return GeneratorHubInterface(loaded["args"], loaded["task"], loaded["models"])
 
 
