@@ -34,7 +34,16 @@ def loaded(path, setting, name="rkm_lm", overrides=None, **flags):
         del cfg["memory_clip"]
     history = [{"optimizer_name": "FairseqAdam", "lr_scheduler_state": {}, "num_updates": 1}]
     extra = {"train_iterator": {"epoch": 1}}
-    torch.save({"args": None, "cfg": {"model": cfg}, "optimizer_history": history, "extra_state": extra}, path)
+    torch.save(
+        {
+            "args": None,
+            "model": {"weight": torch.zeros(1)},
+            "cfg": {"model": cfg},
+            "optimizer_history": history,
+            "extra_state": extra,
+        },
+        path,
+    )
     state = checkpoint_utils.load_checkpoint_to_cpu(str(path), overrides)
     model = models.build_model(copy.deepcopy(state["cfg"].model), TASK, from_checkpoint=True)
     return model.decoder.layers[0].memory_clip, state["extra_state"]["memory_clip"]
