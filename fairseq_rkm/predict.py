@@ -13,12 +13,13 @@ import contextlib
 import itertools
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
 import torch
 
+from fairseq_rkm.data.text_file import texts
 from fairseq_rkm.errors import RKMError
 
 
@@ -67,8 +68,8 @@ def run(args: argparse.Namespace) -> None:
         classifier.cuda()
     terminal = not args.input and sys.stdin.isatty()
     with _open(args.input) as lines:
-        texts = read(lines, str(args.input or "standard input"))
-        while chunk := list(itertools.islice(texts, args.buffer_size or (1 if terminal else 1024))):
+        read = texts(lines, str(args.input or "standard input"))
+        while chunk := list(itertools.islice(read, args.buffer_size or (1 if terminal else 1024))):
             for label, probability in classifier.predict(chunk, args.batch_size):
                 print(f"{label}\t{probability:.4f}")
             sys.stdout.flush()
@@ -76,20 +77,6 @@ def run(args: argparse.Namespace) -> None:
 
 def _open(path: Path | None) -> contextlib.AbstractContextManager[IO[bytes]]:
     return path.open("rb") if path else contextlib.nullcontext(sys.stdin.buffer)
-
-
-def read(lines: IO[bytes], name: str) -> Iterator[str]:
-    """The texts of a file, one a line; lines end in LF, CRLF or CR.
-
-    Raises:
-        RKMError: a line that is not UTF-8.
-    """
-    for number, line in enumerate(lines, 1):
-        try:
-            text = line.decode()
-        except UnicodeDecodeError as error:
-            raise RKMError(f"{name}, line {number}: not UTF-8 ({error.reason})") from None
-        yield from text.removesuffix("\n").removesuffix("\r").split("\r")
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ done
 
 if [ ! -f "$out/data/test.bin" ]; then
   say "fairseq-preprocess: words to numbers"
+  error=$(python -m fairseq_rkm.data.text_file "$text"/{train,valid,test}.txt 2>&1) || fail "${error#error: }"
   fairseq-preprocess --only-source --trainpref "$text/train.txt" --validpref "$text/valid.txt" \
     --testpref "$text/test.txt" --thresholdsrc 2 --padding-factor 1 --destdir "$out/data" > "$out/preprocess.log" 2>&1 ||
     { tail -5 "$out/preprocess.log" >&2; fail "preprocessing failed; see $out/preprocess.log"; }

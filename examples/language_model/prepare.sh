@@ -22,6 +22,8 @@ for split in train valid test; do
     fail "$text/$split.txt (or .txt.xz) is missing or empty"
   fi
 done
+python3 -m fairseq_rkm.data.text_file "$whole"/{train,valid,test}.txt 2> "$whole/log" ||
+  fail "$(sed "s|^error: ||; s|$whole|$text|" "$whole/log")"
 # fairseq's own default would pad the dictionary to a multiple of 8.
 fairseq-preprocess --only-source --trainpref "$whole/train.txt" --validpref "$whole/valid.txt" \
   --testpref "$whole/test.txt" --padding-factor 1 --destdir "$whole/data" > "$whole/log" 2>&1 ||

@@ -17,6 +17,9 @@ OPENERS: dict[str, Callable[..., IO[str]]] = {".xz": lzma.open, ".gz": gzip.open
 NOT_UTF8 = re.compile("[\udc80-\udcff]")
 """What Python's ``surrogateescape`` makes of bytes that are not UTF-8."""
 
+LONGEST_CLASS = 1000
+"""Characters in the longest class; what is longer is a text."""
+
 
 class Document(NamedTuple):
     """A row."""
@@ -82,6 +85,8 @@ def _row(line: int, fields: list[str]) -> Document | BrokenRow:
         return BrokenRow(line, "one field only: a row is a class and a text, separated by a comma")
     if not label:
         return BrokenRow(line, "no class before the first comma")
+    if len(label) > LONGEST_CLASS:
+        return BrokenRow(line, f"a class of {len(label):,} characters, {label[:20]!r}...: is it the first field?")
     joined = " ".join(filter(None, text))
     if NOT_UTF8.search(label) or NOT_UTF8.search(joined):
         return BrokenRow(line, "not UTF-8: convert the file (iconv -f latin1 -t utf-8, say)")

@@ -1,5 +1,6 @@
 """How raw text became the tokens that a classifier was trained on, kept with the data for the text to come."""
 
+import hashlib
 import json
 import unicodedata
 from dataclasses import asdict, dataclass, field, fields
@@ -11,11 +12,13 @@ from fairseq.data import encoders
 from omegaconf import OmegaConf
 
 import fairseq_rkm.data.words_tokenizer  # noqa: F401  registers it
-from fairseq_rkm.errors import RKMError
+from fairseq_rkm.errors import RKMError, first_line
 
 FILE = "preparation.json"
 SENTENCEPIECE_MODEL = "sentencepiece.bpe.model"
 """The name under which fairseq's hub looks for it, too."""
+CHECKED = ("label/dict.txt", SENTENCEPIECE_MODEL)
+"""Files beside ``preparation.json`` that the meaning of classes and tokens hangs on."""
 TOKENIZERS = ("moses", "words", "space")
 """Those that need nothing further."""
 
@@ -45,7 +48,10 @@ class Preparation:
     def tokens(self, text: str) -> str:
         """A document as tokens separated by spaces; of white space, only that it separates counts."""
         text = self.normalize(text)
-        return str(self._encoder.encode(text)) if text else ""
+        try:
+            return str(self._encoder.encode(text)) if text else ""
+        except RuntimeError as error:
+            raise RKMError(f"{self.folder / SENTENCEPIECE_MODEL} is damaged: {first_line(error)}") from None
 
     def normalize(self, text: str) -> str:
         """What the tokenizer sees of a text."""
@@ -60,7 +66,11 @@ class Preparation:
             model = self.folder / SENTENCEPIECE_MODEL
             if not model.is_file():
                 raise RKMError(f"{self.folder / FILE} asks for {model}, which is missing: copy it there")
-            return encoders.build_bpe(OmegaConf.create({"_name": "sentencepiece", "sentencepiece_model": str(model)}))
+            given = {"_name": "sentencepiece", "sentencepiece_model": str(model)}
+            try:
+                return encoders.build_bpe(OmegaConf.create(given))
+            except (RuntimeError, OSError) as error:
+                raise RKMError(f"{model} is damaged, or no sentencepiece model: {first_line(error)}") from None
         if self.tokenizer != "moses":
             return encoders.build_tokenizer(OmegaConf.create({"_name": self.tokenizer}))
         flags = {"source_lang": self.language, "target_lang": self.language, "moses_no_escape": True}
@@ -69,7 +79,32 @@ class Preparation:
     def save(self) -> None:
         """Write ``preparation.json``."""
         values = {name: value for name, value in asdict(self).items() if name != "folder"}
+        values["checksums"] = self.checksums()
         (self.folder / FILE).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def checksums(self) -> dict[str, str]:
+        """SHA-256 of the classes' names and of those of :data:`CHECKED` that are there, in hexadecimal."""
+        parts = {"classes": json.dumps(self.classes).encode()}
+        parts |= {name: (self.folder / name).read_bytes() for name in CHECKED if (self.folder / name).is_file()}
+        return {name: hashlib.sha256(content).hexdigest() for name, content in parts.items()}
+
+    def check(self, saved: Any) -> None:
+        """Compare checksums.
+
+        Raises:
+            RKMError: what they were saved for has changed.
+        """
+        path = self.folder / FILE
+        if not isinstance(saved, dict):
+            raise RKMError(f"{path}: checksums must be of names, each with its checksum")
+        for name, checksum in self.checksums().items():
+            if saved.get(name, checksum) != checksum:
+                what = "the classes in it have" if name == "classes" else f"{self.folder / name} has"
+                raise RKMError(
+                    f"{path}: {what} changed since it was written, so that classes or tokens may not be what they "
+                    "were: restore the folder that prepare.py wrote, or, if the change is meant, delete the entry "
+                    f"{name!r} of checksums"
+                )
 
     @classmethod
     def load(cls, folder: Path) -> "Preparation":
@@ -85,16 +120,22 @@ class Preparation:
                 "examples/document_classification/prepare.py wrote"
             )
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = json.loads(path.read_text(encoding="utf-8-sig"))
         except ValueError as error:
             raise RKMError(f"{path} is not JSON: {error}") from None
         keys = [f.name for f in fields(cls) if f.name != "folder"]
         if isinstance(values, dict):
             values.setdefault("ascii", False)  # data prepared before there was the choice
+        saved = values.pop("checksums", {}) if isinstance(values, dict) else {}  # nor were these always there
         if not isinstance(values, dict) or set(values) != set(keys):
             raise RKMError(f"{path} must have the keys {', '.join(keys)}")
         names = values["classes"]
         right = isinstance(names, list) and all(isinstance(name, str) for name in names)
         if not right or values["tokenizer"] not in TOKENIZERS:
             raise RKMError(f"{path}: classes must be a list of names, and tokenizer one of {', '.join(TOKENIZERS)}")
-        return cls(**values, folder=folder)
+        flags = ("lowercase", "ascii", "sentencepiece")
+        if not all(isinstance(values[name], bool) for name in flags) or not isinstance(values["language"], str):
+            raise RKMError(f"{path}: {', '.join(flags)} must be true or false, and language a name")
+        preparation = cls(**values, folder=folder)
+        preparation.check(saved)
+        return preparation

@@ -22,13 +22,13 @@ def load_word_vectors(embedding: nn.Embedding, path: str, dictionary: Dictionary
         dictionary: fairseq's.
 
     Raises:
-        RKMError: no such file, or a line that has not e numbers.
+        RKMError: no such file, a line that has not e finite numbers, or a file with no word of the dictionary.
     """
     if not Path(path).is_file():
         raise RKMError(f"no file of word vectors at {path}")
     size, first = embedding.embedding_dim, 1
     vectors = {}
-    with open(path, encoding="utf-8", errors="replace", newline="\n") as lines:
+    with open(path, encoding="utf-8-sig", errors="replace", newline="\n") as lines:
         for number, line in enumerate(lines, 1):
             fields = line.rstrip().split(" ")
             if number == 1 and len(fields) == 2:
@@ -41,6 +41,11 @@ def load_word_vectors(embedding: nn.Embedding, path: str, dictionary: Dictionary
             word = " ".join(fields[:-size])
             if word in dictionary:
                 vectors[word] = _vector(fields[-size:], where)
+    if not any(dictionary.index(word) >= dictionary.nspecial for word in vectors):
+        raise RKMError(
+            f"{path} has none of the dictionary's {len(dictionary) - dictionary.nspecial:,} words: is it of another "
+            "language, or is the text lowercased or cut into pieces, and the file is not?"
+        )
     utils.load_embedding(vectors, dictionary, embedding)
     known, types = len(vectors), len(dictionary)
     logger.info(f"word vectors from {path}: {known:,} of the dictionary's {types:,} types ({100 * known / types:.1f}%)")
@@ -48,6 +53,9 @@ def load_word_vectors(embedding: nn.Embedding, path: str, dictionary: Dictionary
 
 def _vector(fields: list[str], where: str) -> torch.Tensor:
     try:
-        return torch.tensor([float(value) for value in fields])
+        vector = torch.tensor([float(value) for value in fields])
     except ValueError:
         raise RKMError(f"{where}: not a word and {len(fields)} numbers separated by spaces") from None
+    if not vector.isfinite().all():
+        raise RKMError(f"{where}: a number that is not finite, or beyond float32")
+    return vector

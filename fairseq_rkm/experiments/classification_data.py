@@ -28,6 +28,7 @@ from fairseq_cli import preprocess
 from fairseq_rkm import RKMError, register
 from fairseq_rkm.data.labelled_csv import BrokenRow, Document, read_rows
 from fairseq_rkm.data.preparation import SENTENCEPIECE_MODEL, TOKENIZERS, Preparation
+from fairseq_rkm.data.text_file import texts
 
 SHOWN = 10
 """Broken rows of a file that an error lists."""
@@ -109,7 +110,8 @@ def prepare(args: argparse.Namespace) -> None:
 def _class_names(path: Path) -> list[str]:
     if not path.is_file():
         raise RKMError(f"no file of class names at {path}")
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    with path.open("rb") as lines:
+        return [line.strip() for line in texts(lines, str(path)) if line.strip()]
 
 
 def read_documents(path: Path, skip_broken: bool) -> list[Document]:

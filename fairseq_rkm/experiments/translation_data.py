@@ -30,6 +30,9 @@ from pathlib import Path
 import sentencepiece
 from fairseq.data.encoders.moses_tokenizer import MosesTokenizer, MosesTokenizerConfig
 
+from fairseq_rkm.data.text_file import decoded
+from fairseq_rkm.errors import RKMError
+
 OPENERS: dict[str, Callable] = {"": open, ".gz": gzip.open, ".xz": lzma.open}
 
 
@@ -52,10 +55,12 @@ def read_lines(path: Path) -> list[str]:
         SystemExit: a damaged file, or one that is not UTF-8.
     """
     try:
-        with OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8", newline="\n") as lines:
-            return [" ".join(line.split()) for line in lines]
-    except (UnicodeDecodeError, gzip.BadGzipFile, lzma.LZMAError, EOFError) as error:
-        raise SystemExit(f"prepare: {path} is damaged or not UTF-8 text: {error}") from error
+        with OPENERS.get(path.suffix, open)(path, "rb") as lines:
+            return [" ".join(line.split()) for line in decoded(lines, str(path))]
+    except RKMError as error:
+        raise SystemExit(f"prepare: {error}") from None
+    except (gzip.BadGzipFile, lzma.LZMAError, EOFError) as error:
+        raise SystemExit(f"prepare: {path} is damaged: {error}") from error
 
 
 def read_pairs(folder: Path, split: str, languages: tuple[str, str], keep_empty: bool) -> list[tuple[str, str]]:

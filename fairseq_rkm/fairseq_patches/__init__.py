@@ -27,6 +27,7 @@ SUBJECTS = (
     "translation",
     "translation_tasks",
     "documents",
+    "data_files",
     "batches",
     "perplexity",
 )

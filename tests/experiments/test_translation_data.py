@@ -38,8 +38,8 @@ def test_text_that_is_not_parallel_is_refused(tmp_path):
     (text / "train.de").write_text("a\n")
     with pytest.raises(SystemExit, match=r"train.de has 1 lines and .*train.en.gz 2"):
         prepare.read_pairs(text, "train", ("de", "en"), keep_empty=False)
-    (text / "train.de").write_bytes(b"\xff\xfe\n\n")
-    with pytest.raises(SystemExit, match="damaged or not UTF-8"):
+    (text / "train.de").write_bytes(b"a\nb\xff\n")
+    with pytest.raises(SystemExit, match=r"line 2, byte 2 \(0xff\): not UTF-8"):
         prepare.read_pairs(text, "train", ("de", "en"), keep_empty=False)
     (text / "train.en.gz").write_bytes((text / "train.en.gz").read_bytes()[:15])
     (text / "train.de").write_text("a\nb\n")

@@ -53,7 +53,7 @@ def test_the_mixture_is_the_formula_however_the_stream_is_cut(steps, size, cuts,
         ((10, -1.0, 0.1), "--cache-theta must be 0 or more"),
         ((10, math.nan, 0.1), "--cache-theta must be 0 or more"),
         ((10, 1.0, 1.1), "--cache-lambda must lie within"),
-        ((10, 1.0, 1.0), "words that the cache lacks need the model's share"),
+        ((10, 1.0, 1.0), "words outside the cache need the model"),
     ],
 )
 def test_values_outside_their_range_are_refused(arguments, message):

@@ -1,0 +1,146 @@
+"""Binarized data checked before it is used: does the index fit the data, and the data the dictionary?
+
+A split is two files: ``NAME.bin``, the token numbers of all sentences, and ``NAME.idx``, where each sentence stands.
+Both of fairseq's layouts are known: ``mmap``, which fairseq-preprocess writes, and the older one of ``cached`` and
+``lazy``. Data of other kinds passes.
+"""
+
+import os
+import struct
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from fairseq.data import Dictionary
+
+from fairseq_rkm.data.text_file import check as check_text
+from fairseq_rkm.errors import RKMError
+
+MMAP, OLDER = b"MMIDIDX\x00\x00", b"TNTIDX\x00\x00"
+TYPES = {1: "u1", 2: "i1", 3: "i2", 4: "i4", 5: "i8", 6: "f8", 7: "f8", 8: "u2", 9: "u4", 10: "u8"}
+"""fairseq's code of each type; tokens are integers."""
+CHUNK = 1 << 24
+"""Tokens that are looked at at a time."""
+REMEDY = "copy both files anew, or run fairseq-preprocess again"
+
+
+class Index(NamedTuple):
+    """What an index says.
+
+    Attributes:
+        dtype: of the token numbers.
+        sizes: tokens of each sentence.
+        starts: bytes from the start of the data to each sentence's.
+        offset: what has been added to each token number.
+    """
+
+    dtype: np.dtype
+    sizes: np.ndarray
+    starts: np.ndarray
+    offset: int
+
+
+def check_split(prefix: str, dictionary: Dictionary | None, impl: str | None = None) -> None:
+    """Check a split's two files, in one pass over its tokens.
+
+    Args:
+        prefix: the files' path up to ``.bin`` and ``.idx``; a split of which there is neither passes.
+        dictionary: of the tokens; None: any number is taken.
+        impl: as ``--dataset-impl``; None: as the files are.
+
+    Raises:
+        RKMError: a file that is missing, empty, cut or changed, or a token that the dictionary has not.
+    """
+    if impl == "raw":
+        if os.path.isfile(prefix):
+            check_text(Path(prefix))
+        return
+    data, index = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+    if impl not in (None, "mmap", "cached", "lazy") or not (data.is_file() or index.is_file()):
+        return
+    for path, other in ((data, index), (index, data)):
+        if not path.is_file():
+            raise RKMError(f"{path} is missing, beside {other.name}: {REMEDY}")
+    read = read_index(index)
+    if read is not None:
+        check_layout(read, data, index)
+        if dictionary is not None:
+            check_tokens(read, data, dictionary)
+
+
+def read_index(path: Path) -> Index | None:
+    """An index; None for a layout that is not known here.
+
+    Raises:
+        RKMError: a file that is damaged.
+    """
+    content = np.memmap(path, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
+    start = content[:9].tobytes()
+    try:
+        if start == MMAP:
+            return _read_mmap(content)
+        if start[:8] == OLDER:
+            return _read_older(content)
+    except (struct.error, ValueError, OverflowError):
+        raise RKMError(f"{path} is damaged: its header does not fit its {len(content):,} bytes; {REMEDY}") from None
+    if start[:8] == b"HUFFIDX\x00":
+        return None
+    raise RKMError(f"{path} is damaged, or no index of fairseq's: it begins with {start!r}; {REMEDY}")
+
+
+def _read_mmap(content: np.ndarray) -> Index:
+    version, code, count = struct.unpack("<QBQ", content[9:26].tobytes())
+    if version != 1 or code not in TYPES or len(content) != 26 + 12 * count:
+        raise ValueError
+    sizes = np.frombuffer(content, "<i4", count, 26)
+    starts = np.frombuffer(content, "<i8", count, 26 + 4 * count)
+    return Index(np.dtype("<" + TYPES[code]), sizes, starts, 0)
+
+
+def _read_older(content: np.ndarray) -> Index:
+    version, code, width, count, dimensions = struct.unpack("<5Q", content[8:48].tobytes())
+    dtype = np.dtype("<" + TYPES[code]) if code in TYPES else None
+    # Sentences have one dimension each.
+    if version != 1 or dtype is None or width != dtype.itemsize or dimensions != count:
+        raise ValueError
+    if len(content) != 48 + 8 * (3 * count + 2):
+        raise ValueError
+    dims, starts, sizes = np.split(np.frombuffer(content, "<i8", 3 * count + 2, 48), [count + 1, 2 * count + 2])
+    if not np.array_equal(dims, np.arange(count + 1)) or starts[-1] != sizes.sum():
+        raise ValueError
+    return Index(dtype, sizes, starts[:-1] * width, 1)
+
+
+def check_layout(index: Index, data: Path, path: Path) -> None:
+    """Raises RKMError unless the sentences follow each other and fill the data."""
+    there = data.stat().st_size
+    if not len(index.sizes) or not there:
+        raise RKMError(f"{data if not there else path} is empty: was there text to binarize?")
+    lengths = index.sizes.astype(np.int64) * index.dtype.itemsize
+    wrong = np.flatnonzero((index.sizes < 0) | (index.starts != np.cumsum(lengths) - lengths))
+    if len(wrong):
+        raise RKMError(f"{path} is damaged: sentence {wrong[0] + 1:,} is not where the one before ends; {REMEDY}")
+    if lengths.sum() != there:
+        raise RKMError(
+            f"{data} has {there:,} bytes, and by {path.name} {lengths.sum():,}: it is cut off, or one of the two is "
+            f"damaged or another's; {REMEDY}"
+        )
+
+
+def check_tokens(index: Index, data: Path, dictionary: Dictionary) -> None:
+    """Raises RKMError for a token number that is not the dictionary's."""
+    if index.dtype.kind == "f":
+        raise RKMError(f"{data.with_suffix('.idx')} is damaged: tokens are whole numbers, not {index.dtype}; {REMEDY}")
+    tokens = np.memmap(data, dtype=index.dtype, mode="r")
+    low, high = index.offset, len(dictionary) - 1 + index.offset
+    for first in range(0, len(tokens), CHUNK):
+        chunk = tokens[first : first + CHUNK]
+        if chunk.min() < low or chunk.max() > high:
+            at = first + int(np.flatnonzero((chunk < low) | (chunk > high))[0])
+            sentence = int(np.searchsorted(index.starts, at * index.dtype.itemsize, side="right"))
+            place = at - int(index.starts[sentence - 1]) // index.dtype.itemsize + 1
+            raise RKMError(
+                f"{data}, sentence {sentence:,}: token {place:,} is number {int(tokens[at]) - index.offset}, and the "
+                f"dictionary has 0 to {len(dictionary) - 1}: give the dict.txt that the data was binarized with; if it "
+                "is that, the data is damaged, so run fairseq-preprocess again"
+            )
