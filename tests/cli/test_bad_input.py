@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import shutil
 
 import pytest
@@ -180,3 +181,27 @@ def test_a_checkpoint_of_another_batch_size_or_number_of_processes(data, tmp_pat
     torch.save(state, tmp_path / "checkpoint_last.pt")
     result = fairseq("train", data, *flags, "--max-update", 4, "--save-dir", tmp_path)
     assert "carries the state of 2 processes' streams, but 1 resume" in result.error
+
+
+def test_damaged_data_ends_a_command_before_it_trains_or_scores(data, trained, tmp_path):
+    checkpoint = trained[0] / "checkpoint_best.pt"
+    bad = shutil.copytree(data, tmp_path / "bad")
+    content = bytearray((bad / "test.bin").read_bytes())
+    content[7] = 0xFF
+    (bad / "test.bin").write_bytes(content)
+    (bad / "valid.idx").write_bytes((bad / "valid.idx").read_bytes()[:-5])
+    assert "valid.idx is damaged" in train(bad, tmp_path).error
+    scored = fairseq("eval_lm", bad, *TASK, "--path", checkpoint, "--batch-size", 1, "--cpu")
+    assert re.search(r"test.bin, sentence 1: token 4 is number \d+, and the dictionary has 0 to \d+", scored.error)
+    (bad / "dict.txt").write_text("\n" + (bad / "dict.txt").read_text())
+    own = ["--user-dir", "fairseq_rkm", "--task", "language_modeling", "--path", checkpoint, "--cpu"]
+    assert "dict.txt, line 1: is blank" in fairseq("eval_lm", bad, *own, "--batch-size", 1).error
+
+
+def test_perplexity_of_words_does_not_depend_on_the_segments_length(trained, data):
+    flags = [*TASK, "--path", trained[0] / "checkpoint_best.pt", "--cpu", "--post-process", "sentencepiece"]
+    found = {
+        re.search(r"Perplexity: ([\d.]+)", succeed("eval_lm", data, *flags, *more).output)[1]
+        for more in (["--batch-size", 1, "--tokens-per-sample", 3], ["--batch-size", 1, "--tokens-per-sample", 1000])
+    }
+    assert len(found) == 1

@@ -20,7 +20,7 @@ TRAIN = [
     "--lr-scheduler", "polynomial_decay", "--warmup-updates", "100", "--clip-norm", "0.3", "--batch-size", "50",
     "--cpu", "--num-workers", "0", "--no-epoch-checkpoints", "--log-format", "json", "--seed", "1",
 ]  # fmt: skip
-GENERATE = [*TASK, "--cpu", "--num-workers", "0", "--required-batch-size-multiple", "1"]
+GENERATE = [*TASK, "--cpu", "--num-workers", "0"]
 
 
 def train(data: Path, run: Path, updates: int, *flags: object) -> Path:
@@ -69,7 +69,7 @@ def copies(count: int, seed: int) -> list[tuple[str, str]]:
 def copying(tmp_path_factory) -> tuple[Path, Path, Path]:
     """Text, data and checkpoint."""
     folder = tmp_path_factory.mktemp("copying")
-    splits = {"train": copies(4000, 1), "valid": copies(60, 2), "test": copies(200, 3)}
+    splits = {"train": copies(4000, 1), "valid": copies(60, 2), "test": copies(203, 3)}
     text = write(folder / "text", splits)
     data = preprocess(text, folder / "data", "--thresholdsrc", 3, "--thresholdtgt", 3)
     return text, data, train(data, folder / "run", 800)

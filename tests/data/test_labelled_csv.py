@@ -72,3 +72,12 @@ def test_a_file_that_is_not_compressed_as_it_says_or_missing(tmp_path, suffix):
         rows(tmp_path, compress(b'"1","text"\n' * 100)[:-20], f"rows.csv.{suffix}")
     with pytest.raises(RKMError, match=r"no file of labelled documents at .*none.csv"):
         list(read_rows(tmp_path / "none.csv"))
+
+
+def test_a_class_as_long_as_a_text_is_a_broken_row(tmp_path):
+    path = tmp_path / "long.csv"
+    path.write_text(f"1,a\n{'7' * 5000},b\n2,c\n")
+    first, broken, last = read_rows(path)
+    assert broken.line == 2
+    assert broken.reason.startswith("a class of 5,000 characters, '77777777777777777777'...")
+    assert (first.label, last.label) == ("1", "2")

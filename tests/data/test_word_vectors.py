@@ -15,7 +15,7 @@ def dictionary():
     return words
 
 
-@pytest.mark.parametrize("header", ["", "2 3\n"])
+@pytest.mark.parametrize("header", ["", "2 3\n", "\ufeff"])
 def test_rows_of_known_words_are_overwritten_and_coverage_is_logged(tmp_path, dictionary, header, caplog):
     file = tmp_path / "vectors.txt"
     file.write_text(header + "dog 1 2 3\nnaïve -1 0.5 1e-2 \nowl 7 8 9\n", encoding="utf-8")
@@ -36,6 +36,10 @@ def test_rows_of_known_words_are_overwritten_and_coverage_is_logged(tmp_path, di
         ("cat 1 2 3 4\n", "line 1: 4 numbers, but the embedding has 3 dimensions"),
         ("1 4\ncat 1 2 3 4\n", "line 2: 4 numbers, but the embedding has 3 dimensions"),
         ("cat 1 2 x\n", "line 1: not a word and 3 numbers"),
+        ("cat 1 nan 3\n", "line 1: a number that is not finite"),
+        ("cat 1 1e60 3\n", "line 1: a number that is not finite"),
+        ("Katze 1 2 3\nHund 4 5 6\n", "has none of the dictionary's 3 words: is it of another language"),
+        ("<unk> 1 2 3\n", "has none of the dictionary's 3 words"),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused_with_its_line(tmp_path, dictionary, text, message):
