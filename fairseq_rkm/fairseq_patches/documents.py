@@ -73,8 +73,8 @@ def check_labels(task: SentencePredictionTask, split: str) -> None:
     """Raises RKMError unless each document of a split has one label, of a class within ``--num-classes``."""
     dictionary, classes = task.label_dictionary, task.cfg.num_classes
     documents, labels = (
-        data_utils.load_indexed_dataset(str(Path(task.cfg.data, kind, split)), dictionary)
-        for kind in ("input0", "label")
+        data_utils.load_indexed_dataset(str(Path(task.cfg.data, kind, split)), symbols)
+        for kind, symbols in (("input0", task.source_dictionary), ("label", dictionary))
     )
     prefetch(labels)
     where = f"the split {split!r} in {Path(task.cfg.data, 'label')}"

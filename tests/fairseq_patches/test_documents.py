@@ -29,7 +29,7 @@ def write(folder: Path, kind: str, symbols: str, lines: list[str], split: str = 
 
 
 def task(folder: Path, labels: list[str], **flags) -> SentencePredictionTask:
-    write(folder, "input0", "a b", ["a b a", "", "b"])
+    write(folder, "input0", "a b c d e f g h", ["a h a", "", "b"])
     write(folder, "label", "1 2 3", labels)
     cfg = SentencePredictionConfig(**{
         "data": str(folder), "num_classes": 3, "regression_target": False, "seed": 1, "no_shuffle": True, **flags,
