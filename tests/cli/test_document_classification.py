@@ -175,7 +175,7 @@ def test_mistakes_with_a_trained_classifier(trained, data, tmp_path, classifier)
         (["--path", folder / "none.pt"], "no checkpoint at"),
         (["--path", folder / "checkpoint_best.pt", "--input", tmp_path / "none"], "no file of texts at"),
         (["--path", folder / "checkpoint_best.pt", "--data", tmp_path], "no dictionary at"),
-        (["--path", folder / "checkpoint_best.pt", "--input", tmp_path / "latin1"], "latin1, line 2: not UTF-8"),
+        (["--path", folder / "checkpoint_best.pt", "--input", tmp_path / "latin1"], "latin1, line 2, byte "),
         (["--path", data / "input0" / "train.bin"], "not a checkpoint"),
     ):
         with pytest.raises(SystemExit, match=f"fairseq-rkm: error: .*{message}"):
