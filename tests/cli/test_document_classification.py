@@ -193,9 +193,11 @@ def test_mistakes_with_a_trained_classifier(trained, data, tmp_path, classifier)
         RKMClassifier.from_pretrained(folder, data_name_or_path=other)
     shutil.copy(data / "input0" / "dict.txt", other / "input0")
     preparation = json.loads((data / "preparation.json").read_text())
-    (other / "preparation.json").write_text(json.dumps({**preparation, "classes": ["a", "b"]}))
-    with pytest.raises(RKMError, match="the classes in it have changed|has 2 classes and the model 3"):
-        RKMClassifier.from_pretrained(folder, data_name_or_path=other)
+    for checksums, message in ((preparation["checksums"], "the classes in it have changed"), ({}, "has 2 classes and")):
+        changed = {**preparation, "classes": ["a", "b"], "checksums": checksums}
+        (other / "preparation.json").write_text(json.dumps(changed))
+        with pytest.raises(RKMError, match=message):
+            RKMClassifier.from_pretrained(folder, data_name_or_path=other)
 
 
 def test_data_that_do_not_fit_the_flags_are_refused_before_training(data, tmp_path):
