@@ -13,6 +13,7 @@ run's log lags by one update; the first is waited for, and counts twice, and the
 
 from collections.abc import Callable
 from typing import Any, Optional
+from weakref import WeakKeyDictionary
 
 import torch
 from fairseq.trainer import Trainer
@@ -63,6 +64,20 @@ class LateLog:
         return [{key: next(numbers) if v is None else v for key, v in output.items()} for output in before]
 
 
+class LateReadings:
+    """A trainer's norm and log on their way from the GPU."""
+
+    def __init__(self) -> None:
+        self.norm, self.log = LateValues(), LateLog()
+
+
+_of_trainers: "WeakKeyDictionary[Trainer, LateReadings]" = WeakKeyDictionary()
+
+
+def _readings(trainer: Any) -> LateReadings:
+    return _of_trainers.setdefault(trainer, LateReadings())
+
+
 @patch(Trainer, "clip_grad_norm", why="at each update the host waits for the GPU's norm of the gradients", until=UNTIL)
 def norm_an_update_late(clip_grad_norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """``Trainer.clip_grad_norm``, an update late where nothing but the trainer's question depends on it."""
@@ -73,24 +88,19 @@ def norm_an_update_late(clip_grad_norm: Callable[..., Tensor]) -> Callable[..., 
         if optimizer is None or not _is_on_gpu(norm):
             return norm
         optimizer.skip_unless_finite(norm)
-        if not hasattr(trainer, "late_norm"):
-            trainer.late_norm = LateValues()
-        shown: Tensor = trainer.late_norm.exchange(norm)
-        return shown
+        return _readings(trainer).norm.exchange(norm)
 
     return clipped
 
 
 @patch(Trainer, "_reduce_and_log_stats", why="at each update the host waits for the GPU's logged numbers", until=UNTIL)
 def log_an_update_late(reduce_and_log: Callable[..., dict]) -> Callable[..., dict]:
-    """``Trainer._reduce_and_log_stats``, in training with one of our optimizers with what the last update logged."""
+    """``Trainer._reduce_and_log_stats``; in training with an optimizer of ours it logs the last update's numbers."""
 
     def logged(trainer: Any, logging_outputs: Outputs, sample_size: float, grad_norm: Any = None) -> dict:
         # Validation has no gradients.
-        if grad_norm is not None and AveragingOptimizer.of(trainer) is not None:
-            if not hasattr(trainer, "late_log"):
-                trainer.late_log = LateLog()
-            logging_outputs = trainer.late_log.exchange(logging_outputs)
+        if grad_norm is not None and _own_optimizer(trainer) is not None:
+            logging_outputs = _readings(trainer).log.exchange(logging_outputs)
         return reduce_and_log(trainer, logging_outputs, sample_size, grad_norm)
 
     return logged
@@ -100,7 +110,13 @@ def _decides_alone(trainer: Any) -> Optional[AveragingOptimizer]:
     """The optimizer, unless loss scaling, which the norm governs, or other processes, which compare theirs, need it."""
     if getattr(trainer.optimizer, "scaler", None) is not None or trainer.data_parallel_world_size > 1:
         return None
-    return AveragingOptimizer.of(trainer)
+    return _own_optimizer(trainer)
+
+
+def _own_optimizer(trainer: Any) -> Optional[AveragingOptimizer]:
+    """The trainer's optimizer, out of fairseq's wrapper of half precision; None if it is none of ours."""
+    optimizer = getattr(trainer.optimizer, "fp32_optimizer", trainer.optimizer)
+    return optimizer if isinstance(optimizer, AveragingOptimizer) else None
 
 
 def _is_on_gpu(tensor: Tensor) -> bool:

@@ -126,12 +126,6 @@ class AveragingOptimizer(FairseqOptimizer):
             if value < 0:
                 raise RKMError(f"{flag} must be 0 or more, not {value}")
 
-    @staticmethod
-    def of(trainer: Any) -> "AveragingOptimizer | None":
-        """A trainer's, whatever of fairseq's optimizers is around it; None if it is none of these."""
-        optimizer = getattr(trainer.optimizer, "fp32_optimizer", trainer.optimizer)
-        return optimizer if isinstance(optimizer, AveragingOptimizer) else None
-
     @property
     def learning_rate(self) -> float:
         """``--lr``, of which fairseq takes one for each epoch."""

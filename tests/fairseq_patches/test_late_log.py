@@ -12,6 +12,13 @@ from fairseq_rkm.optim.adamw_average import AveragedAdamWConfig, FairseqAveraged
 
 fairseq_rkm.register()
 
+
+class StandIn(SimpleNamespace):
+    """As much of a trainer as is asked for; hashable, as a trainer is."""
+
+    __hash__ = object.__hash__
+
+
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 
 
@@ -55,7 +62,7 @@ def test_with_our_optimizers_training_is_logged_an_update_late_and_validation_at
     )
     config = OmegaConf.structured(AveragedAdamWConfig(lr=[0.1], task_name=None))
     ours = FairseqAveragedAdamW(config, [torch.nn.Parameter(torch.zeros(1))])
-    trainer = SimpleNamespace(optimizer=SimpleNamespace(fp32_optimizer=ours) if wrapped else ours)
+    trainer = StandIn(optimizer=SimpleNamespace(fp32_optimizer=ours) if wrapped else ours)
 
     def outputs(loss):
         return [{"loss": torch.tensor(loss)}]
@@ -69,7 +76,7 @@ def test_with_our_optimizers_training_is_logged_an_update_late_and_validation_at
 def test_with_other_optimizers_nothing_is_late(monkeypatch):
     monkeypatch.setattr(late_readings, "_is_on_gpu", lambda _: True)
     log = log_an_update_late(lambda _, outputs, *_rest: {"loss": outputs[0]["loss"]})
-    trainer = SimpleNamespace(optimizer=object())
+    trainer = StandIn(optimizer=object())
     assert [log(trainer, [{"loss": torch.tensor(loss)}], 1, 0.5)["loss"] for loss in (1.0, 2.0)] == [1, 2]
 
 

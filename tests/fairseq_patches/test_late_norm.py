@@ -14,6 +14,14 @@ from fairseq_rkm.optim.adamw_average import AveragedAdamWConfig, FairseqAveraged
 from fairseq_rkm.optim.nt_asgd import FairseqNonMonotoneASGD, NonMonotoneASGDConfig
 
 fairseq_rkm.register()
+
+
+class StandIn(SimpleNamespace):
+    """As much of a trainer as is asked for; hashable, as a trainer is."""
+
+    __hash__ = object.__hash__
+
+
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 
 
@@ -39,7 +47,7 @@ PLAIN = {adamw: partial(torch.optim.AdamW, lr=0.1, weight_decay=0), nt_asgd: par
 
 def make_trainer(device, processes=1, build=adamw):
     params = [torch.nn.Parameter(torch.randn(3, 4, device=device)) for _ in range(2)]
-    return SimpleNamespace(optimizer=build(params), data_parallel_world_size=processes), params
+    return StandIn(optimizer=build(params), data_parallel_world_size=processes), params
 
 
 def update(trainer, params, gradient):
@@ -102,7 +110,7 @@ def test_not_with_loss_scaling_nor_in_several_processes_nor_with_other_optimizer
     scaled.optimizer = Wrapped(scaled.optimizer, scaler=object())
     for trainer, params in (make_trainer("cpu", processes=2), (scaled, params_of_scaled)):
         assert [update(trainer, params, g).item() for g in (1.0, 2.0)] == pytest.approx([norm_of(1), norm_of(2)])
-    trainer = SimpleNamespace(optimizer=object(), data_parallel_world_size=1)
+    trainer = StandIn(optimizer=object(), data_parallel_world_size=1)
     assert norm_an_update_late(lambda *_: torch.tensor(7.0))(trainer, 1.0) == 7
 
 
