@@ -4,7 +4,7 @@ import logging
 import os
 import warnings
 
-from fairseq_rkm.fairseq_patches.error_messages import in_fairseq_command
+from fairseq_rkm.fairseq_patches.commands import in_fairseq_command
 from fairseq_rkm.fairseq_patches.registry import setting
 
 

@@ -24,6 +24,7 @@ from omegaconf import OmegaConf, open_dict
 
 from fairseq_rkm.errors import RKMError, first_line
 from fairseq_rkm.fairseq_patches.checkpoint_writing import training_folders
+from fairseq_rkm.fairseq_patches.commands import in_fairseq_command
 from fairseq_rkm.fairseq_patches.registry import patch, setting
 
 logger = logging.getLogger(__name__)
@@ -301,8 +302,6 @@ def _meet(cfg: Any) -> None:
 )
 def wait_ten_minutes() -> None:
     """Let the processes of fairseq's commands wait ten minutes for each other, unless more or less was asked for."""
-    from fairseq_rkm.fairseq_patches.error_messages import in_fairseq_command
-
     if in_fairseq_command() and not _meeting:
         _wait_at_most(TIMEOUT)
 

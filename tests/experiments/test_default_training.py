@@ -5,11 +5,9 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
-from helpers import ROOT, load_script
 
 from fairseq_rkm import CELLS
-
-script = load_script(ROOT / "scripts" / "train_defaults.py")
+from fairseq_rkm.experiments import default_training as script
 
 LINES = [line.split() for text in sorted(topics.values())[:40] for line in text.lower().splitlines() if line.strip()]
 CLASSES = [str("the" in line) for line in LINES]
