@@ -35,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_json(args.circumstances / "circumstances.json", circumstances(args.config))
         return
     results = read_results(args.runs)
+    without = [str(run) for run in args.runs if results and not any(run.rglob("result.json"))]
+    if without:
+        raise SystemExit(f"report: no result.json in {', '.join(without)}, as in others: make a report of each kind")
     translations = [result for result in results if "bleu" in result]
     if translations and len(translations) < len(results):
         raise SystemExit("report: these are classifiers and translations: make a report of each")

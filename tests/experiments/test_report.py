@@ -61,6 +61,12 @@ def test_folders_that_make_no_report(results, tmp_path, contents, flags, message
     assert not (tmp_path / "report").exists()
 
 
+def test_no_run_is_left_out_in_silence(results, tmp_path):
+    folders = [str(results("out/a", result=CLASSIFIER)), str(results("out/b", run={}))]
+    with pytest.raises(SystemExit, match=r"no result\.json in \S+out/b, as in others"):
+        report.main([*folders, "--out", str(tmp_path / "report")])
+
+
 def test_a_file_that_was_cut_off_is_named(results, tmp_path):
     run = results("out/a", result=TRANSLATION)
     (run / "speed.json").write_text("{")
