@@ -163,7 +163,7 @@ def test_from_python(trained, data, tmp_path):
 
 def test_mistakes_from_python(trained, data, tmp_path):
     folder, (run, _) = str(data), trained
-    with pytest.raises(RKMError, match=r"checkpoint_best.pt in .*: RKMLanguageModel does not translate"):
+    with pytest.raises(RKMError, match=r"checkpoint_best.pt is of a model .rkm_lm., which does not translate"):
         RKMModel.from_pretrained(str(run), "checkpoint_best.pt", folder)
     with pytest.raises(RKMError, match=r"no dictionary at"):
         RKMLanguageModel.from_pretrained(str(run))
