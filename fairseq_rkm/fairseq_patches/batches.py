@@ -54,7 +54,7 @@ def check_longest(
     lengths = np.asarray(
         num_tokens_vec if num_tokens_vec is not None else [num_tokens_fn(int(index)) for index in indices]
     )
-    longest = int(lengths.argmax())
+    longest = int(np.argmax(lengths))
     if lengths[longest] > max_tokens:
         raise RKMError(
             f"sentence {indices[longest]} (counted from 0) has {lengths[longest]} tokens, more than the "
