@@ -236,5 +236,8 @@ def _itemsize(name: str) -> int | None:
     module, _, storage = name.rpartition(".")
     if module != "torch" or not storage.endswith("Storage"):
         return None
-    dtype = getattr(getattr(torch, storage, None), "dtype", None)
+    dtype = _STORAGES.get(storage)
     return None if dtype is None else torch._utils._element_size(dtype)
+
+
+_STORAGES = {name: dtype for dtype, name in torch.storage._dtype_to_storage_type_map().items()}

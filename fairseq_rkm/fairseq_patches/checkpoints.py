@@ -208,9 +208,12 @@ def load_bounded(load: Any) -> Any:
             if any(str(name) in str(error) for name in filenames):
                 raise
             raise RKMError(f"{names}: {error}") from error
-        except OSError:
+        except (OSError, torch.OutOfMemoryError):
             raise
-        except UNUSABLE as error:
+        except Exception as error:
+            # A bare Exception is how fairseq tells users of a mistake.
+            if not isinstance(error, UNUSABLE) and type(error) is not Exception:
+                raise
             raise RKMError(f"cannot use {names}: {_unusable(error)}") from error
         finally:
             LOADING.reset(token)

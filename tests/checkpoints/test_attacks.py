@@ -111,6 +111,7 @@ REFUSED = {
     ),
     "a tensor in the configuration": (setting("model", "x", torch.zeros(2)), "cfg.model.x is a Tensor"),
     "a hidden size of 10^9": (setting("model", "decoder_hidden_size", 10**9), "asks for a model of|would take"),
+    "20,000 units": (setting("model", "decoder_hidden_size", 20_000), "asks for a model of"),
     "10^9 layers": (setting("model", "decoder_layers", 10**9), "asks for a model of|would take"),
     "an n-gram of 10^9": (setting("model", "ngram", 10**9), "asks for a model of|would take"),
     "a hidden size of 10^9 in args": (to_args(decoder_hidden_size=10**9), "asks for a model of|would take"),
