@@ -125,7 +125,7 @@ def test_the_wikitext103_configuration_trains_with_its_adaptive_softmax(data, tm
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--alpha", -1], "--alpha must be 0 or more, not -1.0"),
+        (["--alpha", -1], "--alpha must be at least 0, not -1.0"),
         (["--non-monotone-window", 0], "--non-monotone-window must be at least 1, not 0"),
         (["--dropout-weights", 1], "--dropout-weights must lie within [0, 1), not be 1.0"),
         (["--cuda-graphs"], "--cuda-graphs needs a CUDA GPU (and no --cpu)"),
