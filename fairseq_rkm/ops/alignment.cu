@@ -1,5 +1,5 @@
 // Copy matrices to rows of whole 16 bytes, or back: up to three at once, so that a layer takes one launch each way. On the
-// way there, what ops/persistent.cu publishes in is marked as missing.
+// way there, what persistent.cu publishes in is marked as missing.
 //
 // ops/alignment.py compiles this with ELEMENT, the bytes of an element, as a macro.
 

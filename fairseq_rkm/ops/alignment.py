@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fairseq_rkm.ops import nvrtc
+from fairseq_rkm.ops.compilation import nvrtc
 
 GPU_BYTES, CPU_BYTES = 16, 32
 SOURCE = Path(__file__).with_suffix(".cu")

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fairseq_rkm.errors import RKMError
-from fairseq_rkm.ops import batched, native, persistent, reference, scan
+from fairseq_rkm.ops import reference
+from fairseq_rkm.ops.backends import batched, native, persistent, scan
 from fairseq_rkm.ops.cells import Cell
 from fairseq_rkm.ops.plain_tensors import obstacle
 from fairseq_rkm.ops.weights import Weights, memory_dtype

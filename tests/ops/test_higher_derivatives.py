@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fairseq_rkm import CELLS, RKM
-from fairseq_rkm.ops import native, reference
+from fairseq_rkm.ops import reference
+from fairseq_rkm.ops.backends.native import native
 from ops.test_backends import problem
 
 compiled = pytest.mark.skipif(native._missing(CELLS["rkm_lstm"]) is not None, reason="needs a C compiler")

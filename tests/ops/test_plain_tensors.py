@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from fairseq_rkm import CELLS, RKM, RKMError
-from fairseq_rkm.ops import native
+from fairseq_rkm.ops.backends.native import native
 from fairseq_rkm.ops.plain_tensors import obstacle
 
 compiled = pytest.mark.skipif(native._missing(CELLS["rkm_lstm"]) is not None, reason="needs a C compiler")

@@ -1,7 +1,7 @@
 // Recurrences on CPUs in float32: the whole sequence in one call, the recurrent product and the cell's pointwise
 // equations fused, so that gates never leave the registers between the two.
 //
-// ops/native.py compiles this with the C compiler at hand, for the processor at hand, with the cell (a row of
+// ops/backends/native/native.py compiles this with the C compiler at hand, for the processor at hand, with the cell (a row of
 // ops/cells.py) as macros. The work of a step is cut into tiles of some units of some rows. Where all weights fit in a
 // core's cache and there are rows enough, each thread takes the tiles of rows of its own, and never waits for another;
 // else threads share all tiles, the same ones at every step, so that each reads a part of the weights, and meet once a

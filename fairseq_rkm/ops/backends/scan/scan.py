@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fairseq_rkm.ops.batched import parameter_gradients
+from fairseq_rkm.ops.backends.batched import parameter_gradients
 from fairseq_rkm.ops.cells import FORGET, INPUT, OUTPUT, Cell
 from fairseq_rkm.ops.higher_derivatives import Saved, first_derivatives, save_arguments
 from fairseq_rkm.ops.ngram import last_real_step, project
@@ -134,7 +134,7 @@ def _run(
     memories: Tensor, flags: dict[str, Any],
 ) -> None:  # fmt: skip
     """Launch a kernel over the rows of the batch and, unless all units are needed at once, blocks of units."""
-    from fairseq_rkm.ops import scan_kernels
+    from fairseq_rkm.ops.backends.scan import scan_kernels
 
     wide = scan_kernels.tl.float64 if memories.dtype == torch.float64 else scan_kernels.tl.float32
     batch, size = memories.shape[1:]

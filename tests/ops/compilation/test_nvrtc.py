@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from fairseq_rkm.ops import nvrtc
+from fairseq_rkm.ops.compilation import nvrtc
 
 
 class Driver:

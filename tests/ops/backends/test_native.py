@@ -11,7 +11,7 @@ import torch
 from helpers import assert_close, training_losses
 
 from fairseq_rkm import CELLS, RKM, RKMError
-from fairseq_rkm.ops import native
+from fairseq_rkm.ops.backends.native import native
 from ops.test_backends import (
     MISSING,
     NGRAMS,

@@ -14,10 +14,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fairseq_rkm.ops import build_cache, native, nvrtc
+from fairseq_rkm.ops.backends.native import native
+from fairseq_rkm.ops.compilation import build_cache, nvrtc
 
 CONTENT = bytes(range(256)) * 16
-COMPILE = "from fairseq_rkm.ops import CELLS, native; native.library(CELLS['lstm']); print('compiled')"
+COMPILE = (
+    "from fairseq_rkm.ops import CELLS; from fairseq_rkm.ops.backends.native.native import library; "
+    "library(CELLS['lstm']); print('compiled')"
+)
 
 
 @pytest.fixture
@@ -191,7 +195,7 @@ def test_without_any_place_of_the_user_s_own_it_is_refused(cache, tmp_path):
 def test_a_cache_that_cannot_be_written_is_replaced_while_the_process_lives(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     code = """
-from fairseq_rkm.ops.build_cache import built
+from fairseq_rkm.ops.compilation.build_cache import built
 for _ in range(2):
     print(*built("a.txt", ["x"], lambda path: path.write_text("built")))
 """

@@ -136,7 +136,7 @@ def test_all_of_the_above_under_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-v", __file__]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     result = subprocess.run(
-        command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, check=False
+        command, cwd=Path(__file__).parents[3], env=environment, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stdout[-4000:]
     assert " passed" in result.stdout

@@ -1,7 +1,7 @@
 """On GPUs, with feedback: one launch for a whole sequence, the recurrent weights on the chip (``persistent.cu``).
 
 What does not depend on ``h_{t-1}`` (projections of the inputs, gradients of the weights) is one matrix product over all
-steps, as in :mod:`fairseq_rkm.ops.batched`. Here stand the plan, that is how a layer is spread over the
+steps, as in :mod:`fairseq_rkm.ops.backends.batched`. Here stand the plan, that is how a layer is spread over the
 multiprocessors, and the two launches.
 """
 
@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fairseq_rkm.ops import nvrtc
 from fairseq_rkm.ops.alignment import align
-from fairseq_rkm.ops.batched import parameter_gradients, product_operands
+from fairseq_rkm.ops.backends.batched import parameter_gradients, product_operands
 from fairseq_rkm.ops.cells import FORGET, INPUT, OUTPUT, Cell
+from fairseq_rkm.ops.compilation import nvrtc
 from fairseq_rkm.ops.higher_derivatives import Saved, first_derivatives, save_arguments
 from fairseq_rkm.ops.ngram import project
 from fairseq_rkm.ops.weights import LAYER_NORM_EPS, Weights

@@ -1,7 +1,7 @@
 """On CPUs, in float32: ``native.c``, compiled once for the machine by the C compiler that is there.
 
 The products over all steps (projections, gradients of the weights) remain PyTorch's; the loop over time is C. Without a
-compiler the backend refuses, saying so once, and ``"auto"`` falls back to :mod:`fairseq_rkm.ops.batched`.
+compiler the backend refuses, saying so once, and ``"auto"`` falls back to :mod:`fairseq_rkm.ops.backends.batched`.
 """
 
 import ctypes
@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fairseq_rkm.ops.batched import parameter_gradients, recurrent_slice
-from fairseq_rkm.ops.build_cache import built
+from fairseq_rkm.ops.backends.batched import parameter_gradients, recurrent_slice
 from fairseq_rkm.ops.cells import FORGET, INPUT, OUTPUT, Cell
+from fairseq_rkm.ops.compilation.build_cache import built
 from fairseq_rkm.ops.higher_derivatives import Saved, first_derivatives, save_arguments
 from fairseq_rkm.ops.ngram import project
 from fairseq_rkm.ops.weights import Weights

@@ -8,7 +8,7 @@ import torch
 from helpers import assert_close, training_losses
 
 from fairseq_rkm import CELLS, RKM, RKMError
-from fairseq_rkm.ops import persistent
+from fairseq_rkm.ops.backends.persistent import persistent
 from fairseq_rkm.ops.weights import Weights
 from ops.test_backends import MISSING, check_missing_numbers_stay_where_they_are, clear_bound, compare
 from ops.test_higher_derivatives import VARIANTS, compare_derivatives
