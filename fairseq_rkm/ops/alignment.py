@@ -21,27 +21,35 @@ AT_ONCE, THREADS, BLOCKS_EACH = 3, 256, 4
 """Matrices and threads of a launch, and its blocks for each multiprocessor, which are all resident at once."""
 
 
-def align_rows(*matrices: Tensor, missing: Tensor | None = None) -> list[Tensor]:
+def align_rows(*matrices: Tensor) -> list[Tensor]:
     """Each matrix with zero columns up to aligned rows: itself if it has them.
 
     Args:
         matrices: ``(..., n)`` of one dtype and device.
-        missing: of int32, to be filled with -1 along the way.
     """
+    return _align_rows(matrices, None)
+
+
+def clear_and_align_rows(workspace: Tensor, *matrices: Tensor) -> list[Tensor]:
+    """:func:`align_rows`, and the workspace, of int32, filled with -1: on a GPU in the same launch."""
+    return _align_rows(matrices, workspace)
+
+
+def _align_rows(matrices: Sequence[Tensor], workspace: Tensor | None) -> list[Tensor]:
     columns = (GPU_BYTES if matrices[0].is_cuda else CPU_BYTES) // matrices[0].element_size()
     padding = [-m.size(-1) % columns for m in matrices]
     one_launch = any(padding) and matrices[0].is_cuda and nvrtc.available() is None
-    if missing is not None and not one_launch:
-        missing.fill_(-1)
+    if workspace is not None and not one_launch:
+        workspace.fill_(-1)
     if not any(padding):
         return list(matrices)
     if not one_launch:
         return [F.pad(m, (0, p)) if p else m for m, p in zip(matrices, padding, strict=True)]
     results = [m.new_empty(*m.shape[:-1], m.size(-1) + p) if p else m for m, p in zip(matrices, padding, strict=True)]
     copies = [(m, r, m.size(-1)) for m, r, p in zip(matrices, results, padding, strict=True) if p]
-    words = 0 if missing is None else missing.numel()
+    words = 0 if workspace is None else workspace.numel()
     for start in range(0, len(copies), AT_ONCE):
-        _launch("align_rows", copies[start : start + AT_ONCE], *((None, 0) if start else (missing, words)))
+        _launch("align_rows", copies[start : start + AT_ONCE], *((None, 0) if start else (workspace, words)))
     return results
 
 
@@ -56,20 +64,29 @@ def unalign_rows(matrices: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
     return results
 
 
-def align(inputs: Tensor, weight: Tensor, *others: Tensor, missing: Tensor | None = None) -> list[Tensor]:
+def align(inputs: Tensor, weight: Tensor, *others: Tensor) -> list[Tensor]:
     """:func:`align_rows` of extended inputs ``(T + n - 1, B, m)``, of each input's part of their weight, and of others.
 
     Args:
         inputs: m columns.
         weight: ``(G, n * m)``; the result is ``(G, n * m')``, m' being m rounded up.
         others: ``(..., n)``.
-        missing: as for :func:`align_rows`.
     """
+    return _align((inputs, weight, *others), None)
+
+
+def clear_and_align(workspace: Tensor, inputs: Tensor, weight: Tensor, *others: Tensor) -> list[Tensor]:
+    """:func:`align`, and the workspace, of int32, filled with -1: on a GPU in the same launch."""
+    return _align((inputs, weight, *others), workspace)
+
+
+def _align(matrices: Sequence[Tensor], workspace: Tensor | None) -> list[Tensor]:
+    inputs, weight, *others = matrices
     size = inputs.size(-1)
     if weight.size(1) == size:
-        return align_rows(inputs, weight, *others, missing=missing)
-    inputs, weight, *others_aligned = align_rows(inputs, weight.unflatten(1, (-1, size)), *others, missing=missing)
-    return [inputs, weight.flatten(1), *others_aligned]
+        return _align_rows(matrices, workspace)
+    inputs, weight, *others = _align_rows((inputs, weight.unflatten(1, (-1, size)), *others), workspace)
+    return [inputs, weight.flatten(1), *others]
 
 
 def _launch(name: str, copies: list[tuple[Tensor, Tensor, int]], *more: Tensor | int | None) -> None:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fairseq_rkm.ops.alignment import align, align_rows, unalign_rows
+from fairseq_rkm.ops.alignment import align, align_rows, clear_and_align_rows, unalign_rows
 
 HAS_GPU = torch.cuda.is_available()
 gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA GPU")
@@ -36,7 +36,7 @@ def test_unalign_undoes_what_align_does():
 def test_a_workspace_is_filled_along_the_way(device, sizes, words):
     room = torch.zeros(words + 2, dtype=torch.int32, device=device)
     matrices = [torch.randn(3, size, device=device) for size in sizes]
-    for given, matrix in zip(align_rows(*matrices, missing=room[1:-1]), matrices, strict=True):
+    for given, matrix in zip(clear_and_align_rows(room[1:-1], *matrices), matrices, strict=True):
         assert torch.equal(given[:, : matrix.size(1)], matrix)
     assert room.tolist() == [0, *[-1] * words, 0]
 

@@ -9,16 +9,17 @@ Without feedback a block is the whole sequence: only the memory's own recurrence
 memory has no loop.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fairseq_rkm.ops.alignment import align, unalign_rows
 from fairseq_rkm.ops.cells import CANDIDATE, FORGET, INPUT, OUTPUT, Cell
+from fairseq_rkm.ops.gate_layout import gate_slices, recurrent_slice
+from fairseq_rkm.ops.gradients import parameter_gradients
 from fairseq_rkm.ops.higher_derivatives import Saved, first_derivatives, save_arguments
-from fairseq_rkm.ops.ngram import last_real_step, project, project_backward
+from fairseq_rkm.ops.ngram import last_real_step, project
 from fairseq_rkm.ops.weights import LAYER_NORM_EPS, Weights
 
 
@@ -27,17 +28,6 @@ def recurrence(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`fairseq_rkm.ops.reference.recurrence`."""
     return _Recurrence.apply(cell, keep, inputs, hidden, memory, *weights)
-
-
-def gate_slices(cell: Cell, size: int) -> dict[str, slice]:
-    """Where each gate stands among the stacked ones."""
-    return {gate: slice(i * size, (i + 1) * size) for i, gate in enumerate(cell.gates)}
-
-
-def recurrent_slice(cell: Cell, size: int) -> slice:
-    """The contiguous block of gates that see ``h_{t-1}``."""
-    first = cell.gates.index(cell.recurrent_gates[0])
-    return slice(first * size, (first + len(cell.recurrent_gates)) * size)
 
 
 class _Recurrence(torch.autograd.Function):
@@ -319,78 +309,6 @@ class _Backward:
             self.weights.norm_weight, self.weights.norm_bias, [False, True, True],
         )[1:]  # fmt: skip
         return {"norm_weight": gain, "norm_bias": shift}
-
-
-def parameter_gradients(
-    cell: Cell, weights: Weights, inputs: Tensor, hidden: Tensor, memory: Tensor, gates: Tensor,
-    grad_gates: Tensor, known: Mapping[str, Tensor | None], needs: tuple[bool, ...],
-    operands: list[Tensor] | None = None,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """The gradients of the inputs and, in the order of :class:`Weights`, of its fields: one product each.
-
-    Args:
-        cell: the cell.
-        weights: the weights.
-        inputs: extended inputs.
-        hidden: all ``h_t``, ``(T + 1, B, d)``, the initial one first.
-        memory: all ``c_t``, likewise.
-        gates: the activated gates, ``(T, B, G * d)``.
-        grad_gates: the gradients of the pre-activations, likewise.
-        known: the gradients, by field, that the loop over time came by: the layer norm's, and maybe the scales'.
-        needs: which of the results are wanted; the others are None.
-        operands: what :func:`product_operands` gives, if it is there already.
-    """
-    size, narrow = hidden.size(2), grad_gates.to(inputs.dtype)
-    wanted = dict(zip(("inputs", *Weights._fields), needs, strict=True))
-    grads: dict[str, Tensor | None] = {**dict.fromkeys(wanted), **known}
-    aligned, matrix, *fed = operands or product_operands(weights, inputs, hidden, wanted["recurrent"])
-    grad_inputs, grad_matrix = project_backward(narrow, aligned, matrix, wanted["inputs"], wanted["input"])
-    padded: dict[str, tuple[Tensor, int]] = {}
-    if grad_inputs is not None:
-        padded["inputs"] = grad_inputs, inputs.size(2)
-    if grad_matrix is not None:
-        padded["input"] = grad_matrix.unflatten(1, (-1, aligned.size(2))), inputs.size(2)
-    for before in fed:
-        fed_back = narrow[..., recurrent_slice(cell, size)].flatten(0, 1)
-        padded["recurrent"] = fed_back.t() @ before.flatten(0, 1), size
-    for name, grad in zip(padded, unalign_rows(list(padded.values())), strict=True):
-        grads[name] = grad.flatten(1) if name == "input" else grad
-    if wanted["bias"]:
-        grads["bias"] = grad_gates.sum((0, 1)).to(inputs.dtype)
-    if (wanted["sigma_i"] or wanted["sigma_f"]) and "sigma_i" not in known:
-        block = gate_slices(cell, size)[CANDIDATE]
-        grads["sigma_i"], grads["sigma_f"] = sigma_gradients(
-            grad_gates[..., block].to(memory.dtype), gates[..., block].to(memory.dtype), memory[:-1], weights.sigma_i
-        )
-    return tuple(grads[name] if wanted[name] else None for name in wanted)
-
-
-def product_operands(
-    weights: Weights, inputs: Tensor, hidden: Tensor, need_recurrent: bool, missing: Tensor | None = None
-) -> list[Tensor]:
-    """Inputs, their weight and, if its gradient is wanted, what ``U`` was multiplied with, all in aligned rows.
-
-    ``missing`` is as for :func:`fairseq_rkm.ops.alignment.align_rows`.
-    """
-    fed = [hidden[:-1]] if weights.recurrent is not None and need_recurrent else []
-    return align(inputs, weights.input, *fed, missing=missing)
-
-
-def sigma_gradients(
-    grad_candidate: Tensor, candidate: Tensor, previous: Tensor, sigma_i: Tensor | float
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the constant scales ``s_i`` and ``s_f``.
-
-    The candidate's gradient is ``s_i > 0`` times that of ``c_t`` before the layer norm.
-
-    Args:
-        grad_candidate: of ``c~_t``, ``(T, B, d)``.
-        candidate: ``c~_t``, likewise.
-        previous: ``c_{t-1}``, likewise.
-        sigma_i: ``s_i``.
-    """
-    grad_memory = grad_candidate / sigma_i
-    return (grad_memory * candidate).sum(), (grad_memory * previous).sum((0, 1))
 
 
 def _sigmoid_slope(value: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from helpers import assert_close, training_losses
 
 from fairseq_rkm import CELLS, RKM, RKMError
 from fairseq_rkm.ops.backends.native import native
+from fairseq_rkm.ops.compilation import c_compiler
 from ops.test_backends import (
     MISSING,
     NGRAMS,
@@ -56,7 +57,7 @@ def test_odd_sizes(steps, batch, size):
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86's compilers")
 @pytest.mark.parametrize("flag", ["-mno-avx512f", "-mno-avx"])
 def test_narrower_vectors(monkeypatch, flag):
-    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, flag))
+    monkeypatch.setattr(c_compiler, "FLAGS", (*c_compiler.FLAGS, flag))
     native.library.cache_clear()
     try:
         for cell, layer_norm in itertools.product(("rkm_lstm", "lstm", "linear_kernel"), (False, True)):
@@ -152,7 +153,7 @@ def test_training_follows_the_reference():
 
 
 def test_without_a_compiler_it_says_so_once_and_auto_falls_back(monkeypatch, caplog):
-    monkeypatch.setattr(native.shutil, "which", lambda _name: None)
+    monkeypatch.setattr(c_compiler.shutil, "which", lambda _name: None)
     monkeypatch.setattr(native, "library", native.library.__wrapped__)
     for function in ("_missing", "_say"):
         monkeypatch.setattr(native, function, functools.cache(getattr(native, function).__wrapped__))

@@ -7,10 +7,6 @@ compiler the backend refuses, saying so once, and ``"auto"`` falls back to :mod:
 import ctypes
 import functools
 import logging
-import os
-import platform
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fairseq_rkm.ops.backends.batched import parameter_gradients, recurrent_slice
-from fairseq_rkm.ops.cells import FORGET, INPUT, OUTPUT, Cell
-from fairseq_rkm.ops.compilation.build_cache import built
+from fairseq_rkm.ops.cells import Cell
+from fairseq_rkm.ops.compilation.c_compiler import compile_library
+from fairseq_rkm.ops.compilation.cell_macros import cell_macros
+from fairseq_rkm.ops.gate_layout import recurrent_slice
+from fairseq_rkm.ops.gradients import parameter_gradients
 from fairseq_rkm.ops.higher_derivatives import Saved, first_derivatives, save_arguments
 from fairseq_rkm.ops.ngram import project
 from fairseq_rkm.ops.weights import Weights
@@ -28,7 +26,6 @@ from fairseq_rkm.ops.weights import Weights
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_suffix(".c")
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 
 _POINTERS = (
     "weights", "gain", "shift", "scale_f", "scale_i", "keep", "gates", "hidden", "memory", "moments", "grad_output",
@@ -51,47 +48,9 @@ def library(cell: Cell) -> ctypes.CDLL:
     """The compiled recurrence of a cell, from the user's cache or compiled now.
 
     Raises:
-        OSError: no compiler, one that fails (with what it said), or no place for what it writes.
+        OSError: it cannot be compiled here, or there is no place for the result.
     """
-    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        raise OSError("no C compiler is installed")
-    command = [compiler, *FLAGS, *(f"-D{name}={value}" for name, value in _macros(cell).items())]
-
-    def build(path: Path) -> None:
-        # Its temporary files stand beside the result, where they go with it if this process is killed.
-        environment = {**os.environ, "TMPDIR": str(path.parent)}
-        result = subprocess.run(  # noqa: S603 - the user's compiler
-            [*command, "-o", str(path), str(SOURCE), "-lm"],
-            capture_output=True, text=True, check=False, env=environment, umask=0o077,
-        )  # fmt: skip
-        if result.returncode:
-            raise OSError(f"{compiler} cannot compile {SOURCE.name}: {result.stderr.strip().splitlines()[-1:]}")
-
-    inputs = [*command, SOURCE.read_text(encoding="utf-8"), _processor()]
-    return ctypes.CDLL(str(built(f"native-{cell.name}.so", inputs, build).path))
-
-
-def _processor() -> str:
-    """What ``-march=native`` depends on."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return f"{platform.machine()} {platform.processor()} {flags}"
-
-
-def _macros(cell: Cell) -> dict[str, int | str]:
-    place = {gate.upper(): cell.gates.index(gate) if gate in cell.gates else -1 for gate in (INPUT, FORGET, OUTPUT)}
-    return {
-        "GATES": len(cell.gates),
-        "RECURRENT": len(cell.recurrent_gates),
-        "FIRST_RECURRENT": cell.gates.index(cell.recurrent_gates[0]) if cell.has_feedback else 0,
-        **place,
-        "HAS_MEMORY": int(cell.has_memory),
-        "SQUASH_CANDIDATE": int(cell.squash_candidate),
-        "SQUASH_OUTPUT": int(cell.squash_output),
-        **({} if cell.clip is None else {"CLIP": f"{cell.clip!r}f"}),
-    }
+    return compile_library(f"native-{cell.name}", SOURCE, cell_macros(cell))
 
 
 @functools.cache

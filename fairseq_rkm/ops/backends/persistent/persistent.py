@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fairseq_rkm.ops.alignment import align
-from fairseq_rkm.ops.backends.batched import parameter_gradients, product_operands
-from fairseq_rkm.ops.cells import FORGET, INPUT, OUTPUT, Cell
+from fairseq_rkm.ops.alignment import clear_and_align
+from fairseq_rkm.ops.cells import Cell
 from fairseq_rkm.ops.compilation import nvrtc
+from fairseq_rkm.ops.compilation.cell_macros import cell_macros
+from fairseq_rkm.ops.gradients import parameter_gradients, product_operands
 from fairseq_rkm.ops.higher_derivatives import Saved, first_derivatives, save_arguments
 from fairseq_rkm.ops.ngram import project
 from fairseq_rkm.ops.weights import LAYER_NORM_EPS, Weights
@@ -303,7 +304,7 @@ class _Persistent(torch.autograd.Function):
         ctx.problem = Problem.of(cell, inputs, weights)
         launches = _Launches(ctx.problem, weights, keep)
         workspace = launches.workspace("forward", inputs.size(1))
-        given, weight = align(inputs, weights.input, missing=workspace)
+        given, weight = clear_and_align(workspace, inputs, weights.input)
         gates = project(given, weight, None)
         run = launches.forward(gates, hidden, memory, workspace)
         own = gates, run.hiddens, run.memories, run.moments
@@ -321,7 +322,7 @@ class _Persistent(torch.autograd.Function):
         _, _, need_inputs, need_hidden, need_memory, *need_weights = ctx.needs_input_grad
         launches = _Launches(problem, weights, saved.keep)
         workspace = launches.workspace("backward", inputs.size(1))
-        operands = product_operands(weights, inputs, hidden, need_weights[1], workspace)
+        operands = clear_and_align(workspace, *product_operands(weights, inputs, hidden, need_weights[1]))
         grad = launches.backward(gates, memory, moments, grad_output, grad_hidden, grad_memory, workspace)
         # The kernel leaves each row's share.
         shares = {"norm_weight": grad.gain, "norm_bias": grad.shift, "sigma_f": grad.scale_f}
@@ -378,7 +379,7 @@ class _Launches:
         return torch.ones(count, device=self.device) * value
 
     def workspace(self, direction: str, batch: int) -> Tensor:
-        """Room for what a kernel publishes, for each launch, yet to be filled with -1: nothing is there."""
+        """Room for what a kernel publishes, for each launch, yet to be cleared."""
         _, _, words = prepare(self.problem, self.keep is not None, direction)
         return torch.empty(self.plan.launches(batch), words, dtype=torch.int32, device=self.device)
 
@@ -451,16 +452,8 @@ def _macros(
     problem: Problem, plan: Plan, launch: Launch, mask: bool, backward: bool
 ) -> tuple[tuple[str, int | str], ...]:
     """The cell, the types and the plan, as ``persistent.cu`` reads them."""
-    cell = problem.cell
-    place = {gate: cell.gates.index(gate) if gate in cell.gates else -1 for gate in (INPUT, FORGET, OUTPUT)}
     return (
-        ("GATES", len(cell.gates)),
-        ("RECURRENT", len(cell.recurrent_gates)),
-        ("FIRST_RECURRENT", cell.gates.index(cell.recurrent_gates[0])),
-        *((gate.upper(), index) for gate, index in place.items()),
-        ("SQUASH_CANDIDATE", int(cell.squash_candidate)),
-        ("SQUASH_OUTPUT", int(cell.squash_output)),
-        *(() if cell.clip is None else (("CLIP", f"{cell.clip!r}f"),)),
+        *cell_macros(problem.cell).items(),
         ("NORM", int(problem.norm)),
         ("EPSILON", f"{LAYER_NORM_EPS}f"),
         ("MASK", int(mask)),

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fairseq_rkm.ops.backends.batched import parameter_gradients
-from fairseq_rkm.ops.cells import FORGET, INPUT, OUTPUT, Cell
+from fairseq_rkm.ops.cells import Cell
+from fairseq_rkm.ops.gate_layout import gate_places
+from fairseq_rkm.ops.gradients import parameter_gradients
 from fairseq_rkm.ops.higher_derivatives import Saved, first_derivatives, save_arguments
 from fairseq_rkm.ops.ngram import last_real_step, project
 from fairseq_rkm.ops.weights import LAYER_NORM_EPS, Weights, memory_dtype
@@ -140,7 +141,6 @@ def _run(
     batch, size = memories.shape[1:]
     scale_i = memories.new_ones(1) * weights.sigma_i if cell.input_is_constant else None
     scale_f = memories.new_ones(size) * weights.sigma_f if cell.forget_is_constant else None
-    place = {gate.upper(): cell.gates.index(gate) if gate in cell.gates else -1 for gate in (INPUT, FORGET, OUTPUT)}
     real = None if keep is None else keep.contiguous().view(torch.uint8)
     shape: dict[str, Any]
     if weights.norm_weight is None:
@@ -154,6 +154,6 @@ def _run(
     with torch.cuda.device(gates.device) if gates.is_cuda else nullcontext():
         getattr(scan_kernels, name)[grid](
             gates, *given, _or(real, gates), _or(scale_i, memories), _or(scale_f, memories), gates.size(0), batch, size,
-            GATES=len(cell.gates), **place, SQUASH_CANDIDATE=cell.squash_candidate, SQUASH_OUTPUT=cell.squash_output,
-            MASK=keep is not None, WIDE=wide, **shape, **flags,
+            GATES=len(cell.gates), **gate_places(cell), SQUASH_CANDIDATE=cell.squash_candidate,
+            SQUASH_OUTPUT=cell.squash_output, MASK=keep is not None, WIDE=wide, **shape, **flags,
         )  # fmt: skip
