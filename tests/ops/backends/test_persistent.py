@@ -1,15 +1,13 @@
 """The persistent kernels against the reference in float64: on a GPU only."""
 
 import itertools
-import math
 
 import pytest
 import torch
 from helpers import assert_close, training_losses
 
 from fairseq_rkm import CELLS, RKM, RKMError
-from fairseq_rkm.ops.backends.persistent import persistent
-from fairseq_rkm.ops.weights import Weights
+from fairseq_rkm.ops.backends.persistent import launch, persistent, plan
 from ops.test_backends import MISSING, check_missing_numbers_stay_where_they_are, clear_bound, compare
 from ops.test_higher_derivatives import VARIANTS, compare_derivatives
 
@@ -78,20 +76,21 @@ def spread(monkeypatch):
 
     def force(groups, rows, cluster, single):
         def plan_for(problem):
-            return persistent.make_plan.__wrapped__(
+            return plan.make_plan.__wrapped__(
                 len(problem.cell.recurrent_gates), problem.size, 8 * groups, problem.dtype.itemsize, problem.norm,
                 room=((cluster, 80),), shared=99_000,
             )  # fmt: skip
 
-        monkeypatch.setattr(persistent, "plan_for", plan_for)
+        for module in (plan, launch, persistent):
+            monkeypatch.setattr(module, "plan_for", plan_for)
         if single:  # as many passes as there are tiles
-            arrange = persistent._arrange
-            monkeypatch.setattr(persistent, "_arrange", lambda *a: (k := arrange(*a)) and k._replace(pass_tiles=1))
-        monkeypatch.setattr(persistent, "_row_choices", lambda _, tried: [rows] if tried == groups else [])
-        persistent.prepare.cache_clear()
+            arrange = plan._arrange
+            monkeypatch.setattr(plan, "_arrange", lambda *a: (k := arrange(*a)) and k._replace(pass_tiles=1))
+        monkeypatch.setattr(plan, "_row_choices", lambda _, tried: [rows] if tried == groups else [])
+        launch.prepare.cache_clear()
 
     yield force
-    persistent.prepare.cache_clear()
+    launch.prepare.cache_clear()
 
 
 @gpu
@@ -152,57 +151,3 @@ def test_on_cpu_it_is_refused_by_name_and_passed_over_by_auto():
     with pytest.raises(RKMError, match="backend 'persistent' cannot run this: it runs on CUDA GPUs"):
         RKM(4, 4, backend="persistent")(torch.zeros(2, 1, 4))
     assert RKM(4, 4)(torch.zeros(2, 1, 4))[0].shape == (2, 1, 4)
-
-
-@pytest.mark.parametrize("element", [2, 4])
-@pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize("room", [((1, 132),), ((1, 132), (2, 132), (4, 128), (8, 120))])
-def test_plans_never_ask_for_more_than_the_chip_has(element, norm, room):
-    shared = 232_448
-    planned = 0
-    for recurrent, size, batch in itertools.product((1, 2, 4), (1, 7, 64, 300, 650, 1150, 3000), (1, 20, 80, 999)):
-        plan = persistent.make_plan(recurrent, size, batch, element, norm, room, shared)
-        if plan is None:
-            assert recurrent * size * size * element > 0.5 * 132 * shared or size > 1000
-            continue
-        planned += 1
-        cluster = plan.backward.cluster
-        assert plan.forward.cluster == 1
-        assert plan.slices % cluster == 0
-        assert plan.groups * plan.slices <= dict(room)[cluster]
-        assert max(plan.forward.shared, plan.backward.shared) <= shared
-        for k, m, launch in (
-            (plan.slices * plan.units, recurrent * plan.units, plan.forward),
-            (plan.slices // cluster * recurrent * plan.units, cluster * plan.units, plan.backward),
-        ):
-            share = math.ceil(math.ceil(k * element / 64) / launch.warps)
-            assert launch.held <= share * math.ceil(m / 16)
-            assert not launch.held or launch.vectors == share * math.ceil(plan.rows / 8), (
-                "all of a share is under way at once"
-            )
-        assert plan.units * plan.slices >= size > plan.units * (plan.slices - 2 * cluster)
-        assert plan.units * plan.slices * element % 16 == 0
-        assert plan.units * plan.slices // cluster * recurrent * element % 16 == 0
-        assert plan.units * element % (4 * plan.words) == 0
-        assert plan.rows * plan.groups * plan.launches(batch) >= batch
-    assert planned > 40
-
-
-def test_batches_share_few_plans():
-    weights, problems = Weights(torch.empty(20, 3), torch.empty(20, 5)), {}
-    for batch in range(1, 2001):
-        problem = persistent.Problem.of(CELLS["rkm_lstm"], torch.empty(1, batch, 3), weights)
-        problems[problem] = problem.batch
-        assert problem.batch % 8 == 0
-        assert batch <= problem.batch < batch + max(8, batch / 4)
-        assert persistent.round_up(problem.batch) == problem.batch
-    assert len(problems) == 28
-    assert list(problems.values())[6:13] == [56, 64, 80, 96, 112, 128, 160]
-
-
-def test_groups_have_rows_for_the_whole_batch_and_no_launch_is_empty():
-    for groups, rows, batch in itertools.product((1, 2, 3, 7), (1, 8, 20), range(1, 300)):
-        plan = persistent.Plan(4, 2, 1, groups, rows, None, None)
-        launches, share = plan.launches(batch), plan.rows_for(batch)
-        assert share <= rows
-        assert (launches - 1) * groups * share < batch <= launches * groups * share

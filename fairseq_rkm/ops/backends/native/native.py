@@ -179,4 +179,6 @@ def _run(direction: str, cell: Cell, weights: Weights, keep: Tensor | None, call
         scale_i=float(weights.sigma_i) if cell.input_is_constant else 0.0, threads=torch.get_num_threads(),
         **{name: tensor.data_ptr() for name, tensor in tensors.items() if tensor is not None},
     )  # fmt: skip
-    getattr(library(cell), f"recurrence_{direction}")(ctypes.byref(problem))
+    compiled = library(cell)
+    function = compiled.recurrence_forward if direction == "forward" else compiled.recurrence_backward
+    function(ctypes.byref(problem))

@@ -21,7 +21,7 @@
 // shared memory to shared memory. A block that has all the sums of a step knows that all blocks of the group have
 // published that step, since each part was read by one block of its cluster: the argument above holds.
 //
-// backends/persistent/persistent.py compiles this with the sizes and the cell (a row of ops/cells.py) as macros. Indices:
+// launch.py compiles this with the sizes and the cell (a row of ops/cells.py) as macros. Indices:
 //   u unit in the block, j = slice * UNITS + u unit of the layer, n row in the group, b row of the batch (a batch too
 //   large for one launch is run in several, from row `first` on, `rows` a group), g gate in stacking order,
 //   r = g - FIRST_RECURRENT.

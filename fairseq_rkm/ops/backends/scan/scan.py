@@ -131,28 +131,34 @@ def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
 
 
 def _run(
-    name: str, cell: Cell, weights: Weights, keep: Tensor | None, gates: Tensor, given: tuple[Tensor, ...],
+    direction: str, cell: Cell, weights: Weights, keep: Tensor | None, gates: Tensor, given: tuple[Tensor, ...],
     memories: Tensor, flags: dict[str, Any],
 ) -> None:  # fmt: skip
     """Launch a kernel over the rows of the batch and, unless all units are needed at once, blocks of units."""
     from fairseq_rkm.ops.backends.scan import scan_kernels
 
+    normed = weights.norm_weight is not None
+    kernel = {
+        ("forward", False): scan_kernels.forward,
+        ("backward", False): scan_kernels.backward,
+        ("forward", True): scan_kernels.normed_forward,
+        ("backward", True): scan_kernels.normed_backward,
+    }[direction, normed]
     wide = scan_kernels.tl.float64 if memories.dtype == torch.float64 else scan_kernels.tl.float32
     batch, size = memories.shape[1:]
     scale_i = memories.new_ones(1) * weights.sigma_i if cell.input_is_constant else None
     scale_f = memories.new_ones(size) * weights.sigma_f if cell.forget_is_constant else None
     real = None if keep is None else keep.contiguous().view(torch.uint8)
     shape: dict[str, Any]
-    if weights.norm_weight is None:
+    if not normed:
         grid: tuple[int, ...] = (batch, -(-size // BLOCK_D))
         shape = {"BLOCK_T": BLOCK_T, "BLOCK_D": BLOCK_D, "HAS_MEMORY": cell.has_memory, "num_warps": WARPS}
     else:
         block = 1 << (size - 1).bit_length()
         grid = (batch,)
         shape = {"BLOCK_D": block, "num_warps": min(16, max(1, block // 256))}
-        name = f"normed_{name}"
     with torch.cuda.device(gates.device) if gates.is_cuda else nullcontext():
-        getattr(scan_kernels, name)[grid](
+        kernel[grid](
             gates, *given, _or(real, gates), _or(scale_i, memories), _or(scale_f, memories), gates.size(0), batch, size,
             GATES=len(cell.gates), **gate_places(cell), SQUASH_CANDIDATE=cell.squash_candidate,
             SQUASH_OUTPUT=cell.squash_output, MASK=keep is not None, WIDE=wide, **shape, **flags,

@@ -1,4 +1,4 @@
-"""Triton kernels of :mod:`fairseq_rkm.ops.scan`: the memory's linear recurrence, in parallel over stretches of time.
+"""Triton kernels of ``scan.py``: the memory's linear recurrence, in parallel over stretches of time.
 
 A program has one row of the batch and ``BLOCK_D`` units. It goes over the sequence in chunks of ``BLOCK_T`` steps, each
 of which it scans in parallel: the pairs ``(f, u)`` of ``c_t = f_t c_{t-1} + u_t`` compose to

@@ -1,0 +1,307 @@
+"""How a layer is spread over a GPU's multiprocessors: the plan with the lowest estimated time."""
+
+import functools
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fairseq_rkm.ops.cells import Cell
+from fairseq_rkm.ops.compilation import nvrtc
+from fairseq_rkm.ops.weights import Weights
+
+EMPTY = Path(__file__).with_name("empty.cu")
+CLUSTERS = (2, 4, 8)
+"""Sizes of clusters to choose from, beside 1."""
+REGISTERS = {8: 255, 16: 128}
+"""What a thread can have, by the number of warps in a block."""
+
+
+class StepParts(NamedTuple):
+    """The parts of a kernel's step: how many there are of each, or the microseconds that one of each takes.
+
+    Attributes:
+        step: the step itself.
+        products: tens of products of 16 x 8 x a chunk in a warp.
+        tiles: tens of tiles of 16 x 8 sums.
+        pairs: (unit, row) pairs of a thread.
+        passes: passes.
+        fetched: MB that all blocks fetch.
+        rounds: rounds of fetching, with as much under way as registers allow.
+        cluster_passes: passes, where there are clusters.
+        handed_over: thousands of sums that a block hands over in a pass, where there are clusters.
+    """
+
+    step: float
+    products: float
+    tiles: float
+    pairs: float
+    passes: float
+    fetched: float
+    rounds: float
+    cluster_passes: float
+    handed_over: float
+
+    def times(self, amounts: "StepParts") -> float:
+        """The microseconds of so many of each, by the microseconds of one."""
+        return sum(cost * amount for cost, amount in zip(self, amounts, strict=True))
+
+
+COST = {
+    ("forward", 8): StepParts(
+        step=0.17, products=0.07, tiles=0.69, pairs=0.3, passes=0.54, fetched=0.23, rounds=1.16,
+        cluster_passes=0.0, handed_over=0.0,
+    ),
+    ("forward", 16): StepParts(
+        step=0.0, products=0.0, tiles=1.28, pairs=0.0, passes=0.4, fetched=0.34, rounds=1.75,
+        cluster_passes=0.0, handed_over=0.0,
+    ),
+    ("backward", 8): StepParts(
+        step=0.96, products=0.34, tiles=0.31, pairs=0.46, passes=0.4, fetched=0.24, rounds=0.0,
+        cluster_passes=0.3, handed_over=0.28,
+    ),
+    ("backward", 16): StepParts(
+        step=0.95, products=0.91, tiles=0.34, pairs=0.44, passes=0.4, fetched=0.09, rounds=0.0,
+        cluster_passes=0.3, handed_over=0.28,
+    ),
+}  # fmt: skip
+"""Microseconds of one of each part, by kernel and warps.
+
+From 480 measurements on an H100 (d 256 to 1150, B 8 to 256, both widths of elements); within some 6%, in the median.
+"""
+NORM_COST = 1.5
+"""Microseconds that layer normalisation adds to a step."""
+
+
+class KernelPlan(NamedTuple):
+    """How one of the two kernels does its share.
+
+    Attributes:
+        warps: in a block.
+        cluster: blocks that share what they read; 1 forward.
+        vectors: of 16 bytes that a lane has on their way to it at a time.
+        held: pairs of a chunk and a tile of weights that a warp keeps in registers.
+        pass_tiles: tiles of 8 rows whose sums the warps exchange at a time.
+        fold: whether half of the warps add the others' sums to their own first, which takes half the room.
+        shared: bytes of shared memory.
+    """
+
+    warps: int
+    cluster: int
+    vectors: int
+    held: int
+    pass_tiles: int
+    fold: bool
+    shared: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a layer is spread over a GPU: ``groups`` times ``slices`` blocks, one a multiprocessor.
+
+    Attributes:
+        units: a block's units.
+        words: of 32 bits that neighbouring units publish at once, 2 or 4.
+        slices: blocks that share a layer's units.
+        groups: independent parts of the batch in a launch.
+        rows: of the batch in a group, at most.
+        forward: the forward kernel.
+        backward: the backward kernel.
+    """
+
+    units: int
+    words: int
+    slices: int
+    groups: int
+    rows: int
+    forward: KernelPlan
+    backward: KernelPlan
+
+    @property
+    def blocks(self) -> int:
+        return self.groups * self.slices
+
+    def launches(self, batch: int) -> int:
+        """The number of launches that a batch takes."""
+        return -(-batch // (self.groups * self.rows))
+
+    def rows_for(self, batch: int) -> int:
+        """The rows of a batch that each group of each launch has; the last ones have fewer, or none."""
+        return -(-batch // (self.groups * self.launches(batch)))
+
+
+@functools.cache
+def make_plan(
+    recurrent: int, size: int, batch: int, element: int, norm: bool, room: tuple[tuple[int, int], ...], shared: int
+) -> Plan | None:
+    """The plan with the lowest estimated time, or None if a layer's weights do not fit on the chip.
+
+    Args:
+        recurrent: the number of recurrent gates.
+        size: d.
+        batch: B or more.
+        element: bytes of an element.
+        norm: whether the memory is normalised.
+        room: sizes of clusters, and how many blocks in such clusters the GPU holds at a time.
+        shared: bytes of shared memory that a block can have.
+    """
+    best, best_cost = None, float("inf")
+    step = 8 // element
+    for (cluster, blocks), units in itertools.product(room, range(step, size + step, step)):
+        if units * size * element > shared:
+            continue
+        words = 2 if units * element % 16 else 4
+        slices = -(-size // (units * cluster)) * cluster
+        # All vectors of 16 bytes must be published whole, of h as of the gates' gradients.
+        while slices * units * element % 16 or slices // cluster * recurrent * units * element % 16:
+            slices += cluster
+        for groups in range(1, min(blocks // slices, -(-batch // 8)) + 1):
+            for rows in _row_choices(batch, groups):
+                common = (units, groups * slices, rows, element, norm)
+                ahead = _Work("forward", 1, recurrent * units, slices * units, *common)
+                back = _Work("backward", cluster, cluster * units, slices // cluster * recurrent * units, *common)
+                kernels = [_fastest(work, shared) for work in (ahead, back)]
+                if None in kernels:
+                    continue
+                (forward, cost), (backward, more) = kernels  # type: ignore[misc]
+                plan = Plan(units, words, slices, groups, rows, forward, backward)
+                if (cost + more) * plan.launches(batch) < best_cost:
+                    best, best_cost = plan, (cost + more) * plan.launches(batch)
+    return best
+
+
+def _row_choices(batch: int, groups: int) -> list[int]:
+    """Rows of a group: all of the batch in one launch, or what several launches of full tiles take."""
+    whole = -(-batch // groups)
+    return [whole, *(rows for rows in (64, 48, 40, 32, 24, 16, 8) if rows < whole)]
+
+
+class _Work(NamedTuple):
+    """A block's work in a step: a product ``(m, k)`` by ``(k, rows)``, and the equations of its units and rows."""
+
+    name: str
+    cluster: int
+    m: int
+    k: int
+    units: int
+    blocks: int
+    rows: int
+    element: int
+    norm: bool
+
+    @property
+    def tiles(self) -> tuple[int, int, int]:
+        """Of 16 rows of weights; of 8 rows of the batch; 64-byte chunks of k."""
+        return -(-self.m // 16), -(-self.rows // 8), -(-self.k * self.element // 64)
+
+
+def _fastest(work: _Work, shared: int) -> tuple[KernelPlan, float] | None:
+    """The fastest way to do it, and the microseconds that it should take."""
+    launches = [_arrange(work, warps, fold, shared) for warps in REGISTERS for fold in (False, True)]
+    times = [(launch, _time(work, launch)) for launch in launches if launch is not None]
+    return min(times, key=lambda pair: pair[1], default=None)
+
+
+def _arrange(work: _Work, warps: int, fold: bool, shared: int) -> KernelPlan | None:
+    """The fewest passes, of equal size, and the most vectors under way for which there is room."""
+    m_tiles, tiles, chunks = work.tiles
+    slots, handed = warps // 2 if fold else warps, 2 * work.m if work.cluster > 1 else 0
+    fixed = work.m * (chunks | 1) * 64 + ((work.rows * work.units + work.rows) * 8 if work.norm else 0) + 16
+    tile = (slots * (m_tiles * 16 + 4) + handed) * 8 * 4
+    most = (shared - fixed) // tile
+    if most < 1:
+        return None
+    pass_tiles = -(-tiles // -(-tiles // most))
+    items = _items(work, warps, pass_tiles)
+    share = -(-chunks // warps)
+    # What a thread needs besides was found with the compiler: few plans spill, and those little.
+    free = REGISTERS[warps] - 28 - 4 * m_tiles * tiles - 10 * items
+    vectors = min(share * tiles, free // 4, 24)
+    if vectors < tiles:
+        return None
+    spare = free - 4 * vectors - (48 if work.norm else 16)
+    held = min(share * m_tiles, max(0, spare) // 8) if vectors == share * tiles else 0
+    return KernelPlan(warps, work.cluster, vectors, held, pass_tiles, fold, fixed + tile * pass_tiles)
+
+
+def _items(work: _Work, warps: int, pass_tiles: int) -> int:
+    """(unit, row) pairs of a thread."""
+    return -(-work.tiles[1] // pass_tiles) * -(-work.units * pass_tiles * 8 // (warps * 32))
+
+
+def _time(work: _Work, launch: KernelPlan) -> float:
+    """Microseconds that a step should take, by :data:`COST`."""
+    m_tiles, tiles, chunks = work.tiles
+    items, passes = _items(work, launch.warps, launch.pass_tiles), -(-tiles // launch.pass_tiles)
+    share = -(-chunks // launch.warps)
+    fetched = work.blocks * work.rows * chunks * 64
+    rounds = -(-share // min(share, launch.vectors // tiles))
+    clusters = work.cluster > 1
+    amounts = StepParts(
+        step=1,
+        products=share * m_tiles * tiles / 10,
+        tiles=m_tiles * tiles / 10,
+        pairs=items,
+        passes=passes,
+        fetched=fetched / 1e6,
+        rounds=rounds,
+        cluster_passes=clusters * passes,
+        handed_over=clusters * work.m * work.rows / 1e3,
+    )
+    return COST[work.name, launch.warps].times(amounts) + NORM_COST * work.norm
+
+
+def round_up(batch: int) -> int:
+    """The batch that kernels are made for: a multiple of 8 (whole tiles), beyond 64 of 16, beyond 128 of 32, and so on.
+
+    A kernel takes a second or two to compile, so it has to serve many batches; it is told the true one at its launch.
+    """
+    step = max(8, 1 << (batch - 1).bit_length() >> 3)
+    return -(-batch // step) * step
+
+
+class Problem(NamedTuple):
+    """What plan and kernels depend on: not the number of steps, and of the batch only what :func:`round_up` leaves."""
+
+    cell: Cell
+    size: int
+    batch: int
+    dtype: torch.dtype
+    norm: bool
+    device: int
+
+    @classmethod
+    def of(cls, cell: Cell, inputs: Tensor, weights: Weights) -> "Problem":
+        """A recurrence with feedback on a GPU."""
+        size = weights.recurrent.size(1) if weights.recurrent is not None else 0
+        batch = round_up(inputs.size(1))
+        return cls(cell, size, batch, inputs.dtype, weights.norm_weight is not None, inputs.device.index)
+
+
+@functools.cache
+def plan_for(problem: Problem) -> Plan | None:
+    """:func:`make_plan` for a problem's GPU; None if that is too old or cannot hold the weights."""
+    properties = torch.cuda.get_device_properties(problem.device)
+    if properties.major < 8:
+        return None
+    shared = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return make_plan(
+        len(problem.cell.recurrent_gates), problem.size, problem.batch, problem.dtype.itemsize, problem.norm,
+        _room(problem.device), shared,
+    )  # fmt: skip
+
+
+@functools.cache
+def _room(device: int) -> tuple[tuple[int, int], ...]:
+    """Sizes of clusters, and how many blocks in such clusters a GPU holds at a time, one a multiprocessor."""
+    properties = torch.cuda.get_device_properties(device)
+    room = [(1, properties.multi_processor_count)]
+    if properties.major >= 9:
+        shared = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+        for cluster in CLUSTERS:
+            kernel = nvrtc.compile_kernel(EMPTY, "empty", (), shared, device, cluster)
+            room.append((cluster, cluster * kernel.most_clusters(32 * max(REGISTERS))))
+    return tuple(room)
