@@ -25,7 +25,7 @@ class RKMState(NamedTuple):
 
     Attributes:
         hidden: ``h``, ``(num_layers * num_directions, B, d)``.
-        cell: ``c`` (normalised, with layer norm), of the same shape; float32 for models of 16 bits.
+        cell: the memory ``c`` (normalised, with layer norm), of the same shape; float32 for models of 16 bits.
         context: None for n = 1, else for each layer its last n - 1 inputs, ``(n - 1, B, layer_input_size)``, oldest
             first.
     """
@@ -40,8 +40,8 @@ class RKMState(NamedTuple):
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "RKMState":
         """The state of which each tensor is ``function`` of this one's, called in the order of :meth:`tensors`."""
-        hidden, cell, *context = [function(tensor) for tensor in self.tensors()]
-        return RKMState(hidden, cell, None if self.context is None else context)
+        hidden, memory, *context = [function(tensor) for tensor in self.tensors()]
+        return RKMState(hidden, memory, None if self.context is None else context)
 
     def detach(self) -> "RKMState":
         """The same state, cut from the graph."""
@@ -263,10 +263,10 @@ class RKM(nn.Module):
             autocast = None  # which leaves float64 as it is
         x = x if autocast is None else x.to(autocast)
         keep = self._keep(x, padding_mask)
-        hidden, cell, context = self._initial_state(x, state)
+        hidden, memory, context = self._initial_state(x, state)
         contexts: list[Tensor] = []
         hiddens: list[Tensor] = []
-        cells: list[Tensor] = []
+        memories: list[Tensor] = []
         for layer in range(self.num_layers):
             if layer:
                 x = self.dropout(x)
@@ -278,17 +278,19 @@ class RKM(nn.Module):
             outputs = []
             for direction, suffix in enumerate(self._suffixes):
                 i = layer * len(self._suffixes) + direction
-                h, c = (None, None) if hidden is None or cell is None else (hidden[i], cell[i])
-                output, *final = self._direction(f"l{layer}{suffix}", x, h, c, before, keep, autocast)
+                first_hidden = None if hidden is None else hidden[i]
+                first_memory = None if memory is None else memory[i]
+                name = f"l{layer}{suffix}"
+                output, *final = self._direction(name, x, first_hidden, first_memory, before, keep, autocast)
                 outputs.append(output)
                 hiddens.append(final[0])
-                cells.append(final[1])
+                memories.append(final[1])
             x = torch.cat(outputs, dim=-1) if self.bidirectional else outputs[0]
-        final_state = RKMState(_stack(hiddens), _stack(cells), contexts or None)
+        final_state = RKMState(_stack(hiddens), _stack(memories), contexts or None)
         return x.transpose(0, 1) if self.batch_first else x, final_state
 
     def _direction(
-        self, name: str, x: Tensor, hidden: Tensor | None, cell: Tensor | None, context: Tensor | None,
+        self, name: str, x: Tensor, hidden: Tensor | None, memory: Tensor | None, context: Tensor | None,
         keep: Tensor | None, autocast: torch.dtype | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         reverse = name.endswith("_reverse")
@@ -300,7 +302,7 @@ class RKM(nn.Module):
         # An exported program can hold PyTorch's own operations alone.
         backend = "reference" if self.backend == "auto" and _is_exporting() else self.backend
         with nullcontext() if autocast is None else torch.autocast(x.device.type, enabled=False):
-            output, *final = recurrence(self._cell, inputs, weights, self.hidden_size, hidden, cell, keep, backend)
+            output, *final = recurrence(self._cell, inputs, weights, self.hidden_size, hidden, memory, keep, backend)
         return output.flip(0) if reverse else output, *final
 
     def _weights(self, name: str, dtype: torch.dtype | None) -> Weights:
@@ -346,8 +348,8 @@ class RKM(nn.Module):
         if not isinstance(state, tuple | list) or not 2 <= len(state) <= 3:
             given = f"{len(state)} of them" if isinstance(state, tuple | list) else type(state).__name__
             raise RKMError(f"the state must be an RKMState or a pair (hidden, cell) of tensors, not {given}")
-        hidden, cell, context = RKMState(*state)
-        for what, tensor in (("hidden", hidden), ("cell", cell)):
+        hidden, memory, context = RKMState(*state)
+        for what, tensor in (("hidden", hidden), ("cell", memory)):
             if not torch.is_tensor(tensor):
                 raise RKMError(
                     f"the state's {what} must be one tensor (layers * directions, B, d), not a {type(tensor).__name__}"
@@ -357,7 +359,7 @@ class RKM(nn.Module):
                     f"the state's {what} must have shape (layers * directions, B, d) = {shape}, "
                     f"not {tuple(tensor.shape)}"
                 )
-        return hidden, cell, None if context is None else self._initial_context(x, context)
+        return hidden, memory, None if context is None else self._initial_context(x, context)
 
     def _initial_context(self, x: Tensor, context: Any) -> list[Tensor]:
         if not isinstance(context, tuple | list) or not all(torch.is_tensor(c) for c in context):

@@ -68,12 +68,12 @@ def test_from_lstm_and_back_are_the_same_function(backend, layers, bidirectional
     x = torch.randn(4, 6, 3, dtype=DOUBLE, requires_grad=True)
     batch = 4 if batch_first else 6
     state = torch.randn(2, layers * (1 + bidirectional), batch, 5, dtype=DOUBLE)
-    expected, (hidden, cell) = lstm(x, (state[0], state[1]))
+    expected, (hidden, memory) = lstm(x, (state[0], state[1]))
     for module in (rkm, RKM.from_lstm(rkm.to_lstm())):
         output, final = module(x, RKMState(state[0], state[1]))
         assert_close(output, expected)
         assert_close(final.hidden, hidden)
-        assert_close(final.cell, cell)
+        assert_close(final.cell, memory)
     (wanted,) = torch.autograd.grad(expected.pow(2).sum(), x)
     (given_,) = torch.autograd.grad(rkm(x, (state[0], state[1]))[0].pow(2).sum(), x)
     assert_close(given_, wanted)
@@ -223,9 +223,9 @@ def test_states_that_might_be_misread_are_refused_in_a_sentence():
 
 def test_a_state_of_another_floating_point_type_is_converted():
     rkm = randomized(RKM(3, 4))
-    x, hidden, cell = torch.randn(5, 2, 3), *torch.randn(2, 1, 2, 4)
-    output, state = rkm(x, (hidden.double(), cell.double()))
-    assert torch.equal(output, rkm(x, (hidden, cell))[0])
+    x, hidden, memory = torch.randn(5, 2, 3), *torch.randn(2, 1, 2, 4)
+    output, state = rkm(x, (hidden.double(), memory.double()))
+    assert torch.equal(output, rkm(x, (hidden, memory))[0])
     assert (state.hidden.dtype, state.cell.dtype) == (torch.float32, torch.float32)
 
 

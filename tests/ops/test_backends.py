@@ -18,12 +18,12 @@ def problem(rkm, steps, batch, dtype):
     rows = rkm.num_layers * (1 + rkm.bidirectional)
     x = torch.randn(steps, batch, rkm.input_size, dtype=dtype)
     hidden = torch.randn(rows, batch, rkm.hidden_size, dtype=dtype)
-    cell = torch.randn(rows, batch, rkm.hidden_size, dtype=torch.promote_types(dtype, torch.float32))
+    memory = torch.randn(rows, batch, rkm.hidden_size, dtype=torch.promote_types(dtype, torch.float32))
     context = None
     if rkm.ngram > 1:
         sizes = [rkm.layer_input_size(layer) for layer in range(rkm.num_layers)]
         context = [torch.randn(rkm.ngram - 1, batch, size, dtype=dtype) for size in sizes]
-    return x, hidden, cell, context
+    return x, hidden, memory, context
 
 
 def compare(
@@ -39,13 +39,13 @@ def compare(
     fast = randomized(RKM(*sizes, backend=backend, dtype=dtype, **arguments))
     exact = RKM(*sizes, backend="reference", dtype=torch.float64, **arguments)
     exact.load_state_dict(fast.state_dict())
-    x, hidden, cell, context = problem(fast, steps, batch, dtype)
+    x, hidden, memory, context = problem(fast, steps, batch, dtype)
     padding = random_mask(mask, batch, steps)
     double = [c.double() for c in context] if context else None
-    wanted = forward_and_gradients(exact, x.double(), hidden.double(), cell.double(), double, padding)
+    wanted = forward_and_gradients(exact, x.double(), hidden.double(), memory.double(), double, padding)
     moved = [t.to(device) for t in context] if context else None
     padding = None if padding is None else padding.to(device)
-    given = forward_and_gradients(fast.to(device), x.to(device), hidden.to(device), cell.to(device), moved, padding)
+    given = forward_and_gradients(fast.to(device), x.to(device), hidden.to(device), memory.to(device), moved, padding)
     if dtype != torch.float64:
         given, wanted = join_scales(given), join_scales(wanted)
     for what, value in wanted.items():

@@ -35,9 +35,9 @@ def pair(backend, dtype, device="cpu", **arguments):
     return fast, exact
 
 
-def derivatives(rkm, x, hidden, cell, context, mask):
+def derivatives(rkm, x, hidden, memory, context, mask):
     """The first three derivatives, each of random projections of the one before, by everything that has gradients."""
-    leaves = [t.detach().clone().requires_grad_() for t in (x, hidden, cell, *(context or []))]
+    leaves = [t.detach().clone().requires_grad_() for t in (x, hidden, memory, *(context or []))]
     output, state = rkm(leaves[0], (leaves[1], leaves[2], leaves[3:] or None), mask)
     values, wanted, all_results = [output, state.hidden, state.cell], [*leaves, *rkm.parameters()], []
     generator = torch.Generator().manual_seed(1)
