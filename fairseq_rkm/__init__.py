@@ -21,7 +21,7 @@ logging.getLogger("fairseq.tasks.text_to_speech").setLevel(logging.WARNING)
 
 def register() -> None:
     """Make the plugin's components known to fairseq, and fairseq ready for the torch at hand."""
-    import fairseq_rkm.fairseq_patches.quiet_import  # isort: skip
+    import fairseq_rkm.quiet_import  # isort: skip
     import fairseq_rkm.criterions
     import fairseq_rkm.data.words_tokenizer
     import fairseq_rkm.fairseq_patches

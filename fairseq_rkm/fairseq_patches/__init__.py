@@ -36,7 +36,9 @@ SUBJECTS = (
 
 def load() -> None:
     """Declare all patches; fairseq is imported, and not changed."""
-    for subject in ("quiet_import", *SUBJECTS):
+    import fairseq_rkm.quiet_import  # noqa: F401  before anything that imports fairseq
+
+    for subject in SUBJECTS:
         importlib.import_module(f"{__name__}.{subject}")
 
 
