@@ -8,7 +8,7 @@ from helpers import randomized
 from omegaconf import OmegaConf
 
 from fairseq_rkm import RKM
-from fairseq_rkm.models.rkm import RKMConfig, RKMModel
+from fairseq_rkm.models.translation.rkm_model import RKMConfig, RKMModel
 
 
 def dictionary(words):

@@ -23,9 +23,9 @@ import fairseq_rkm
 from fairseq_rkm import RKMError
 from fairseq_rkm.fairseq_patches.configuration import check_root
 from fairseq_rkm.flag_ranges import CHECKED_BY_THEIR_READERS, FAIRSEQS, FILE, OURS, Range, flag_of
-from fairseq_rkm.models.rkm import RKMModel
-from fairseq_rkm.models.rkm_classifier import RKMClassifier
-from fairseq_rkm.models.rkm_lm import RKMLanguageModel
+from fairseq_rkm.models.classification.rkm_classifier import RKMClassifier
+from fairseq_rkm.models.language_model.rkm_language_model import RKMLanguageModel
+from fairseq_rkm.models.translation.rkm_model import RKMModel
 
 fairseq_rkm.register()
 

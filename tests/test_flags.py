@@ -7,7 +7,7 @@ from fairseq_rkm.flags import describe
 
 
 def test_an_architecture_s_flags_are_all_described():
-    from fairseq_rkm.models.rkm_lm import RKMLanguageModelConfig
+    from fairseq_rkm.models.language_model.rkm_language_model import RKMLanguageModelConfig
 
     text = describe("rkm_lm")
     names = {f.name for f in fields(RKMLanguageModelConfig) if not f.name.startswith("_")} - {"criterion_name"}

@@ -56,7 +56,7 @@ def padded(rows: list[list[int]], words: Dictionary) -> Tensor:
 
 def language_model(lines: list[list[str]], units: int) -> tuple[Callable[..., nn.Module], Loss]:
     """How to build an ``rkm_lm`` from flags, and its loss."""
-    from fairseq_rkm.models.rkm_lm import RKMLanguageModel, RKMLanguageModelConfig
+    from fairseq_rkm.models.language_model import RKMLanguageModel, RKMLanguageModelConfig
 
     words = dictionary_of(lines)
     stream = torch.tensor([word for line in lines for word in numbers(line, words)])
@@ -80,7 +80,7 @@ def language_model(lines: list[list[str]], units: int) -> tuple[Callable[..., nn
 
 def translation(source: list[list[str]], target: list[list[str]], units: int) -> tuple[Callable[..., nn.Module], Loss]:
     """How to build an ``rkm`` from flags, and its loss."""
-    from fairseq_rkm.models.rkm import RKMConfig, RKMModel
+    from fairseq_rkm.models.translation import RKMConfig, RKMModel
 
     from_words, to_words = dictionary_of(source), dictionary_of(target)
     pairs = [(numbers(a, from_words), numbers(b, to_words)) for a, b in zip(source, target, strict=True)]
@@ -104,7 +104,7 @@ def translation(source: list[list[str]], target: list[list[str]], units: int) ->
 
 def classification(texts: list[list[str]], classes: list[str], units: int) -> tuple[Callable[..., nn.Module], Loss]:
     """How to build an ``rkm_classifier`` from flags, and its loss."""
-    from fairseq_rkm.models.rkm_classifier import RKMClassifier, RKMClassifierConfig
+    from fairseq_rkm.models.classification import RKMClassifier, RKMClassifierConfig
 
     words, names = dictionary_of(texts), sorted(set(classes))
     rows, labels = [numbers(text, words) for text in texts], torch.tensor([names.index(name) for name in classes])

@@ -13,7 +13,7 @@ from torch import nn
 
 from fairseq_rkm.data.word_vectors import load_word_vectors
 from fairseq_rkm.errors import RKMError
-from fairseq_rkm.models.memory import check_memory
+from fairseq_rkm.models.machine_memory import check_machine_memory
 
 
 def build_embedding(
@@ -30,7 +30,7 @@ def build_embedding(
     Raises:
         RKMError: a file that is missing or does not fit.
     """
-    check_memory(len(dictionary) * size, f"embeddings of {len(dictionary):,} words and size {size:,}")
+    check_machine_memory(len(dictionary) * size, f"embeddings of {len(dictionary):,} words and size {size:,}")
     embedding = nn.Embedding(len(dictionary), size, padding_idx=dictionary.pad())
     nn.init.uniform_(embedding.weight, -0.1, 0.1)
     if path:
@@ -84,7 +84,7 @@ def build_softmax(cfg: Any, features: int, types: int, tied: Optional[nn.Embeddi
             types, features, parse_cutoffs(cfg.adaptive_softmax_cutoff, types),
             dropout=cfg.adaptive_softmax_dropout, factor=cfg.adaptive_softmax_factor,
         )  # fmt: skip
-    check_memory(types * features, f"a softmax of {types:,} words and size {features:,}")
+    check_machine_memory(types * features, f"a softmax of {types:,} words and size {features:,}")
     linear = nn.Linear(features, types)
     nn.init.uniform_(linear.weight, -0.1, 0.1)
     nn.init.zeros_(linear.bias)

@@ -22,7 +22,7 @@ from fairseq_rkm.graphs.recording import (
     record,
     refuse,
 )
-from fairseq_rkm.models.carried_state import CarriedState
+from fairseq_rkm.models.language_model.carried_state import CarriedState
 from fairseq_rkm.modules import RKMState
 
 MOST_LENGTHS = 1000

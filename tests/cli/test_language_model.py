@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from cli.conftest import ROOT, SMALL, TASK, fairseq, hydra_flags, succeed
 from fairseq_rkm import RKMError
 from fairseq_rkm.models import RKMLanguageModel, RKMModel
-from fairseq_rkm.models.rkm_lm import RKMDecoder
+from fairseq_rkm.models.language_model.language_model_decoder import RKMLanguageModelDecoder
 
 
 def perplexity(result) -> float:
@@ -24,7 +24,7 @@ def one_pass_perplexity(checkpoint, data, split) -> tuple[float, int]:
     """Score a split by one forward pass over all of its text."""
     state = torch.load(checkpoint, weights_only=True)
     dictionary = Dictionary.load(str(data / "dict.txt"))
-    decoder = RKMDecoder(OmegaConf.create(state["cfg"]["model"]), dictionary, dictionary)
+    decoder = RKMLanguageModelDecoder(OmegaConf.create(state["cfg"]["model"]), dictionary, dictionary)
     decoder.load_state_dict({name.removeprefix("decoder."): value for name, value in state["model"].items()})
     sentences = data_utils.load_indexed_dataset(str(data / split), dictionary)
     tokens = torch.cat([sentences[i] for i in range(len(sentences))]).long()

@@ -8,7 +8,8 @@ from omegaconf import OmegaConf
 
 from fairseq_rkm import RKMError
 from fairseq_rkm.criterions.cross_entropy_ar_tar import CrossEntropyARTARCriterion
-from fairseq_rkm.models.rkm_lm import RKMDecoder, RKMLanguageModel, RKMLanguageModelConfig
+from fairseq_rkm.models.language_model.language_model_decoder import RKMLanguageModelDecoder
+from fairseq_rkm.models.language_model.rkm_language_model import RKMLanguageModel, RKMLanguageModelConfig
 
 
 class Task:
@@ -26,7 +27,7 @@ TASK = Task()
 def model(**flags):
     sizes = {"decoder_embed_dim": 6, "decoder_hidden_size": 8, "criterion_name": None, "dropout": 0.5}
     cfg = OmegaConf.structured(RKMLanguageModelConfig(**{**sizes, **flags}))
-    return RKMLanguageModel(RKMDecoder(cfg, TASK.target_dictionary, TASK.target_dictionary))
+    return RKMLanguageModel(RKMLanguageModelDecoder(cfg, TASK.target_dictionary, TASK.target_dictionary))
 
 
 def sample(rows=3, steps=7, padded=0):

@@ -55,7 +55,7 @@ def test_from_raw_text_to_bleu_by_one_command_and_again_to_what_is_there(tmp_pat
 
 
 def test_the_hydra_configuration_is_the_preset():
-    from fairseq_rkm.models.rkm import rkm_iwslt_de_en
+    from fairseq_rkm.models.translation.translation_presets import rkm_iwslt_de_en
 
     given = OmegaConf.load(ROOT / "examples/translation/config/multi30k_de_en.yaml").model
     preset = Namespace(cell="rkm_lstm", share_all_embeddings=True)

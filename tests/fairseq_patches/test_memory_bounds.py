@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 import fairseq_rkm
 from fairseq_rkm import RKM, RKMError
 from fairseq_rkm.fairseq_patches.memory_bounds import adopt
-from fairseq_rkm.models import rkm_lm_presets
-from fairseq_rkm.models.rkm_lm import RKMLanguageModel, RKMLanguageModelConfig
+from fairseq_rkm.models.language_model import language_model_presets
+from fairseq_rkm.models.language_model.rkm_language_model import RKMLanguageModel, RKMLanguageModelConfig
 
 fairseq_rkm.register()
 WORDS = Dictionary()
@@ -27,7 +27,7 @@ def build(**flags):
 
 def loaded(path, setting, name="rkm_lm", overrides=None, **flags):
     """The bound of a model built from a checkpoint whose configuration has this ``memory_clip``, and the setting."""
-    config = RKMLanguageModelConfig if name == "rkm_lm" else rkm_lm_presets.PTBConfig
+    config = RKMLanguageModelConfig if name == "rkm_lm" else language_model_presets.PTBConfig
     cfg = OmegaConf.to_container(OmegaConf.structured(config(**SIZES, **flags)), enum_to_str=True)
     cfg = {**cfg, "_name": name, "memory_clip": setting}
     if setting is ABSENT:
@@ -74,9 +74,9 @@ def test_an_override_counts_whatever_the_checkpoint_has(tmp_path, setting):
 
 
 def test_a_preset_s_bound_of_null_is_ambiguous_and_refused():
-    cfg = OmegaConf.structured(rkm_lm_presets.PTBConfig(**SIZES, memory_clip=None))
+    cfg = OmegaConf.structured(language_model_presets.PTBConfig(**SIZES, memory_clip=None))
     with pytest.raises(RKMError, match=r"model\.memory_clip is null"):
-        rkm_lm_presets.PTBLanguageModel.build_model(cfg, TASK)
+        language_model_presets.PTBLanguageModel.build_model(cfg, TASK)
 
 
 def clips(model):

@@ -9,7 +9,8 @@ import fairseq_rkm
 from fairseq_rkm import RKMError
 from fairseq_rkm.criterions.cross_entropy_ar_tar import CrossEntropyARTARCriterion
 from fairseq_rkm.graphs.recording import record
-from fairseq_rkm.models.rkm_lm import RKMDecoder, RKMLanguageModel, RKMLanguageModelConfig
+from fairseq_rkm.models.language_model.language_model_decoder import RKMLanguageModelDecoder
+from fairseq_rkm.models.language_model.rkm_language_model import RKMLanguageModel, RKMLanguageModelConfig
 from fairseq_rkm.optim.adamw_average import AveragedAdamWConfig, FairseqAveragedAdamW
 from fairseq_rkm.tasks.graphed_steps import StepGraphs, check_graphs
 from fairseq_rkm.tasks.stateful_language_modeling import StatefulLanguageModelingConfig, StatefulLanguageModelingTask
@@ -36,7 +37,7 @@ def build(device, dtype, **flags):
     sizes = {"decoder_embed_dim": 12, "decoder_hidden_size": 16, "criterion_name": None}
     drops = dict.fromkeys(("dropout", "dropout_input", "dropout_hidden", "dropout_words", "dropout_weights"), 0.2)
     cfg = OmegaConf.structured(RKMLanguageModelConfig(**{**sizes, **drops, "memory_clip": 1.0, **flags}))
-    model = RKMLanguageModel(RKMDecoder(cfg, WORDS, WORDS)).to(device, dtype).train()
+    model = RKMLanguageModel(RKMLanguageModelDecoder(cfg, WORDS, WORDS)).to(device, dtype).train()
     config = OmegaConf.structured(AveragedAdamWConfig(lr=[0.01], max_update=10, task_name=None, average_last=0.5))
     return model, FairseqAveragedAdamW(config, [p for p in model.parameters() if p.requires_grad])
 

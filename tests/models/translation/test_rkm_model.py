@@ -16,8 +16,9 @@ from small_translation import JOINED, JOINED_SOFTMAX, SMALL, SOURCE, TARGET, bat
 from fairseq_rkm import CELLS, RKMError
 from fairseq_rkm.graphs.decoding_graphs import DecodingGraphs
 from fairseq_rkm.graphs.graphed_function import GraphedFunction
-from fairseq_rkm.models import rkm
-from fairseq_rkm.models.rkm import RKMConfig, RKMModel, check_flags, initialize, rkm_iwslt_de_en, rkm_tiny
+from fairseq_rkm.models.translation import rkm_model
+from fairseq_rkm.models.translation.rkm_model import RKMConfig, RKMModel, check_flags, check_graphs, initialize
+from fairseq_rkm.models.translation.translation_presets import rkm_iwslt_de_en, rkm_tiny
 
 
 def assert_steps_equal_the_full_pass(model):
@@ -492,8 +493,8 @@ def test_checkpoints_of_another_dictionary_are_refused():
 
 @pytest.mark.parametrize("flags", [{"ngram": 3, "dropout_words": 0.2}, {"input_feeding": True}])
 def test_replayed_training_is_the_same(monkeypatch, flags):
-    """Recording and replaying is done again, on a CPU: :mod:`modules.test_graphed_function` has it on GPUs."""
-    monkeypatch.setattr(rkm, "check_graphs", lambda _tokens: None)
+    """Recording and replaying is done again, on a CPU: :mod:`graphs.test_graphed_function` has it on GPUs."""
+    monkeypatch.setattr(rkm_model, "check_graphs", lambda _tokens: None)
     monkeypatch.setattr(GraphedFunction.__init__, "__defaults__", (run_at_once, ""))
     batches = [batch(), batch(source_length=4), batch(), batch(source_length=4), batch()]
     batches[2][0][1, 4:] = SOURCE.pad()
@@ -535,7 +536,7 @@ def test_where_there_can_be_no_graphs_the_first_step_says_so(monkeypatch, where,
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: "autocast" in where)
     with pytest.raises(RKMError, match=f"--cuda-graphs {message}"):
-        rkm.check_graphs(SimpleNamespace(is_cuda=bool(where)))
+        check_graphs(SimpleNamespace(is_cuda=bool(where)))
     if not where:
         model = build(cuda_graphs=True)
         source, tokens = batch()

@@ -117,10 +117,10 @@ class ClassifierHubInterface(nn.Module):
         return self.model(tokens, classification_head_name=self.task.cfg.classification_head_name)[0]
 
 
-def load(
+def load_classifier(
     wanted: Wanted, folder: str | Path, checkpoint_file: str, data: str | Path | None, overrides: dict[str, Any]
 ) -> ClassifierHubInterface:
-    """See :meth:`fairseq_rkm.models.rkm_classifier.RKMClassifier.from_pretrained`."""
+    """See :meth:`fairseq_rkm.models.classification.rkm_classifier.RKMClassifier.from_pretrained`."""
     fairseq_rkm.register()
     path = Path(folder, checkpoint_file)
     if not path.is_file():

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from fairseq_rkm.data.dictionary import FINGERPRINT, check_fingerprint, fingerprint
 from fairseq_rkm.graphs.decoding_graphs import DecodingGraphs
-from fairseq_rkm.models.options import NO_LIMIT, build_rkm, first_given
-from fairseq_rkm.models.rkm_encoder import EncoderOut
+from fairseq_rkm.models.recurrence_options import NO_LIMIT, build_rkm, first_given
+from fairseq_rkm.models.translation.rkm_encoder import EncoderOut
+from fairseq_rkm.models.translation.state_bridge import StateBridge
 from fairseq_rkm.models.word_layers import build_softmax
 from fairseq_rkm.modules import RKM, GlobalAttention, RKMState, Stepper, dropped_embedding
-from fairseq_rkm.ops import CELLS
-from fairseq_rkm.ops.weights import memory_dtype
 
 Layers = Iterable[Callable[..., tuple[Tensor, RKMState]]]
 """The decoder's layers, or what stands in for them."""
@@ -49,7 +48,7 @@ class DecoderState(NamedTuple):
         return DecoderState([layer.map(lambda _: next(given).transpose(0, 1)) for layer in self.layers], next(given))
 
 
-class RKMAttentionDecoder(FairseqIncrementalDecoder):
+class RKMTranslationDecoder(FairseqIncrementalDecoder):
     """Target tokens and source states to scores of the next token.
 
     One layer's output queries the source (:class:`~fairseq_rkm.modules.GlobalAttention`), and the attentional vector is
@@ -113,7 +112,7 @@ class RKMAttentionDecoder(FairseqIncrementalDecoder):
         Args:
             prev_output_tokens: ``(B, T)`` int64, padded on either side. With an incremental state that holds the
                 earlier ones, only the last is read.
-            encoder_out: of :class:`~fairseq_rkm.models.rkm_encoder.RKMEncoder`.
+            encoder_out: of :class:`~fairseq_rkm.models.translation.rkm_encoder.RKMEncoder`.
             incremental_state: fairseq's, for decoding step by step.
             features_only: stop before the softmax.
 
@@ -141,10 +140,10 @@ class RKMAttentionDecoder(FairseqIncrementalDecoder):
 
     def initial_state(self, encoder_out: EncoderOut) -> DecoderState:
         """Each layer's from the encoder layer beside it, both counted from the top."""
-        (hiddens,), (cells,) = encoder_out["encoder_hiddens"], encoder_out["encoder_cells"]
+        (hiddens,), (memories,) = encoder_out["encoder_hiddens"], encoder_out["encoder_memories"]
         ahead = hiddens.size(0) - len(self.layers)
         beside = [max(0, i + ahead) for i in range(len(self.layers))]
-        states = [bridge(hiddens[k], cells[k]) for bridge, k in zip(self.bridges, beside, strict=True)]
+        states = [bridge(hiddens[k], memories[k]) for bridge, k in zip(self.bridges, beside, strict=True)]
         return DecoderState(states, states[0].hidden.new_zeros(hiddens.size(1), self.fed_size))
 
     def _can_step(self) -> bool:
@@ -260,31 +259,3 @@ class RKMAttentionDecoder(FairseqIncrementalDecoder):
     def upgrade_state_dict_named(self, state_dict: dict, name: str) -> None:
         """Refuse a checkpoint of another dictionary before its weights are looked at."""
         check_fingerprint(state_dict, f"{name}.", self, self.dictionary)
-
-
-class StateBridge(nn.Module):
-    """A decoder layer's initial state from an encoder layer's final one: an affine map of h, and one of c.
-
-    A layer without feedback reads no h and one without memory no c; those are zeros without a map.
-
-    Args:
-        source_size: e.
-        layer: the decoder's.
-    """
-
-    def __init__(self, source_size: int, layer: RKM) -> None:
-        super().__init__()
-        self.size = layer.hidden_size
-        self.context_size = layer.ngram - 1, layer.input_size
-        self.hidden = nn.Linear(source_size, self.size) if layer.feedback else None
-        self.cell = nn.Linear(source_size, self.size) if CELLS[layer.cell].has_memory else None
-
-    def forward(self, hidden: Tensor, cell: Tensor) -> RKMState:
-        """``hidden``, ``cell``: ``(B, e)``; the state's tensors are ``(1, B, d)``."""
-        mapped = [
-            hidden.new_zeros(hidden.size(0), self.size) if map_ is None else map_(value.to(hidden.dtype))
-            for map_, value in ((self.hidden, hidden), (self.cell, cell))
-        ]
-        steps, size = self.context_size
-        context = [hidden.new_zeros(steps, hidden.size(0), size)] if steps else None
-        return RKMState(mapped[0].unsqueeze(0), mapped[1].to(memory_dtype(hidden.dtype)).unsqueeze(0), context)

@@ -1,7 +1,7 @@
 import pytest
 
 from fairseq_rkm import RKMError
-from fairseq_rkm.models.carried_state import CarriedState
+from fairseq_rkm.models.language_model.carried_state import CarriedState
 
 
 def test_segments_in_order_and_repeated():

@@ -1,11 +1,10 @@
 """``rkm``: an encoder-decoder of RKM layers with attention, for fairseq's ``translation`` task and its kin."""
 
-import argparse
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
 import torch
-from fairseq.models import FairseqEncoderDecoderModel, register_model, register_model_architecture
+from fairseq.models import FairseqEncoderDecoderModel, register_model
 from fairseq.tasks.translation import TranslationTask
 from torch import Tensor, nn
 
@@ -14,15 +13,15 @@ from fairseq_rkm.data.sentencepieces import check_pieces
 from fairseq_rkm.errors import RKMError
 from fairseq_rkm.graphs.graphed_function import GraphedFunction
 from fairseq_rkm.graphs.recording import NEEDS_GPU, NEEDS_ONE_PROCESS, refuse
-from fairseq_rkm.models import hub
+from fairseq_rkm.models import trained_models
 from fairseq_rkm.models.fitting_task import check_task
-from fairseq_rkm.models.options import CELL_CHOICES, RKMOptions
-from fairseq_rkm.models.rkm_decoder import RKMAttentionDecoder
-from fairseq_rkm.models.rkm_encoder import RKMEncoder
-from fairseq_rkm.models.rkm_generator import RKMGenerator, RKMGeneratorWithAlignment
+from fairseq_rkm.models.recurrence_options import CELL_CHOICES, RKMOptions
+from fairseq_rkm.models.translation.rkm_encoder import RKMEncoder
+from fairseq_rkm.models.translation.rkm_generator import RKMGenerator, RKMGeneratorWithAlignment
+from fairseq_rkm.models.translation.translation_decoder import RKMTranslationDecoder
+from fairseq_rkm.models.translation.translation_hub import TranslationHub
 from fairseq_rkm.models.word_layers import SoftmaxOptions, build_embedding, check_softmax
 from fairseq_rkm.modules.dropout import check_probability
-from fairseq_rkm.ops.cells import is_bound
 
 DROPOUTS = ("encoder_dropout_in", "encoder_dropout_out", "decoder_dropout_in", "decoder_dropout_out")
 
@@ -122,7 +121,7 @@ class RKMModel(FairseqEncoderDecoderModel):
                 target, cfg.decoder_embed_dim, cfg.decoder_embed_path, cfg.decoder_freeze_embed
             )
         encoder = RKMEncoder(cfg, source, source_embedding)
-        model = cls(encoder, RKMAttentionDecoder(cfg, target, target_embedding, encoder.output_size))
+        model = cls(encoder, RKMTranslationDecoder(cfg, target, target_embedding, encoder.output_size))
         initialize(model)
         model.cuda_graphs = cfg.cuda_graphs
         return model
@@ -153,7 +152,7 @@ class RKMModel(FairseqEncoderDecoderModel):
     @classmethod
     def from_pretrained(
         cls, model_name_or_path: str, checkpoint_file: str = "model.pt", data_name_or_path: str = ".", **kwargs: Any
-    ) -> hub.TranslationHub:
+    ) -> TranslationHub:
         """Load a trained model for use from Python.
 
         Args:
@@ -169,8 +168,8 @@ class RKMModel(FairseqEncoderDecoderModel):
                 fit together.
         """
         wanted = Wanted(FairseqEncoderDecoderModel, (TranslationTask,), "translate")
-        loaded = hub.load(wanted, model_name_or_path, checkpoint_file, data_name_or_path, **kwargs)
-        translation = hub.TranslationHub(loaded["args"], loaded["task"], loaded["models"])
+        loaded = trained_models.load(wanted, model_name_or_path, checkpoint_file, data_name_or_path, **kwargs)
+        translation = TranslationHub(loaded["args"], loaded["task"], loaded["models"])
         check_pieces(translation.bpe, translation.src_dict)
         return translation
 
@@ -258,35 +257,3 @@ def _check_sharing(cfg: RKMConfig, joined: bool) -> None:
 
 def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
-
-
-def _fill(args: argparse.Namespace, **values: Any) -> None:
-    """Set the flags that the user has not given."""
-    for name, value in values.items():
-        setattr(args, name, getattr(args, name, value))
-
-
-@register_model_architecture("rkm", "rkm_tiny")
-def rkm_tiny(args: argparse.Namespace) -> None:
-    """For tests and first tries: trains in a minute on a CPU. The memory is normalised unless it is clipped."""
-    _fill(
-        args, encoder_embed_dim=64, encoder_hidden_size=64, encoder_bidirectional=True,
-        decoder_embed_dim=64, decoder_hidden_size=64, dropout=0.0,
-        layer_norm=not is_bound(getattr(args, "memory_clip", "auto")),
-    )  # fmt: skip
-
-
-@register_model_architecture("rkm", "rkm_iwslt_de_en")
-def rkm_iwslt_de_en(args: argparse.Namespace) -> None:
-    """For corpora of some 30,000 to 300,000 sentence pairs with a subword vocabulary of some 10,000.
-
-    The memory is clipped unless it is normalised, which is worse here: examples/translation/README.md.
-    """
-    _fill(
-        args, ngram_padding="same", encoder_ngram=None if hasattr(args, "ngram") else 3,
-        encoder_embed_dim=256, encoder_hidden_size=256, encoder_layers=2, encoder_bidirectional=True,
-        decoder_embed_dim=256, decoder_hidden_size=512, decoder_layers=2, attention_layer=1,
-        memory_clip="auto" if getattr(args, "layer_norm", False) else "3.0",
-        dropout=0.4, dropout_words=0.1, dropout_weights=0.0 if getattr(args, "input_feeding", False) else 0.2,
-        share_decoder_input_output_embed=getattr(args, "adaptive_softmax_cutoff", None) is None,
-    )  # fmt: skip

@@ -7,7 +7,8 @@ from helpers import assert_close, randomized
 from omegaconf import OmegaConf
 
 from fairseq_rkm import CELLS, RKMError
-from fairseq_rkm.models.rkm_lm import RKMDecoder, RKMLanguageModelConfig, check_flags
+from fairseq_rkm.models.language_model.language_model_decoder import RKMLanguageModelDecoder
+from fairseq_rkm.models.language_model.rkm_language_model import RKMLanguageModelConfig, check_flags
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,7 @@ def dictionary():
 def decoder(dictionary, **flags):
     sizes = {"decoder_embed_dim": 6, "decoder_hidden_size": 8, "criterion_name": None}
     cfg = OmegaConf.structured(RKMLanguageModelConfig(**{**sizes, **flags}))
-    built = RKMDecoder(cfg, dictionary, dictionary).double()
+    built = RKMLanguageModelDecoder(cfg, dictionary, dictionary).double()
     for layer in built.layers:
         randomized(layer)
     return built.eval()

@@ -13,7 +13,7 @@ from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.models import register_model
 
 from fairseq_rkm.errors import RKMError
-from fairseq_rkm.models.rkm_lm import RKMLanguageModel, RKMLanguageModelConfig
+from fairseq_rkm.models.language_model.rkm_language_model import RKMLanguageModel, RKMLanguageModelConfig
 
 
 class Preset(RKMLanguageModel):

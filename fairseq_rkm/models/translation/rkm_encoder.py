@@ -9,14 +9,14 @@ from fairseq.modules import FairseqDropout
 from torch import Tensor, nn
 
 from fairseq_rkm.data.dictionary import FINGERPRINT, check_fingerprint, fingerprint
-from fairseq_rkm.models.options import NO_LIMIT, build_rkm, first_given
+from fairseq_rkm.models.recurrence_options import NO_LIMIT, build_rkm, first_given
 from fairseq_rkm.modules import dropped_embedding
 
 EncoderOut = dict[str, list[Tensor]]
 """What :meth:`RKMEncoder.forward` returns; all lists of tensors, as fairseq's generators want it.
 
 ``encoder_out``: one tensor ``(S, B, e)``; ``encoder_padding_mask``: one ``(B, S)`` bool, True at padding;
-``encoder_hiddens`` and ``encoder_cells``: one ``(layers, B, e)`` each, the last real steps' h and c, the directions
+``encoder_hiddens`` and ``encoder_memories``: one ``(layers, B, e)`` each, the last real steps' h and c, the directions
 side by side.
 """
 
@@ -58,17 +58,17 @@ class RKMEncoder(FairseqEncoder):
         """
         mask = src_tokens.eq(self.padding_idx)
         x = self.dropout_in(dropped_embedding(self.embed_tokens, src_tokens.t(), self.dropout_words, self.training))
-        hiddens, cells = [], []
+        hiddens, memories = [], []
         for layer in self.layers:
             x, state = layer(x, padding_mask=mask)
             x = self.dropout_out(x)
             hiddens.append(_side_by_side(state.hidden))
-            cells.append(_side_by_side(state.cell))
+            memories.append(_side_by_side(state.cell))
         return {
             "encoder_out": [x],
             "encoder_padding_mask": [mask],
             "encoder_hiddens": [torch.stack(hiddens)],
-            "encoder_cells": [torch.stack(cells)],
+            "encoder_memories": [torch.stack(memories)],
         }
 
     def reorder_encoder_out(self, encoder_out: EncoderOut, new_order: Tensor) -> EncoderOut:

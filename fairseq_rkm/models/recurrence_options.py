@@ -5,7 +5,7 @@ from typing import Any, Optional
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
-from fairseq_rkm.models.memory import check_memory
+from fairseq_rkm.models.machine_memory import check_machine_memory
 from fairseq_rkm.modules import RKM
 from fairseq_rkm.modules.rkm import NGRAM_PADDINGS
 from fairseq_rkm.ops import BACKENDS, CELLS, resolve_cell
@@ -68,7 +68,7 @@ def build_rkm(options: RKMOptions, input_size: int, hidden_size: int, **argument
         "backend": str(options.backend),
     }
     arguments = {**flags, **arguments}
-    check_memory(
+    check_machine_memory(
         _count_weights(input_size, hidden_size, **arguments),
         f"the recurrent weights of {hidden_size:,} units with {input_size:,} inputs of {arguments['ngram']:,} steps",
     )

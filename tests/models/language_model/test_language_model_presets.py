@@ -7,8 +7,8 @@ from fairseq.data import Dictionary
 from fairseq.models import ARCH_MODEL_REGISTRY
 from omegaconf import OmegaConf
 
-from fairseq_rkm.models import rkm_lm_presets as presets
-from fairseq_rkm.models.rkm_lm import RKMDecoder
+from fairseq_rkm.models.language_model import language_model_presets as presets
+from fairseq_rkm.models.language_model.language_model_decoder import RKMLanguageModelDecoder
 
 
 def shape(config, types, **flags):
@@ -17,7 +17,9 @@ def shape(config, types, **flags):
     for i in range(types - len(dictionary)):
         dictionary.add_symbol(f"w{i}")
     with torch.device("meta"):
-        return RKMDecoder(OmegaConf.structured(config(criterion_name=None, **flags)), dictionary, dictionary)
+        return RKMLanguageModelDecoder(
+            OmegaConf.structured(config(criterion_name=None, **flags)), dictionary, dictionary
+        )
 
 
 @pytest.mark.parametrize(
@@ -68,7 +70,7 @@ def test_the_initial_biases_are_awd_lstm_s():
     cfg = OmegaConf.structured(
         presets.PTBConfig(criterion_name=None, decoder_hidden_size=100, decoder_embed_dim=64, cell="lstm")
     )
-    built = RKMDecoder(cfg, dictionary, dictionary)
+    built = RKMLanguageModelDecoder(cfg, dictionary, dictionary)
     for layer in built.layers:
         bound = layer.hidden_size**-0.5
         for weight in (layer.bias_l0, layer.weight_ih_l0, layer.weight_hh_l0):

@@ -9,10 +9,10 @@ from fairseq.sequence_generator import SequenceGenerator, SequenceGeneratorWithA
 from torch import Tensor
 
 from fairseq_rkm.errors import RKMError
-from fairseq_rkm.models.hypotheses import Choices, follow_back
-from fairseq_rkm.models.rkm_decoder import DecoderState, RKMAttentionDecoder
+from fairseq_rkm.models.translation.hypotheses import Choices, follow_back
+from fairseq_rkm.models.translation.translation_decoder import DecoderState, RKMTranslationDecoder
 
-CHECKED = 4
+ASKING_STEPS = 4
 """Steps after which the GPU is asked whether all sentences are done; at each such question it waits for the host."""
 
 Hypotheses = list[list[dict[str, Tensor]]]
@@ -81,7 +81,7 @@ class RKMGenerator(SequenceGenerator):
         return (
             all(addition is None for addition in additions)
             and self.model.models_size == 1
-            and isinstance(decoder, RKMAttentionDecoder)
+            and isinstance(decoder, RKMTranslationDecoder)
             and decoder.adaptive_softmax is None
             and decoder.can_replay()
             and type(self.search) is BeamSearch
@@ -113,7 +113,7 @@ class RKMGenerator(SequenceGenerator):
             chosen, (found, ahead, *rows) = Choices(*left[: len(Choices._fields)]), left[len(Choices._fields) :]
             choices.append(chosen)
             beams = Beams(chosen.tokens, chosen.scores, found, ahead, beams.last)
-            if number % CHECKED == CHECKED - 1 and bool((beams.found >= self.beam_size).all()):
+            if number % ASKING_STEPS == ASKING_STEPS - 1 and bool((beams.found >= self.beam_size).all()):
                 break
         return choices
 

@@ -5,7 +5,7 @@ from helpers import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fairseq_rkm.models.hypotheses import Choices, follow_back
+from fairseq_rkm.models.translation.hypotheses import Choices, follow_back
 
 EOS = 2
 

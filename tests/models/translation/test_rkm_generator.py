@@ -15,9 +15,9 @@ from fairseq_rkm import CELLS, RKMError, register
 from fairseq_rkm.graphs import decoding_graphs
 from fairseq_rkm.graphs.decoding_graphs import DecodingGraphs
 from fairseq_rkm.graphs.recording import record
-from fairseq_rkm.models import rkm_generator
-from fairseq_rkm.models.rkm import RKMModel
-from fairseq_rkm.models.rkm_generator import RKMGenerator, RKMGeneratorWithAlignment
+from fairseq_rkm.models.translation import rkm_generator
+from fairseq_rkm.models.translation.rkm_generator import RKMGenerator, RKMGeneratorWithAlignment
+from fairseq_rkm.models.translation.rkm_model import RKMModel
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 AVAILABLE = DecodingGraphs.available
@@ -148,7 +148,7 @@ def test_it_ends_soon_after_the_last_sentence_has(monkeypatch):
     longest = max(len(hypothesis["tokens"]) for hypotheses in found for hypothesis in hypotheses)
     assert longest < 10
     # One more than are taken, when the step is recorded.
-    assert longest <= len(steps) - 1 < longest + rkm_generator.CHECKED
+    assert longest <= len(steps) - 1 < longest + rkm_generator.ASKING_STEPS
 
 
 def test_steps_that_cannot_be_recorded_are_done(monkeypatch):

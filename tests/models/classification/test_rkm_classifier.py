@@ -7,7 +7,12 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from fairseq_rkm import CELLS, RKMError
-from fairseq_rkm.models.rkm_classifier import RKMClassifier, RKMClassifierConfig, check_flags, has_layer_norm
+from fairseq_rkm.models.classification.rkm_classifier import (
+    RKMClassifier,
+    RKMClassifierConfig,
+    check_flags,
+    has_layer_norm,
+)
 from fairseq_rkm.modules import POOLINGS
 
 WORDS = Dictionary()

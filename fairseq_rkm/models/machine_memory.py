@@ -5,7 +5,7 @@ import os
 from fairseq_rkm.errors import RKMError
 
 
-def check_memory(numbers: int, what: str) -> None:
+def check_machine_memory(numbers: int, what: str) -> None:
     """Refuse more weights than this machine's memory holds: the system would end the process without a word.
 
     Args:

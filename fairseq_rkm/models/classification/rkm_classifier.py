@@ -15,7 +15,7 @@ from fairseq_rkm.checkpoints.loading import Wanted
 from fairseq_rkm.data.dictionary import FINGERPRINT, check_fingerprint, fingerprint
 from fairseq_rkm.errors import RKMError
 from fairseq_rkm.models.fitting_task import check_task
-from fairseq_rkm.models.options import NGRAM_PADDING_CHOICES, RKMOptions, build_rkm
+from fairseq_rkm.models.recurrence_options import NGRAM_PADDING_CHOICES, RKMOptions, build_rkm
 from fairseq_rkm.models.word_layers import build_embedding
 from fairseq_rkm.modules import POOLINGS, LockedDropout, dropped_embedding, pool
 from fairseq_rkm.modules.dropout import check_probability
@@ -148,7 +148,8 @@ class RKMClassifier(BaseFairseqModel):
         data_name_or_path: Optional[str] = None,
         **overrides: Any,
     ) -> Any:
-        """A trained classifier of raw text: see :class:`~fairseq_rkm.models.classifier_hub.ClassifierHubInterface`.
+        """A trained classifier of raw text, a
+        :class:`~fairseq_rkm.models.classification.classifier_hub.ClassifierHubInterface`.
 
         Args:
             model_name_or_path: folder of the checkpoint (``--save-dir``).
@@ -161,10 +162,10 @@ class RKMClassifier(BaseFairseqModel):
         Raises:
             RKMError: a file that is missing, broken or of another model.
         """
-        from fairseq_rkm.models.classifier_hub import load
+        from fairseq_rkm.models.classification.classifier_hub import load_classifier
 
         wanted = Wanted(cls, (SentencePredictionTask,), "classify documents")
-        return load(wanted, model_name_or_path, checkpoint_file, data_name_or_path, overrides)
+        return load_classifier(wanted, model_name_or_path, checkpoint_file, data_name_or_path, overrides)
 
 
 def has_layer_norm(cfg: RKMClassifierConfig) -> bool:

@@ -1,0 +1,104 @@
+"""``rkm_lm``: a word-level language model, an embedding, a stack of RKM layers and a softmax."""
+
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from fairseq.hub_utils import GeneratorHubInterface
+from fairseq.models import FairseqLanguageModel, register_model
+from fairseq.tasks.language_modeling import LanguageModelingTask
+
+from fairseq_rkm.checkpoints.loading import Wanted
+from fairseq_rkm.errors import RKMError
+from fairseq_rkm.models import trained_models
+from fairseq_rkm.models.fitting_task import check_task
+from fairseq_rkm.models.language_model.language_model_decoder import RKMLanguageModelDecoder
+from fairseq_rkm.models.recurrence_options import RKMOptions
+from fairseq_rkm.models.word_layers import SoftmaxOptions, check_softmax
+
+
+@dataclass
+class RKMLanguageModelConfig(SoftmaxOptions, RKMOptions):
+    """Flags of ``--arch rkm_lm``."""
+
+    decoder_embed_dim: int = field(default=400, metadata={"help": "size of the word embeddings"})
+    decoder_hidden_size: int = field(default=400, metadata={"help": "units in a layer"})
+    decoder_layers: int = field(default=2, metadata={"help": "RKM layers"})
+    decoder_embed_path: Optional[str] = field(default=None, metadata={"help": "word vectors in text format"})
+    decoder_freeze_embed: bool = field(default=False, metadata={"help": "do not train the embeddings"})
+    share_decoder_input_output_embed: bool = field(
+        default=False, metadata={"help": "tie the softmax to the embeddings; the last layer then ends at their size"}
+    )
+    dropout: float = field(default=0.0, metadata={"help": "on the stack's output, one mask for all steps"})
+    dropout_input: float = field(default=0.0, metadata={"help": "on the embeddings, one mask for all steps"})
+    dropout_hidden: float = field(default=0.0, metadata={"help": "between layers, one mask for all steps"})
+    dropout_words: float = field(default=0.0, metadata={"help": "on whole words of the vocabulary"})
+    dropout_weights: float = field(
+        default=0.0,
+        metadata={"help": "on the recurrent weights (DropConnect); without feedback on the inputs' weights"},
+    )
+
+
+@register_model("rkm_lm", dataclass=RKMLanguageModelConfig)
+class RKMLanguageModel(FairseqLanguageModel):
+    """A language model whose recurrence is any cell of Liang et al. (2019)."""
+
+    memory_clip_before = "none"
+    """What an absent or null ``memory_clip`` meant in the configuration of a checkpoint made before ``auto``."""
+
+    @classmethod
+    def build_model(cls, cfg: RKMLanguageModelConfig, task: Any) -> "RKMLanguageModel":
+        """Build the model for a task's dictionaries.
+
+        Raises:
+            RKMError: flags that contradict each other or do not fit the dictionaries, or a task for another model.
+        """
+        check_task("rkm_lm", task)
+        check_flags(cfg, len(task.source_dictionary), len(task.target_dictionary))
+        return cls(RKMLanguageModelDecoder(cfg, task.source_dictionary, task.target_dictionary))
+
+    @classmethod
+    def from_pretrained(
+        cls, model_name_or_path: str, checkpoint_file: str = "checkpoint_best.pt", data_name_or_path: str = ".",
+        **kwargs: Any,
+    ) -> GeneratorHubInterface:  # fmt: skip
+        """Load a trained language model, whose ``sample`` continues text and whose ``score`` weighs it.
+
+        >>> model = RKMLanguageModel.from_pretrained("run", data_name_or_path="data")
+        >>> model.sample("the following example", beam=1, sampling=True, sampling_topp=0.8, max_len_b=30)
+        >>> model.score("the following example")["positional_scores"]  # the logarithm of each word's probability
+
+        Args:
+            model_name_or_path: the folder that ``checkpoint_file`` is in, or an archive of it or its URL.
+            checkpoint_file: a checkpoint, or several separated by colons: an ensemble.
+            data_name_or_path: the folder of dict.txt; ``"."`` is the model's own.
+            kwargs: fairseq's options where they differ from training's: ``bpe="sentencepiece"``, ...
+
+        Raises:
+            RKMError: no checkpoint or dictionary there, a checkpoint that is damaged, carries code or is of another
+                kind of model, or another dictionary than the model's.
+        """
+        wanted = Wanted(FairseqLanguageModel, (LanguageModelingTask,), "continue text")
+        loaded = trained_models.load(wanted, model_name_or_path, checkpoint_file, data_name_or_path, **kwargs)
+        return GeneratorHubInterface(loaded["args"], loaded["task"], loaded["models"])
+
+
+def check_flags(cfg: RKMLanguageModelConfig, source_types: int, target_types: int) -> None:
+    """Raises RKMError for flags that cannot be had together, before anything is built."""
+    if str(cfg.ngram_padding) == "same" and cfg.ngram > 1:
+        raise RKMError("--ngram-padding same looks ahead; a language model needs causal")
+    if cfg.share_decoder_input_output_embed:
+        if cfg.adaptive_softmax_cutoff:
+            raise RKMError("--share-decoder-input-output-embed and --adaptive-softmax-cutoff exclude each other")
+        if source_types != target_types:
+            raise RKMError(
+                f"--share-decoder-input-output-embed needs one dictionary, but the input's has {source_types} types "
+                f"and the output's {target_types}"
+            )
+        if cfg.decoder_layers == 1 and cfg.decoder_hidden_size != cfg.decoder_embed_dim:
+            raise RKMError(
+                "with --share-decoder-input-output-embed a single layer ends at the embedding's size: make --decoder-"
+                f"hidden-size ({cfg.decoder_hidden_size}) and --decoder-embed-dim ({cfg.decoder_embed_dim}) equal"
+            )
+    check_softmax(cfg)
+    if cfg.decoder_layers < 1 or cfg.decoder_embed_dim < 1:
+        raise RKMError("--decoder-layers and --decoder-embed-dim must be at least 1")

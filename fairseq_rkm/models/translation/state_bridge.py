@@ -1,0 +1,35 @@
+"""Where a decoder layer of ``rkm`` starts: from what an encoder layer ended with."""
+
+from torch import Tensor, nn
+
+from fairseq_rkm.modules import RKM, RKMState
+from fairseq_rkm.ops import CELLS
+from fairseq_rkm.ops.weights import memory_dtype
+
+
+class StateBridge(nn.Module):
+    """A decoder layer's initial state from an encoder layer's final one: an affine map of h, and one of c.
+
+    A layer without feedback reads no h and one without memory no c; those are zeros without a map.
+
+    Args:
+        source_size: e.
+        layer: the decoder's.
+    """
+
+    def __init__(self, source_size: int, layer: RKM) -> None:
+        super().__init__()
+        self.size = layer.hidden_size
+        self.context_size = layer.ngram - 1, layer.input_size
+        self.hidden = nn.Linear(source_size, self.size) if layer.feedback else None
+        self.cell = nn.Linear(source_size, self.size) if CELLS[layer.cell].has_memory else None
+
+    def forward(self, hidden: Tensor, memory: Tensor) -> RKMState:
+        """``hidden``, ``memory``: h and c, ``(B, e)``; the state's tensors are ``(1, B, d)``."""
+        mapped = [
+            hidden.new_zeros(hidden.size(0), self.size) if map_ is None else map_(value.to(hidden.dtype))
+            for map_, value in ((self.hidden, hidden), (self.cell, memory))
+        ]
+        steps, size = self.context_size
+        context = [hidden.new_zeros(steps, hidden.size(0), size)] if steps else None
+        return RKMState(mapped[0].unsqueeze(0), mapped[1].to(memory_dtype(hidden.dtype)).unsqueeze(0), context)
