@@ -45,11 +45,11 @@ class DecodingGraphs:
     or what is loaded from a pickle, begins without any.
 
     Args:
-        recorder: :func:`~fairseq_rkm.graphs.recording.record`.
+        record: :func:`~fairseq_rkm.graphs.recording.record`.
     """
 
-    def __init__(self, recorder: Callable[[Run, Any], Run] = record) -> None:
-        self._record = recorder
+    def __init__(self, record: Callable[[Run, Any], Run] = record) -> None:
+        self._record = record
         self.recorder: Optional[GraphRecorder] = None
         self.steppers: list[Stepper] = []
         self.places: list[Any] = []

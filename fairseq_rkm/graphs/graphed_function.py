@@ -35,7 +35,7 @@ class GraphedFunction:
     Args:
         function: of tensors that need no gradients, to a tuple of tensors; it must wait for nothing of the GPU's.
         weights: all that gradients are to go to.
-        recorder: :func:`~fairseq_rkm.graphs.recording.record`.
+        record: :func:`~fairseq_rkm.graphs.recording.record`.
         remedy: ends the sentence of an error: how to do without graphs.
     """
 
@@ -43,12 +43,12 @@ class GraphedFunction:
         self,
         function: Callable[..., tuple[Tensor, ...]],
         weights: Sequence[Tensor],
-        recorder: Callable = record,
+        record: Callable = record,
         remedy: str = "do without CUDA graphs",
     ) -> None:
         self.function, self.weights, self.remedy = function, list(weights), remedy
         self.gradients = [torch.empty_like(weight) for weight in self.weights]
-        self.recorder = GraphRecorder(self.weights[0].device, recorder, remedy)
+        self.recorder = GraphRecorder(self.weights[0].device, record, remedy)
         self.recorded: Recordings[Shapes, _Passes] = Recordings(MOST_SHAPES)
         self.forward_passes = 0
 

@@ -64,14 +64,14 @@ class GraphRecorder:
 
     Args:
         device: of all tensors; on a CPU there is no stream.
-        recorder: :func:`record`.
+        record: :func:`record`, or what stands in for it.
         remedy: ends the sentence of a recording that fails.
     """
 
     def __init__(
-        self, device: torch.device, recorder: Callable[[Run, Any], Run] = record, remedy: str | None = None
+        self, device: torch.device, record: Callable[[Run, Any], Run] = record, remedy: str | None = None
     ) -> None:
-        self.recorder, self.remedy = recorder, remedy
+        self._record, self.remedy = record, remedy
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
@@ -82,7 +82,7 @@ class GraphRecorder:
             RKMError: ``run`` cannot be recorded.
         """
         try:
-            return self.recorder(run, self.pool)
+            return self._record(run, self.pool)
         except RKMError as error:
             if self.remedy is None:
                 raise

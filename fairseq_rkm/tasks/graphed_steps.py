@@ -92,15 +92,15 @@ class StepGraphs:
         model: in training.
         criterion: whose tensors are of sizes that follow from the sample's.
         optimizer: fairseq's, without loss scale.
-        recorder: :func:`~fairseq_rkm.graphs.recording.record`.
+        record: :func:`~fairseq_rkm.graphs.recording.record`.
     """
 
-    def __init__(self, model: Any, criterion: Any, optimizer: FairseqOptimizer, recorder: Callable = record) -> None:
+    def __init__(self, model: Any, criterion: Any, optimizer: FairseqOptimizer, record: Callable = record) -> None:
         self.model, self.criterion, self.optimizer = model, criterion, optimizer
         self.carried: CarriedState[list[RKMState]] = model.decoder.carried[True]
         self.weights = [p for p in model.parameters() if p.requires_grad]
         self.gradients = [torch.empty_like(p) for p in self.weights]
-        self.recorder = GraphRecorder(self.weights[0].device, recorder, "train without --cuda-graphs")
+        self.recorder = GraphRecorder(self.weights[0].device, record, "train without --cuda-graphs")
         self.steps: Recordings[torch.Size, _Recorded] = Recordings(MOST_LENGTHS)
         self.entered: list[RKMState] = []
         self.left: list[RKMState] = []

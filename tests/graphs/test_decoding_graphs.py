@@ -32,11 +32,11 @@ def refuse(_run, _pool):
 class Decoder(nn.Module):
     """A step of one layer, without fairseq's or attention's part in it; ``steps`` counts those not replayed."""
 
-    def __init__(self, device, recorder=None, ngram=2):
+    def __init__(self, device, stand_in=None, ngram=2):
         super().__init__()
         self.embedding = nn.Embedding(20, 5)
         self.rkm = RKM(5, 7, ngram=ngram)
-        self.graphs = DecodingGraphs(recorder or (record if device == "cuda" else run_at_once))
+        self.graphs = DecodingGraphs(stand_in or (record if device == "cuda" else run_at_once))
         self.steps = 0
         self.to(device).requires_grad_(False)
 
