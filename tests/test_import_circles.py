@@ -85,11 +85,35 @@ def test_a_circle_is_found(tmp_path, files, circle):
     assert found == ([circle] if circle else [])
 
 
-def test_no_file_of_the_experiments_has_another_s_name():
+def test_no_two_files_have_one_name():
     names = Counter(path.name for path in modules(ROOT).values())
-    of_experiments = {path.name for name, path in modules(ROOT).items() if ".experiments." in name}
-    assert len(of_experiments) > 20
-    assert [name for name in sorted(of_experiments) if names[name] > 1] == []
+    assert len(names) > 80
+    assert [name for name, count in names.items() if count > 1 and not name.startswith("__")] == []
+
+
+def test_no_two_numbers_have_one_name():
+    """A reader who meets a constant in two files takes it for one number of one unit."""
+    found: dict[str, set] = {}
+    for path in modules(ROOT).values():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Assign):
+                for name, number in numbers(node.targets[0], node.value):
+                    found.setdefault(name, set()).add(number)
+    assert len(found) > 20
+    assert {name: values for name, values in found.items() if len(values) > 1} == {}
+
+
+def numbers(target: ast.expr, value: ast.expr):
+    """The constants that an assignment gives a number, written as one or as a sum, a power and the like."""
+    if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+        for one, other in zip(target.elts, value.elts, strict=True):
+            yield from numbers(one, other)
+    elif isinstance(target, ast.Name) and target.id.isupper():
+        parts = list(ast.walk(value))
+        computed = all(isinstance(node, ast.Constant | ast.BinOp | ast.operator) for node in parts)
+        leaves = [node.value for node in parts if isinstance(node, ast.Constant)]
+        if computed and all(isinstance(leaf, int | float) for leaf in leaves):
+            yield target.id, ast.unparse(value)
 
 
 def test_no_file_outside_tests_edits_the_path_of_imports():

@@ -13,7 +13,7 @@ LEAST = 1 << 26
 """Elements that any model may take, beside a multiple of its checkpoint's: tables of positions are in no checkpoint."""
 
 MULTIPLE = 16
-OPERATIONS = 200
+OPERATIONS_A_WEIGHT = 200
 """How many a model may take for each of its checkpoint's weights, beside 10,000."""
 
 
@@ -28,7 +28,7 @@ class Bounded(TorchDispatchMode):
         super().__init__()
         self.held = sum(tensor.numel() for tensor in weights.values() if isinstance(tensor, torch.Tensor))
         self.most = MULTIPLE * self.held + LEAST
-        self.most_operations = 10_000 + OPERATIONS * len(weights)
+        self.most_operations = 10_000 + OPERATIONS_A_WEIGHT * len(weights)
         self.taken = self.operations = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -19,10 +19,10 @@ import torch
 from fairseq_rkm.checkpoints import classes
 from fairseq_rkm.errors import RKMError
 
-EXPANSION = 10
+PICKLE_EXPANSION = 10
 """An archive may unpack to so many times the file's size."""
 
-OPERATIONS = frozenset(
+PICKLE_OPERATIONS = frozenset(
     re.findall(
         r"\w+",
         """
@@ -70,7 +70,7 @@ def _inspect_archive(path: Path) -> None:
             if len(names) != len(members):
                 raise RKMError("it is damaged or forged: two members of its archive have one name")
             unpacked, size = sum(member.file_size for member in members), path.stat().st_size
-            if unpacked > EXPANSION * size:
+            if unpacked > PICKLE_EXPANSION * size:
                 raise RKMError(f"its {size} bytes unpack to {unpacked}")
             damaged = archive.testzip()
             if damaged is not None:
@@ -168,7 +168,7 @@ class _Inspector:
         start = self.file.tell()
         try:
             for operation, argument, _ in pickletools.genops(self.file):
-                if operation.name not in OPERATIONS:
+                if operation.name not in PICKLE_OPERATIONS:
                     raise RKMError(f"it is damaged or forged: its pickle has the operation {operation.name}")
                 if operation.name == "GLOBAL":
                     self._check_name(str(argument))

@@ -12,10 +12,10 @@ from typing import IO
 
 from fairseq_rkm.errors import RKMError
 
-LARGEST = 64 << 30
+MOST_BYTES = 64 << 30
 """Bytes that an archive may unpack to."""
 
-EXPANSION = 100
+ARCHIVE_EXPANSION = 100
 """How many times its own size an archive may unpack to."""
 
 MOST_FILES = 10_000
@@ -61,7 +61,7 @@ def _digest(path: Path) -> str:
 
 
 def _unpack(archive: Path, target: Path) -> None:
-    left = min(LARGEST, EXPANSION * archive.stat().st_size + (1 << 20))
+    left = min(MOST_BYTES, ARCHIVE_EXPANSION * archive.stat().st_size + (1 << 20))
     try:
         for number, (name, content) in enumerate(_members(archive)):
             if number >= MOST_FILES:
@@ -106,6 +106,6 @@ def _copy(content: IO[bytes], place: Path, most: int, archive: Path) -> int:
         while block := content.read(1 << 20):
             written += len(block)
             if written > most:
-                raise RKMError(f"refused {archive}: it unpacks to more than {EXPANSION} times its size")
+                raise RKMError(f"refused {archive}: it unpacks to more than {ARCHIVE_EXPANSION} times its size")
             file.write(block)
     return written

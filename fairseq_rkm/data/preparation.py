@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 import fairseq_rkm.data.words_tokenizer  # noqa: F401  registers it
 from fairseq_rkm.errors import RKMError, first_line
 
-FILE = "preparation.json"
+PREPARATION_FILE = "preparation.json"
 SENTENCEPIECE_MODEL = "sentencepiece.bpe.model"
 """The name under which fairseq's hub looks for it, too."""
 CHECKED = ("label/dict.txt", SENTENCEPIECE_MODEL)
@@ -65,7 +65,7 @@ class Preparation:
         if self.sentencepiece:
             model = self.folder / SENTENCEPIECE_MODEL
             if not model.is_file():
-                raise RKMError(f"{self.folder / FILE} asks for {model}, which is missing: copy it there")
+                raise RKMError(f"{self.folder / PREPARATION_FILE} asks for {model}, which is missing: copy it there")
             given = {"_name": "sentencepiece", "sentencepiece_model": str(model)}
             try:
                 return encoders.build_bpe(OmegaConf.create(given))
@@ -80,7 +80,9 @@ class Preparation:
         """Write ``preparation.json``."""
         values = {name: value for name, value in asdict(self).items() if name != "folder"}
         values["checksums"] = self.checksums()
-        (self.folder / FILE).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (self.folder / PREPARATION_FILE).write_text(
+            json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
 
     def checksums(self) -> dict[str, str]:
         """SHA-256 of the classes' names and of those of :data:`CHECKED` that are there, in hexadecimal."""
@@ -94,7 +96,7 @@ class Preparation:
         Raises:
             RKMError: what they were saved for has changed.
         """
-        path = self.folder / FILE
+        path = self.folder / PREPARATION_FILE
         if not isinstance(saved, dict):
             raise RKMError(f"{path}: checksums must be of names, each with its checksum")
         for name, checksum in self.checksums().items():
@@ -113,7 +115,7 @@ class Preparation:
         Raises:
             RKMError: no such file, or one that does not hold what it should.
         """
-        path = folder / FILE
+        path = folder / PREPARATION_FILE
         if not path.is_file():
             raise RKMError(
                 f"no {path}: it tells how text is tokenised and what the classes are called. Give the folder that "

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from fairseq_rkm.data.labelled_csv import Document, read_rows
 
-BATCH, MAX_TOKENS = 64, 16384
-SIZE = 300
+DOCUMENTS_A_BATCH, MAX_TOKENS = 64, 16384
+LSTM_SIZE = 300
 
 
 def confusion_matrix(classes: int, labels: Tensor, predicted: Tensor) -> list[list[int]]:
@@ -52,9 +52,9 @@ class PlainLSTM(nn.Module):
 
     def __init__(self, words: int, classes: int, padding: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(words, SIZE, padding_idx=padding)
-        self.lstm = nn.LSTM(SIZE, SIZE)
-        self.output = nn.Linear(SIZE, classes)
+        self.embedding = nn.Embedding(words, LSTM_SIZE, padding_idx=padding)
+        self.lstm = nn.LSTM(LSTM_SIZE, LSTM_SIZE)
+        self.output = nn.Linear(LSTM_SIZE, classes)
         self.padding = padding
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -79,7 +79,9 @@ class Split:
         sizes = self.documents.sizes.astype(np.int64)
         noise = 0 if draw is None else draw.uniform(0, 1, len(sizes))
         order = np.argsort(sizes + noise, kind="stable")
-        batches = data_utils.batch_by_size(order, sizes.__getitem__, sizes[order], max(MAX_TOKENS, sizes.max()), BATCH)
+        batches = data_utils.batch_by_size(
+            order, sizes.__getitem__, sizes[order], max(MAX_TOKENS, sizes.max()), DOCUMENTS_A_BATCH
+        )
         if draw is not None:
             draw.shuffle(batches)
         for rows in batches:

@@ -18,7 +18,7 @@ from fairseq.distributed import utils as distributed_utils
 from fairseq.models import BaseFairseqModel
 from torch import nn
 
-from fairseq_rkm.checkpoints import building, classes, contents, literals, reading, unpacking, weights
+from fairseq_rkm.checkpoints import building, classes, contents, literals, reading, unpacking, weight_checks
 from fairseq_rkm.checkpoints.loading import LOADING, Loading, Wanted
 from fairseq_rkm.errors import RKMError, first_line
 from fairseq_rkm.fairseq_patches.registry import patch, setting
@@ -249,7 +249,7 @@ def check_weights(load: Any) -> Any:
 
     def load_state_dict(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         def check(_: nn.Module, state_dict: Any, *__: Any) -> None:
-            weights.check(model, state_dict)
+            weight_checks.check(model, state_dict)
 
         # A hook, since before it fairseq renames and prunes the weights.
         hook = model.register_load_state_dict_pre_hook(check)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fairseq_rkm import RKMError
-from fairseq_rkm.data.preparation import FILE, SENTENCEPIECE_MODEL, Preparation
+from fairseq_rkm.data.preparation import PREPARATION_FILE, SENTENCEPIECE_MODEL, Preparation
 
 
 def test_tokens_depend_on_white_space_only_as_far_as_it_separates():
@@ -28,9 +28,9 @@ def test_saved_and_loaded_it_is_the_same(tmp_path):
     saved = Preparation(["Science & Mathematics", "Größe"], "moses", "de", True, True, folder=tmp_path)
     saved.save()
     assert Preparation.load(tmp_path) == saved
-    values = json.loads((tmp_path / FILE).read_text())
+    values = json.loads((tmp_path / PREPARATION_FILE).read_text())
     del values["ascii"]
-    (tmp_path / FILE).write_text(json.dumps(values))
+    (tmp_path / PREPARATION_FILE).write_text(json.dumps(values))
     assert Preparation.load(tmp_path).ascii is False
 
 
@@ -49,9 +49,9 @@ def test_saved_and_loaded_it_is_the_same(tmp_path):
 def test_a_file_that_is_missing_or_broken(tmp_path, text, message):
     if isinstance(text, dict):
         Preparation(["a"], folder=tmp_path).save()
-        text = json.dumps({**json.loads((tmp_path / FILE).read_text()), **text})
+        text = json.dumps({**json.loads((tmp_path / PREPARATION_FILE).read_text()), **text})
     if text is not None:
-        (tmp_path / FILE).write_text(text)
+        (tmp_path / PREPARATION_FILE).write_text(text)
     with pytest.raises(RKMError, match=message):
         Preparation.load(tmp_path)
 
@@ -70,7 +70,7 @@ def saved(folder, **flags):
 
 
 def change(folder, **values):
-    path = folder / FILE
+    path = folder / PREPARATION_FILE
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 

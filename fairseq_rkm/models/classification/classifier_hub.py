@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fairseq_rkm
 from fairseq_rkm.checkpoints.loading import Wanted, only
-from fairseq_rkm.data.preparation import FILE, Preparation
+from fairseq_rkm.data.preparation import PREPARATION_FILE, Preparation
 from fairseq_rkm.errors import RKMError
 
 MAX_TOKENS = 16384
@@ -43,8 +43,8 @@ class ClassifierHubInterface(nn.Module):
         self.preparation = Preparation.load(Path(task.cfg.data))
         if len(self.classes) != task.cfg.num_classes:
             raise RKMError(
-                f"{Path(task.cfg.data, FILE)} has {len(self.classes)} classes and the model {task.cfg.num_classes}: "
-                "give the data that it was trained on"
+                f"{Path(task.cfg.data, PREPARATION_FILE)} has {len(self.classes)} classes and the model "
+                f"{task.cfg.num_classes}: give the data that it was trained on"
             )
 
     @property
@@ -125,7 +125,7 @@ def load_classifier(
     path = Path(folder, checkpoint_file)
     if not path.is_file():
         raise RKMError(f"no checkpoint at {path}: give the --save-dir of a training run and the checkpoint's name")
-    if data is None and Path(folder, FILE).is_file():
+    if data is None and Path(folder, PREPARATION_FILE).is_file():
         data = folder
     if data is not None:
         overrides = {**overrides, "data": str(data)}
