@@ -6,45 +6,17 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
-
-
-def modules(root: Path) -> dict[str, Path]:
-    """The files of ``fairseq_rkm`` below a folder, by the names under which they are imported."""
-    found = {}
-    for path in (root / "fairseq_rkm").rglob("*.py"):
-        parts = path.relative_to(root).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
-
-
-def imports(name: str, path: Path, known: dict[str, Path]) -> set[str]:
-    """The modules that a module imports, at once or in a function; of the package itself, at once."""
-    found = set()
-    for node in nodes(ast.parse(path.read_text(encoding="utf-8")), into_functions=name != "fairseq_rkm"):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-            above = package.split(".")[: 1 - node.level or None] if node.level else []
-            base = ".".join([*above, *([node.module] if node.module else [])])
-            found |= {inner if (inner := f"{base}.{alias.name}") in known else base for alias in node.names}
-    return (found & known.keys()) - {name}
-
-
-def nodes(tree: ast.AST, into_functions: bool):
-    """A module's nodes, those of its functions' bodies only if asked for."""
-    for node in ast.iter_child_nodes(tree):
-        yield node
-        if into_functions or not isinstance(node, ast.FunctionDef):
-            yield from nodes(node, into_functions)
+from package_imports import ROOT, imported, module_of, modules
 
 
 def circles(root: Path) -> list[str]:
     """A circle for each import that closes one."""
     known = modules(root)
-    graph = {name: imports(name, path, known) for name, path in known.items()}
+    graph = {}
+    for name, path in known.items():
+        into_functions = name != "fairseq_rkm"  # its register() imports all that imports it
+        found_there = (module_of(read, known) for read in imported(name, path, into_functions))
+        graph[name] = {other for other in found_there if other} - {name}
     found, done, way = [], set(), []
 
     def visit(name: str) -> None:
