@@ -7,6 +7,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 
+def pytest_runtest_setup(item):
+    """Tests marked ``gpu``, or ``gpu(count=2)``, are skipped where there are not so many."""
+    for mark in item.iter_markers("gpu"):
+        wanted = mark.kwargs.get("count", 1)
+        if torch.cuda.device_count() < wanted:
+            pytest.skip(f"needs {wanted} GPU{'s' * (wanted > 1)}, and here are {torch.cuda.device_count()}")
+
+
 @pytest.fixture
 def poisoned():
     """Fill all memory that is allocated uninitialised with NaN."""

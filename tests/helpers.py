@@ -2,10 +2,14 @@
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 
 from fairseq_rkm import RKM
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+"""The parameters of a test that runs on both; see ``conftest.py`` for where there is no GPU."""
 
 TOLERANCES: dict[torch.dtype | str, float] = {
     torch.float64: 1e-11,

@@ -21,6 +21,11 @@ SMALL = [
 ]  # fmt: skip
 
 
+def pytest_itemcollected(item):
+    """Pytest asks this for the tests of this folder alone."""
+    item.add_marker(pytest.mark.cli)
+
+
 def hydra_flags(data: Path, folder: Path) -> list[object]:
     """Of fairseq-hydra-train for three updates of a small model on a CPU, with all that it writes in a folder."""
     (folder / "small.yaml").write_text(

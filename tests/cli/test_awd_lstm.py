@@ -71,7 +71,7 @@ def test_a_run_resumed_before_and_within_averaging_is_the_same_run(data, tmp_pat
         assert progress(folder / "checkpoint_last.pt") == progress(tmp_path / "whole/checkpoint_last.pt")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("precision", [[], ["--bf16"]], ids=["float32", "bfloat16"])
 def test_a_run_of_replayed_steps_is_the_same_run_and_resumes(data, tmp_path, precision):
     on_gpu = [flag for flag in RECIPE if flag != "--cpu"]

@@ -45,14 +45,11 @@ def test_training_learns_and_counts_every_token(trained, data):
     assert (run / "checkpoint_best.pt").is_file()
 
 
-NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
 @pytest.mark.parametrize(
     ("precision", "device"),
     [
         ("--bf16", "cpu"),
-        *(pytest.param(flag, "cuda", marks=NEEDS_GPU) for flag in ("--bf16", "--fp16", "--amp")),
+        *(pytest.param(flag, "cuda", marks=pytest.mark.gpu) for flag in ("--bf16", "--fp16", "--amp")),
     ],
 )
 def test_narrow_types_begin_as_float32_does_and_learn(data, tmp_path, precision, device):
@@ -114,7 +111,7 @@ def test_interactive_continues_a_prompt(trained, data, tmp_path, task):
     assert hypotheses[1].startswith("w2")
 
 
-@NEEDS_GPU
+@pytest.mark.gpu
 @pytest.mark.parametrize("precision", [[], ["--fp16"], ["--bf16"]], ids=["float32", "float16", "bfloat16"])
 def test_a_gpu_scores_and_continues_as_the_cpu_does(trained, data, tmp_path, precision):
     run, _ = trained

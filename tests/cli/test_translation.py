@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-import torch
 from fairseq.data.encoders.moses_tokenizer import MosesTokenizer, MosesTokenizerConfig
 
 from cli.conftest import ROOT, Result, fairseq, succeed
@@ -142,7 +141,7 @@ def test_reversal_is_learnt(reversing, generated):
     assert exact(hypotheses(generated, "D"), [target for _, target in reversing[0]]) > 0.99
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("precision", [[], ["--fp16"], ["--bf16"]], ids=["float32", "float16", "bfloat16"])
 def test_training_with_graphs_is_the_same_training(reversing, tmp_path, precision):
     _, data, _, _ = reversing
@@ -167,7 +166,7 @@ def test_training_with_graphs_is_the_same_training(reversing, tmp_path, precisio
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("precision", [[], ["--fp16"]], ids=["float32", "float16"])
 def test_a_gpu_translates_as_well(reversing, precision):
     pairs, data, pieces, checkpoint = reversing

@@ -51,7 +51,7 @@ def test_two_processes_train_as_one_with_the_same_global_batch(data, tmp_path, r
         torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.gpu(count=2)
 @pytest.mark.parametrize("backend", ["pytorch_ddp", "legacy_ddp"])
 def test_two_gpus_train_as_one_with_the_same_global_batch(data, tmp_path, backend):
     flags = [*(flag for flag in SMALL if flag != "--cpu"), "--max-update", 8, "--ngram", 2, "--adam-eps", "1e-4"]

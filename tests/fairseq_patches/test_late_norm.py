@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fairseq.trainer import Trainer
+from helpers import DEVICES
 from omegaconf import OmegaConf
 
 import fairseq_rkm
@@ -20,9 +21,6 @@ class StandIn(SimpleNamespace):
     """As much of a trainer as is asked for; hashable, as a trainer is."""
 
     __hash__ = object.__hash__
-
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 
 
 class Wrapped:

@@ -1,9 +1,8 @@
 import pytest
 import torch
+from helpers import DEVICES
 
 from fairseq_rkm.fairseq_patches.late_readings import LateValues
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 
 
 @pytest.mark.parametrize("device", DEVICES)

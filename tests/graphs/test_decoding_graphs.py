@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers import assert_close, product_type, run_at_once
+from helpers import DEVICES, assert_close, product_type, run_at_once
 from torch import nn
 
 from fairseq_rkm import RKM, RKMError
@@ -12,9 +12,6 @@ from fairseq_rkm.graphs import decoding_graphs
 from fairseq_rkm.graphs.decoding_graphs import DecodingGraphs
 from fairseq_rkm.graphs.recording import record
 from fairseq_rkm.modules import RKMState, Stepper
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
-
 
 AVAILABLE = DecodingGraphs.available
 

@@ -1,14 +1,12 @@
 import pytest
 import torch
-from helpers import run_at_once
+from helpers import DEVICES, run_at_once
 from torch import nn
 
 from fairseq_rkm import RKM, RKMError
 from fairseq_rkm.graphs import graphed_function
 from fairseq_rkm.graphs.graphed_function import GraphedFunction
 from fairseq_rkm.graphs.recording import record
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 
 
 class Model(nn.Module):

@@ -59,7 +59,7 @@ def test_recording_gives_memory_back_only_where_little_is_left(monkeypatch, free
         assert done == [*expected, "replay"]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_a_replay_comes_after_what_was_before_and_before_what_comes_after():
     recorder = GraphRecorder(torch.device("cuda", torch.cuda.current_device()))
     x, y = torch.zeros(1 << 24, device="cuda"), torch.zeros(1 << 24, device="cuda")
@@ -78,7 +78,7 @@ def test_a_replay_comes_after_what_was_before_and_before_what_comes_after():
         assert y.sub(value + 1).abs().max() == 0
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_what_cannot_be_recorded_is_said():
     code = (
         "import torch; from fairseq_rkm.graphs.recording import record\n"

@@ -4,9 +4,6 @@ from torch.nn import functional as F
 
 from fairseq_rkm.ops.alignment import align, align_rows, clear_and_align_rows, unalign_rows
 
-HAS_GPU = torch.cuda.is_available()
-gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA GPU")
-
 
 def test_what_is_aligned_is_not_copied():
     inputs, weight, other = torch.randn(3, 2, 8), torch.randn(4, 3 * 8), torch.randn(6, 16)
@@ -30,7 +27,7 @@ def test_unalign_undoes_what_align_does():
     assert back[1] is matrices[1]
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("sizes", [(8, 16), (5, 16), (5, 6, 7, 9)])
 @pytest.mark.parametrize("words", [1, 1000])
 def test_a_workspace_is_filled_along_the_way(device, sizes, words):
@@ -41,7 +38,7 @@ def test_a_workspace_is_filled_along_the_way(device, sizes, words):
     assert room.tolist() == [0, *[-1] * words, 0]
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_rows_are_filled_up_with_zeros(dtype):
@@ -54,7 +51,7 @@ def test_rows_are_filled_up_with_zeros(dtype):
         assert torch.equal(given, wanted)
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_rows_get_back_what_they_were_without_a_view(dtype):

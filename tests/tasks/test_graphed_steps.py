@@ -21,10 +21,7 @@ for number in range(40):
     WORDS.add_symbol(f"w{number}")
 LENGTHS = [5, 7, 5, 7, 7, 5, 9, 5, 5, 7, 9]
 CPU = pytest.param("cpu", torch.float32, id="cpu")
-GPU = [
-    pytest.param("cuda", dtype, marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
-    for dtype in (torch.float32, torch.bfloat16)
-]
+GPU = [pytest.param("cuda", dtype, marks=pytest.mark.gpu) for dtype in (torch.float32, torch.bfloat16)]
 
 
 def again(run, pool):

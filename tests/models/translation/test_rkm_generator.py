@@ -6,7 +6,7 @@ from fairseq.dataclass.configs import GenerationConfig
 from fairseq.search import Sampling
 from fairseq.sequence_generator import SequenceGenerator, SequenceGeneratorWithAlignment
 from fairseq.tasks import FairseqTask
-from helpers import assert_close, product_type, run_at_once
+from helpers import DEVICES, assert_close, product_type, run_at_once
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_translation import JOINED_SOFTMAX, SOURCE, TARGET, batch, build, dictionary, pad
@@ -19,7 +19,6 @@ from fairseq_rkm.models.translation import rkm_generator
 from fairseq_rkm.models.translation.rkm_generator import RKMGenerator, RKMGeneratorWithAlignment
 from fairseq_rkm.models.translation.rkm_model import RKMModel
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 AVAILABLE = DecodingGraphs.available
 
 
@@ -125,7 +124,7 @@ def test_a_first_word_of_the_user_s(device):
     assert found[0][0][0]["score"] != usual[0][0][0]["score"]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_scores_in_the_precisions_of_a_gpu(dtype):
     """Near ties may fall otherwise than in fairseq's batches, which shrink: scores are compared, of the best."""

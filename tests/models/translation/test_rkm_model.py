@@ -170,7 +170,7 @@ def test_steps_that_draw_dropout_are_not_replayed(draws):
     assert not torch.equal(runs[2], runs[3])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_a_gpu_replays_the_steps_of_beam_search():
     model = build(ngram=3, decoder_layers=2, layer_norm=True, attention_layer=1).to("cuda")
     for rows in (5, 3, 8):
@@ -182,7 +182,7 @@ def test_a_gpu_replays_the_steps_of_beam_search():
         model.decoder.graphs.refused = False
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("flags", [{}, {"input_feeding": True}])
 def test_replayed_steps_on_a_gpu_equal_those_that_are_not(dtype, flags):

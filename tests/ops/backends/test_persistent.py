@@ -11,13 +11,11 @@ from fairseq_rkm.ops.backends.persistent import launch, persistent, plan
 from ops.test_backends import MISSING, check_missing_numbers_stay_where_they_are, clear_bound, compare
 from ops.test_higher_derivatives import VARIANTS, compare_derivatives
 
-HAS_GPU = torch.cuda.is_available()
-gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA GPU")
 FEEDBACK = [name for name, cell in CELLS.items() if cell.has_feedback]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("cell", FEEDBACK)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -29,7 +27,7 @@ def test_all_variants(cell, dtype):
         )  # fmt: skip
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("cell", FEEDBACK)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -39,7 +37,7 @@ def test_clipped_memory(cell, dtype):
     compare("persistent", device="cuda", dtype=dtype, cell=cell, tf32=True, memory_clip=bound, **shape)
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("arguments", MISSING, ids=str)
 def test_missing_numbers_stay_where_they_are(arguments):
     if arguments.get("feedback") is False or arguments["cell"] not in FEEDBACK:
@@ -47,14 +45,14 @@ def test_missing_numbers_stay_where_they_are(arguments):
     check_missing_numbers_stay_where_they_are("persistent", torch.float32, "cuda", **arguments)
 
 
-@gpu
+@pytest.mark.gpu
 def test_three_orders_of_derivatives_are_the_reference_s():
     for arguments in VARIANTS:
         if arguments["cell"] in FEEDBACK and arguments.get("feedback") is not False:
             compare_derivatives("persistent", torch.float32, device="cuda", tolerance="tf32", **arguments)
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(
     ("steps", "batch", "size"), [(1, 1, 1), (3, 1, 8), (63, 33, 100), (5, 20, 1150), (4, 200, 500), (9, 3, 651)]
@@ -93,7 +91,7 @@ def spread(monkeypatch):
     launch.prepare.cache_clear()
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(
     ("groups", "rows", "cluster", "single"),
@@ -114,7 +112,7 @@ def test_a_plan_takes_any_batch(spread, groups, rows, cluster, single, cell, mas
         )  # fmt: skip
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("layer_norm", [False, True])
 def test_the_same_bits_on_a_repeated_run(layer_norm):
     rkm = RKM(40, 300, layer_norm=layer_norm, backend="persistent", device="cuda", dtype=torch.bfloat16)
@@ -127,13 +125,13 @@ def test_the_same_bits_on_a_repeated_run(layer_norm):
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
 
 
-@gpu
+@pytest.mark.gpu
 def test_training_follows_the_reference():
     given, wanted = (training_losses(200, backend, device="cuda") for backend in ("persistent", "reference"))
     assert_close(given, wanted, dtype="tf32")
 
 
-@gpu
+@pytest.mark.gpu
 def test_what_it_cannot_take_is_refused_with_a_reason():
     x = torch.zeros(2, 1, 4, device="cuda")
     with pytest.raises(RKMError, match="weights of 9000 units do not fit"):

@@ -18,7 +18,7 @@ from ops.test_higher_derivatives import VARIANTS, compare_derivatives
 HAS_GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if HAS_GPU else "cpu"
-runs = pytest.mark.skipif(not (HAS_GPU or INTERPRETED), reason="needs a GPU or Triton's interpreter (see below)")
+runs = pytest.mark.usefixtures() if INTERPRETED else pytest.mark.gpu  # see below for Triton's interpreter
 
 
 @runs
