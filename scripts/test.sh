@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Set up if needed, then lint, type check and test. Arguments go to pytest: bash scripts/test.sh tests/ops -k gradcheck
+# JOBS sets the number of test processes (default 2).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh
@@ -8,4 +9,5 @@ tool() { .venv/bin/python -m "$@"; }
 tool ruff check .
 tool ruff format --check .
 tool mypy
-tool pytest "$@"
+# Whole files go to a process, so that tests of a file share what they have prepared.
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} tool pytest -n "${JOBS:-2}" --dist loadfile "$@"
