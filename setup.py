@@ -53,6 +53,14 @@ setup(
     extras_require={
         "fairseq": FAIRSEQ,
         "plots": PLOTS,
-        "dev": [*FAIRSEQ, *PLOTS, *LINTERS, "hypothesis", "pytest", "pytest-xdist", "triton; platform_system == 'Linux'"],
+        "dev": [
+            *FAIRSEQ,
+            *PLOTS,
+            *LINTERS,
+            "hypothesis",
+            "pytest",
+            "pytest-xdist",
+            "triton; platform_system == 'Linux'",
+        ],
     },
 )

@@ -30,6 +30,7 @@ def test_register_makes_the_plugin_known_outside_fairseq_s_commands():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "load", ["import fairseq_rkm; fairseq_rkm.register()", "from fairseq_rkm.models import RKMModel"]
 )

@@ -22,6 +22,7 @@ class StateBridge(nn.Module):
         self.size = layer.hidden_size
         self.context_size = layer.ngram - 1, layer.input_size
         self.hidden = nn.Linear(source_size, self.size) if layer.feedback else None
+        # For the memory; checkpoints know it as cell.
         self.cell = nn.Linear(source_size, self.size) if CELLS[layer.cell].has_memory else None
 
     def forward(self, hidden: Tensor, memory: Tensor) -> RKMState:

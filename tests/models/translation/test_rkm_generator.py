@@ -70,6 +70,7 @@ FLAGS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=150)
 @given(
     cell=st.sampled_from(sorted(CELLS)),

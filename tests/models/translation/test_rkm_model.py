@@ -545,6 +545,7 @@ def test_where_there_can_be_no_graphs_the_first_step_says_so(monkeypatch, where,
             model.train()(source, None, tokens)
 
 
+@pytest.mark.slow
 def test_an_exported_program_needs_torch_alone_and_gives_the_same(tmp_path):
     """Lengths are fixed, which padding fills; the batch is of any size."""
     model = build(ngram=3, ngram_padding="same", layer_norm=True)

@@ -11,6 +11,7 @@ from fairseq_rkm.ops.backends.persistent.plan import Plan, Problem, make_plan, r
 from fairseq_rkm.ops.weights import Weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("element", [2, 4])
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("room", [((1, 132),), ((1, 132), (2, 132), (4, 128), (8, 120))])
