@@ -18,7 +18,11 @@ from ops.test_higher_derivatives import VARIANTS, compare_derivatives
 HAS_GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if HAS_GPU else "cpu"
-runs = pytest.mark.usefixtures() if INTERPRETED else pytest.mark.gpu  # see below for Triton's interpreter
+
+
+def runs(test):
+    """Decorate a test that needs a GPU or Triton's interpreter (see below)."""
+    return test if INTERPRETED else pytest.mark.gpu(test)
 
 
 @runs
@@ -128,6 +132,7 @@ def test_on_cpu_it_is_refused_by_name():
         RKM(4, 4, feedback=False, backend="scan")(torch.zeros(2, 1, 4))
 
 
+@pytest.mark.slow
 def test_all_of_the_above_under_the_interpreter():
     if HAS_GPU or INTERPRETED:
         pytest.skip("they run in this process")
