@@ -6,6 +6,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+import pytest
 from omegaconf import OmegaConf
 from parallel_text import write_text
 
@@ -18,6 +19,7 @@ def sentences(count, seed):
     return [" ".join(draw.choices(words, k=draw.randrange(2, 7))) + "." for _ in range(count)]
 
 
+@pytest.mark.slow
 def test_from_raw_text_to_bleu_by_one_command_and_again_to_what_is_there(tmp_path):
     text = write_text(tmp_path / "text", train=sentences(400, 1), val=sentences(20, 2), test_b=sentences(15, 3))
     sizes = "--encoder-embed-dim 16 --encoder-hidden-size 16 --decoder-embed-dim 16 --decoder-hidden-size 16"

@@ -33,6 +33,7 @@ def test_each_model_s_flags_on_a_gpu_and_on_a_cpu(tmp_path, monkeypatch):
     assert not any("--cpu" in flags for flags in on_gpu.values())
 
 
+@pytest.mark.slow
 def test_out_of_time_before_anything_began(tmp_path):
     about = {"languages": ["de", "en"], "splits": {"train": "train", "valid": "val", "test": "test"}}
     (tmp_path / "data.json").write_text(json.dumps(about))
