@@ -48,7 +48,6 @@ def load_as_a_resuming_run(last):
         resuming._last.clear()
 
 
-@pytest.mark.slow
 @settings(deadline=None, max_examples=30)
 @given(length=st.integers(0, 3700), others=st.integers(0, 1))
 def test_cut_anywhere_the_last_is_replaced_by_the_newest_whole_one(tmp_path_factory, files, length, others):
