@@ -1,4 +1,4 @@
-"""Import fairseq and leave a program's logging as it was: one of fairseq's models sets the root logger to DEBUG."""
+"""Import fairseq, and leave a program's logging as it was: one of fairseq's models sets the root logger to DEBUG."""
 
 import importlib
 import logging

@@ -1,8 +1,10 @@
-"""All changes to fairseq, a file a subject; ``python -m fairseq_rkm.fairseq_patches`` lists them.
+"""All changes to fairseq, one subject a file. ``python -m fairseq_rkm.fairseq_patches`` lists them.
 
-Each is declared beside its code (:mod:`fairseq_rkm.fairseq_patches.registry`). ``FAIRSEQ_RKM_PATCHES`` switches them:
-``-late_readings`` leaves a subject out, ``-shutdown.leave_process_groups`` one change, and names without ``-`` are made
-alone.
+Each change is declared beside its code (:mod:`fairseq_rkm.fairseq_patches.registry`). The environment variable
+``FAIRSEQ_RKM_PATCHES`` switches them: ``-late_readings`` leaves out a subject, ``-shutdown.leave_process_groups``
+leaves out one change. A name without ``-`` selects its patches and no others.
+
+    FAIRSEQ_RKM_PATCHES=-late_readings fairseq-train ...
 """
 
 import importlib
@@ -31,11 +33,11 @@ SUBJECTS = (
     "batches",
     "perplexity",
 )
-"""The files that declare patches, in the order in which these are made."""
+"""The files that declare patches, in the order in which the patches are made."""
 
 
 def load() -> None:
-    """Declare all patches; fairseq is imported, and not changed."""
+    """Import the files that declare patches. This imports fairseq and leaves it unchanged."""
     import fairseq_rkm.quiet_import  # noqa: F401  before anything that imports fairseq
 
     for subject in SUBJECTS:
@@ -43,7 +45,11 @@ def load() -> None:
 
 
 def apply() -> None:
-    """Make the changes that ``FAIRSEQ_RKM_PATCHES`` selects, by default all; a second call changes nothing."""
+    """Make the changes that ``FAIRSEQ_RKM_PATCHES`` selects, by default all. A second call changes nothing.
+
+    Raises:
+        RKMError: the variable names an unknown patch.
+    """
     load()
     registry = importlib.import_module(f"{__name__}.registry")
     registry.apply()

@@ -9,7 +9,11 @@ from fairseq_rkm.fairseq_patches import registry
 
 
 def main() -> None:
-    """Print a table of names, targets, reasons and ends; ``*`` marks the patches that are switched on."""
+    """Print a table of names, targets, reasons and ends. ``*`` marks the patches that are switched on.
+
+    Raises:
+        RKMError: ``FAIRSEQ_RKM_PATCHES`` names an unknown patch.
+    """
     fairseq_patches.load()
     on = {patch.name for patch in registry.selected(os.environ.get(registry.SWITCH, ""))}
     print("| on | patch | changes | why | until |\n| --- | --- | --- | --- | --- |")

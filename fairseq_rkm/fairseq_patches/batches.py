@@ -1,8 +1,7 @@
 """Every sentence stands in one batch, in training, validation, translation and evaluation, with every task.
 
-fairseq's ``batch_by_size`` throws the last batch away unless its size is a multiple of
-``--required-batch-size-multiple``, which is 8 by default; and with ``--grouped-shuffling`` and several processes those
-batches that are too few to be one for each process.
+fairseq's ``batch_by_size`` drops the last batch unless its size is a multiple of ``--required-batch-size-multiple``
+(default: 8). With ``--grouped-shuffling`` and several processes it also drops a last group of too few batches.
 """
 
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from fairseq_rkm.fairseq_patches.registry import patch
     until="fairseq keeps the last batch",
 )
 def keep_all(batch_by_size: Callable[..., list]) -> Callable[..., list]:
-    """The batches as fairseq shapes them, and after them one of the sentences that it left out."""
+    """Make ``batch_by_size`` return fairseq's batches, and then one batch of the sentences that fairseq left out."""
 
     def batches(
         indices: Any,
@@ -38,7 +37,7 @@ def keep_all(batch_by_size: Callable[..., list]) -> Callable[..., list]:
             return []
         check_longest(indices, num_tokens_fn, num_tokens_vec, max_tokens)
         shaped = list(batch_by_size(indices, num_tokens_fn, num_tokens_vec, max_tokens, *args, **kwargs))
-        # fairseq's batches follow each other in the order of the indices, so that the end is what can lack.
+        # fairseq's batches follow each other in the order of the indices: only the end can be missing.
         left_out = indices[sum(map(len, shaped)) :]
         return [*shaped, left_out] if len(left_out) else shaped
 
@@ -48,7 +47,17 @@ def keep_all(batch_by_size: Callable[..., list]) -> Callable[..., list]:
 def check_longest(
     indices: np.ndarray, num_tokens_fn: Callable[[int], int], num_tokens_vec: Any, max_tokens: int | None
 ) -> None:
-    """Raises RKMError for a sentence of more than ``max_tokens`` tokens (None or below 1: no limit)."""
+    """Refuse a sentence that is longer than a batch may be.
+
+    Args:
+        indices: ``(N,)`` int64, the sentences' numbers.
+        num_tokens_fn: gives the number of tokens of one sentence.
+        num_tokens_vec: ``(N,)`` numbers of tokens, if they are known; else ``num_tokens_fn`` is called.
+        max_tokens: the most tokens of a batch; None or a number below 1 sets no limit.
+
+    Raises:
+        RKMError: a sentence has more than ``max_tokens`` tokens.
+    """
     if max_tokens is None or max_tokens < 1:
         return
     lengths = np.asarray(
@@ -69,7 +78,7 @@ def check_longest(
     until="fairseq groups all batches",
 )
 def keep_last_group(ordered_batches: Callable[..., list]) -> Callable[..., list]:
-    """The last group filled with empty batches, as fairseq fills it without the flag."""
+    """Make ``ordered_batches`` fill the last group with empty batches, as fairseq does without the flag."""
 
     def ordered(self: iterators.EpochBatchIterator, *args: Any, **kwargs: Any) -> list:
         if self.grouped_shuffling:

@@ -1,4 +1,4 @@
-"""Checkpoints appear whole or not at all: each is written beside its place, and renamed into it."""
+"""Checkpoints appear whole or not at all: each is written under another name, and renamed when it is complete."""
 
 import contextlib
 import errno
@@ -21,18 +21,18 @@ from fairseq_rkm.fairseq_patches.registry import patch
 logger = logging.getLogger(__name__)
 
 LEFT_OVER = re.compile(r"checkpoint.*\.pt(\.\d+)?\.tmp")
-"""Names of files that a killed run was writing: ours, and fairseq's own ``.pt.tmp``."""
+"""Names of unfinished files of a killed run: ours, and fairseq's own ``.pt.tmp``."""
 
 PASSING = {errno.EINTR, errno.EAGAIN, errno.EBUSY, errno.EIO, errno.ETIMEDOUT, errno.ESTALE}
-"""Errors of a file system that is away for a moment, as those over a network are: writing is tried again."""
+"""Errors of a file system that is away for a moment, for example over a network. Writing is tried again after them."""
 
 TRIES = 3
 
 training_folders: list[str] = []
-"""The folder of the run that this process trains, if it trains."""
+"""The folder of the run that this process trains. Empty if it trains none."""
 
 FICLONE = 0x40049409
-"""The call of Linux by which a file system copies a file without copying its blocks, where it can."""
+"""Number of the Linux ``ioctl`` that lets a copy share its source's blocks, where the file system can."""
 
 
 @patch(
@@ -42,7 +42,7 @@ FICLONE = 0x40049409
     until="fairseq writes a new file at each try, and says in a sentence why none was written",
 )
 def write_whole(_save: Any) -> Any:
-    """``torch_persistent_save`` that leaves the file as it was, or writes all of it."""
+    """Make ``torch_persistent_save`` write all of a file, or leave the old one as it was."""
 
     def torch_persistent_save(state: Any, filename: str, **_asynchronously: bool) -> None:
         write_beside(filename, lambda file: torch.save(state, file))
@@ -57,7 +57,7 @@ def write_whole(_save: Any) -> Any:
     until="fairseq writes all checkpoints asynchronously",
 )
 def write_all(save: Any) -> Any:
-    """``save_checkpoint`` that writes every file before training goes on."""
+    """Make ``save_checkpoint`` write every file before training goes on."""
 
     def save_checkpoint(cfg: Any, *args: Any, **kwargs: Any) -> Any:
         given, cfg.write_checkpoints_asynchronously = cfg.write_checkpoints_asynchronously, False
@@ -76,7 +76,7 @@ def write_all(save: Any) -> Any:
     until="fairseq renames copies into their places",
 )
 def copy_whole(copy: Any) -> Any:
-    """``PathManager.copy`` of files of this machine; one that a file system can share is not copied block by block."""
+    """Make ``PathManager.copy`` rename a finished local copy into its place, one that shares blocks where possible."""
 
     def copied(source: str, target: str, overwrite: bool = False) -> Any:
         if PathManager.path_requires_pathmanager(source) or PathManager.path_requires_pathmanager(target):
@@ -100,11 +100,12 @@ def write_beside(path: str, write: Callable[[Any], Any]) -> None:
     """Write a file under another name in its folder, and rename it: the path holds the old or the new file, whole.
 
     Args:
-        path: the file's.
-        write: writes all of it into the file object that it is given; called again after an error that may pass.
+        path: the file's path.
+        write: writes all of the file into the file object that it is given. It is called again after an error that may
+            pass, at most 3 times.
 
     Raises:
-        RKMError: a folder that is full or cannot be written to.
+        RKMError: the folder is full or cannot be written to.
     """
     for left in reversed(range(TRIES)):
         try:
@@ -112,7 +113,7 @@ def write_beside(path: str, write: Callable[[Any], Any]) -> None:
                 write(file)
             return
         except (OSError, RuntimeError) as error:
-            # torch's writer raises an error of its own after that of the file, or after an interruption.
+            # torch's writer raises its own error after one of the file, or after an interruption.
             cause = error if isinstance(error, OSError) else error.__context__
             if isinstance(cause, (KeyboardInterrupt, SystemExit)):
                 raise cause from None
@@ -129,7 +130,7 @@ def write_beside(path: str, write: Callable[[Any], Any]) -> None:
 
 @contextlib.contextmanager
 def _beside(path: str) -> Iterator[IO[bytes]]:
-    """A file that takes the path's place when the block ends well, and is removed when it does not."""
+    """Yield a new file that takes the path's place if the block ends well, and is removed if it does not."""
     folder = os.path.dirname(os.path.abspath(path))
     temporary = f"{path}.{os.getpid()}.tmp"
     with contextlib.suppress(FileNotFoundError):
@@ -155,7 +156,7 @@ def _beside(path: str) -> Iterator[IO[bytes]]:
 
 
 def _hold(file: IO[bytes]) -> bool:
-    """Lock a file until it is closed or its process ends; False if another process has locked it."""
+    """Lock a file until it is closed or its process ends. Return False if another process has locked it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -172,7 +173,7 @@ def _hold(file: IO[bytes]) -> bool:
     until="fairseq removes its temporary files, and says in a sentence what is wrong with the folder",
 )
 def clean_folder(verify: Any) -> Any:
-    """``verify_checkpoint_directory``, which training calls first, with what a killed run left there removed."""
+    """Make ``verify_checkpoint_directory``, which training calls first, remove the unfinished files of killed runs."""
 
     def verify_checkpoint_directory(folder: str) -> None:
         try:
@@ -189,7 +190,7 @@ def clean_folder(verify: Any) -> Any:
 
 
 def remove_left_over(folder: str) -> None:
-    """Remove the files that killed runs were writing, and none that a live one writes."""
+    """Remove the unfinished files of killed runs, and keep the files that a live run is writing."""
     for name in filter(LEFT_OVER.fullmatch, os.listdir(folder)):
         path = os.path.join(folder, name)
         with contextlib.suppress(OSError), open(path, "rb") as file:

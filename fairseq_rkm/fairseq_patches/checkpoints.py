@@ -1,4 +1,4 @@
-"""Checkpoints and archives of models are read as data: see :mod:`fairseq_rkm.checkpoints`."""
+"""Checkpoints and archives of models are read as data, by :mod:`fairseq_rkm.checkpoints`."""
 
 import argparse
 import collections
@@ -38,7 +38,7 @@ BROADCAST_CLASSES: list[Any] = [
     collections.defaultdict,
     distributed_utils._TensorPlaceholder,
 ]
-"""What rank 0 broadcasts of a checkpoint that it has checked: its configuration and stand-ins for tensors."""
+"""Classes that rank 0 broadcasts from a checkpoint after checking it: its configuration, and stand-ins for tensors."""
 
 EVALUATING = (
     "criterions.ctc",
@@ -90,7 +90,7 @@ def read_as_data() -> None:
     until="fairseq broadcasts plain containers",
 )
 def receive_configurations() -> None:
-    """Allow a broadcast's classes while one is read."""
+    """Allow a broadcast's classes while the broadcast is read."""
 
     def load(*args: Any, **kwargs: Any) -> Any:
         with torch.serialization.safe_globals([*BROADCAST_CLASSES, *classes.allowed()]):
@@ -107,7 +107,7 @@ def receive_configurations() -> None:
     until="fairseq's checkpoints hold plain containers alone",
 )
 def allow_flags() -> None:
-    """Allow Namespaces, which parts of fairseq read with torch's own ``load``."""
+    """Allow ``argparse.Namespace`` in files that parts of fairseq read with torch's own ``load``."""
     torch.serialization.add_safe_globals([argparse.Namespace])
 
 
@@ -117,9 +117,9 @@ def allow_flags() -> None:
     until="fairseq uses ast.literal_eval",
 )
 def evaluate_literals_only() -> None:
-    """Let the name ``eval`` mean :func:`fairseq_rkm.checkpoints.literals.evaluate` in :data:`EVALUATING`."""
+    """Let ``eval`` mean :func:`fairseq_rkm.checkpoints.literals.evaluate` in the modules of :data:`EVALUATING`."""
     for name in EVALUATING:
-        with contextlib.suppress(ImportError):  # of what that module needs
+        with contextlib.suppress(ImportError):  # the module may need a package that is missing
             vars(importlib.import_module(f"{fairseq.__name__}.{name}"))["eval"] = literals.evaluate
 
 
@@ -130,7 +130,7 @@ def evaluate_literals_only() -> None:
     until="fairseq says what is wrong with the file",
 )
 def explain(load: Any) -> Any:
-    """``load_checkpoint_to_cpu`` with errors that say what is wrong with the file."""
+    """Make ``load_checkpoint_to_cpu`` say what is wrong with a file that it cannot read."""
 
     def load_checkpoint_to_cpu(path: str, *args: Any, **kwargs: Any) -> Any:
         loading = LOADING.get()
@@ -161,7 +161,7 @@ UNUSABLE = (
     hydra.errors.HydraException,
     omegaconf.errors.OmegaConfBaseException,
 )
-"""What fairseq's code raises on a state or a configuration that it did not write."""
+"""Errors of fairseq's code on a state or a configuration that fairseq did not write."""
 
 
 def _unusable(error: BaseException) -> str:
@@ -172,7 +172,7 @@ def _unusable(error: BaseException) -> str:
 
 
 def _check_wanted(path: str, cfg: Any, wanted: Wanted) -> None:
-    """As ``setup_task`` and ``build_model`` of fairseq find out what they are to build."""
+    """Refuse another kind of model or task. fairseq's ``setup_task`` and ``build_model`` find kinds the same way."""
     model, task = getattr(cfg, "model", None), getattr(cfg, "task", None)
     name = getattr(model, "_name", None) or getattr(model, "arch", None)
     kind = models.ARCH_MODEL_REGISTRY.get(str(name)) or models.MODEL_REGISTRY.get(str(name))
@@ -192,7 +192,7 @@ def _check_wanted(path: str, cfg: Any, wanted: Wanted) -> None:
     until="never",
 )
 def load_bounded(load: Any) -> Any:
-    """``load_model_ensemble_and_task`` in which :func:`build_bounded` knows the weights."""
+    """Make ``load_model_ensemble_and_task`` tell :func:`build_bounded` the weights."""
 
     def load_model_ensemble_and_task(filenames: Any, *args: Any, **kwargs: Any) -> Any:
         outer = LOADING.get()
@@ -228,7 +228,7 @@ def load_bounded(load: Any) -> Any:
     until="never",
 )
 def build_bounded(build: Any) -> Any:
-    """``build_model`` that takes memory in proportion to the checkpoint's weights, where there is a checkpoint."""
+    """Make ``build_model`` take memory in proportion to the checkpoint's weights, if there is a checkpoint."""
 
     def build_model(*args: Any, **kwargs: Any) -> Any:
         loading = LOADING.get()
@@ -245,13 +245,13 @@ def build_bounded(build: Any) -> Any:
     until="fairseq looks at the weights that it loads",
 )
 def check_weights(load: Any) -> Any:
-    """``load_state_dict`` that looks at the weights, and says in a sentence which names or sizes are others."""
+    """Make ``load_state_dict`` check the weights' values, and list wrong names or sizes in one sentence."""
 
     def load_state_dict(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         def check(_: nn.Module, state_dict: Any, *__: Any) -> None:
             weight_checks.check(model, state_dict)
 
-        # A hook, since before it fairseq renames and prunes the weights.
+        # A hook runs after fairseq has renamed and pruned the weights.
         hook = model.register_load_state_dict_pre_hook(check)
         try:
             return load(model, *args, **kwargs)
@@ -271,7 +271,7 @@ def check_weights(load: Any) -> Any:
     until="fairseq unpacks with tarfile's data filter into a folder of its own",
 )
 def unpack_aside(_: Any) -> Any:
-    """``load_archive_file`` that unpacks into fairseq's cache, and leaves the archive as it is."""
+    """Make ``load_archive_file`` unpack into fairseq's cache, and leave the archive as it is."""
 
     def load_archive_file(archive_file: Any) -> str:
         try:

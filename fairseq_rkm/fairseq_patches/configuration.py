@@ -1,7 +1,7 @@
-"""A run's whole configuration is checked before anything is built: numbers, names, flags that do not go together.
+"""The whole configuration is checked before anything is built: numbers, names, and flags that do not go together.
 
-The command line and ``fairseq-hydra-train`` meet here. fairseq lets most of such mistakes pass until an assertion fails
-somewhere, or trains with them.
+The command line and ``fairseq-hydra-train`` both pass through here. fairseq lets most mistakes pass: it trains with
+them, or fails at an assertion later.
 """
 
 import argparse
@@ -36,20 +36,20 @@ UNTIL = "fairseq checks its configuration itself"
 
 @patch(utils, "import_user_module", why=WHY, until=UNTIL)
 def check_after_import(import_user_module: Callable) -> Callable:
-    """The first thing that fairseq's commands do with a configuration from the command line."""
+    """Make ``import_user_module`` check a configuration: fairseq's commands call it first, with their flags."""
 
     def imported(args: Any) -> None:
         import_user_module(args)
         check_root(args)
 
-    # fairseq keeps what it has imported as an attribute of the function, under the function's name in its module.
+    # fairseq lists its imports in an attribute of the function, under the function's name in its module.
     imported.memo = getattr(import_user_module, "memo", set())  # type: ignore[attr-defined]
     return imported
 
 
 @patch(dataclass_utils, "merge_with_parent", why=WHY, until=UNTIL)
 def check_before_defaults(merge: Callable) -> Callable:
-    """The first thing after ``common.user_dir`` is imported that fairseq-hydra-train does with its configuration."""
+    """Make ``merge_with_parent`` check a configuration: fairseq-hydra-train calls it after the import of the plugin."""
 
     def merged(dc: Any, cfg: DictConfig, remove_missing: bool = False) -> Any:
         check_root(cfg)
@@ -60,7 +60,7 @@ def check_before_defaults(merge: Callable) -> Callable:
 
 @patch(tasks, "setup_task", why=WHY, until=UNTIL)
 def check_before_task(setup_task: Callable) -> Callable:
-    """The same for a configuration of which fairseq knows no part."""
+    """Make ``setup_task`` check a configuration, in case fairseq reached it by another way."""
 
     def checked(cfg: Any, **kwargs: Any) -> Any:
         if not kwargs.get("from_checkpoint"):
@@ -77,7 +77,7 @@ def check_before_task(setup_task: Callable) -> Callable:
     until=UNTIL,
 )
 def tell_unreadable_values(override_attr: Callable) -> Callable:
-    """Name the flag that cannot be read."""
+    """Make ``_override_attr`` name the flag that cannot be read."""
 
     def overridden(sub_node: str, data_class: Any, args: argparse.Namespace) -> list[str]:
         try:
@@ -90,7 +90,7 @@ def tell_unreadable_values(override_attr: Callable) -> Callable:
 
 
 def _unreadable(sub_node: str, data_class: Any, args: argparse.Namespace, override_attr: Callable) -> str | None:
-    """The sentence about the first flag of a section that fails by itself."""
+    """Return the sentence about the first flag of a section that fails by itself; None if no flag does."""
     for name in data_class.__dataclass_fields__:
         if not hasattr(args, name):
             continue
@@ -102,10 +102,13 @@ def _unreadable(sub_node: str, data_class: Any, args: argparse.Namespace, overri
 
 
 def check_root(node: Any) -> None:
-    """Check the whole configuration that a section belongs to; anything but a part of a configuration passes.
+    """Check the whole configuration that a section belongs to.
+
+    Args:
+        node: a section, or a whole configuration; anything else passes.
 
     Raises:
-        RKMError: what is wrong, and what to give instead.
+        RKMError: a fault, with a value to give in its place.
     """
     root = node._get_root() if isinstance(node, DictConfig) else None
     if not isinstance(root, DictConfig) or "common" not in root or "checkpoint" not in root:
@@ -122,7 +125,7 @@ def check_root(node: Any) -> None:
 
 
 def _section(root: DictConfig, name: str) -> Any:
-    """A section's values; those that are taken from elsewhere or missing are still placeholders, which are strings."""
+    """Return a section's values. Values that are missing or taken from elsewhere are placeholder strings."""
     found = root.get(name)
     if OmegaConf.is_config(found):
         return OmegaConf.to_container(found, resolve=False)
@@ -153,7 +156,7 @@ NAMED = ("task", "model", "criterion", "optimizer", "lr_scheduler")
 
 
 def check_names(root: DictConfig) -> None:
-    """Raises RKMError for a model, task, criterion, optimizer or scheduler that is not registered."""
+    """Raise RKMError for a model, task, criterion, optimizer or scheduler that is not registered."""
     for section in NAMED:
         name, known = _name(root, section), _registry(section)
         if name is not None and name not in known:
@@ -163,12 +166,12 @@ def check_names(root: DictConfig) -> None:
 
 
 def _short(known: Iterable[str]) -> list[str]:
-    """The names of this package, or all if it has none."""
+    """Return this package's names, or all names if it has none."""
     return [name for name in known if name.startswith(("rkm", "stateful"))] or list(known)
 
 
 def check_optimizer(root: DictConfig) -> None:
-    """Raises RKMError for what the optimizer cannot read, and precisions that it or the machine cannot have."""
+    """Raise RKMError for unreadable betas, and for a precision that the optimizer or the machine does not support."""
     common, optimizer = root.common, _section(root, "optimizer")
     if isinstance(optimizer, dict) and optimizer.get("adam_betas") is not None:
         parse_betas(optimizer["adam_betas"])
@@ -183,7 +186,7 @@ def check_optimizer(root: DictConfig) -> None:
 
 
 def check_batches(root: DictConfig) -> None:
-    """Raises RKMError for buckets of batches without the size that they are cut to."""
+    """Raise RKMError for ``--num-batch-buckets`` without ``--max-tokens``, the size that batches are cut to."""
     task = _section(root, "task")
     buckets = task.get("num_batch_buckets") if isinstance(task, dict) else None
     if buckets and not root.dataset.max_tokens:
@@ -191,7 +194,7 @@ def check_batches(root: DictConfig) -> None:
 
 
 def check_lengths(root: DictConfig) -> None:
-    """Raises RKMError for lengths of generated sentences that exclude each other."""
+    """Raise RKMError for flags of generation that exclude each other."""
     generation = _section(root, "generation")
     least, share, most = (generation.get(name) for name in ("min_len", "max_len_a", "max_len_b"))
     if None not in (least, share, most) and share == 0 and least > most:
@@ -206,7 +209,7 @@ def check_lengths(root: DictConfig) -> None:
 
 
 def check_overrides(root: DictConfig) -> None:
-    """Raises RKMError unless ``--model-overrides`` is a dictionary in Python's notation."""
+    """Raise RKMError unless ``--model-overrides`` is a dictionary in Python's notation."""
     given = _section(root, "common_eval").get("model_overrides")
     if given is None:
         return
@@ -219,7 +222,7 @@ def check_overrides(root: DictConfig) -> None:
 
 
 def check_paths(root: DictConfig) -> None:
-    """Raises RKMError for an existing path with a colon, which fairseq takes for a list of paths."""
+    """Raise RKMError for an existing path with a colon, which fairseq takes for a list of paths."""
     for flag, section, name in (("--path", "common_eval", "path"), ("data", "task", "data")):
         values = _section(root, section)
         path = values.get(name) if isinstance(values, dict) else None
@@ -233,13 +236,13 @@ INPUTS = {
     "checkpoint": ("restore_file", "finetune_from_model"),
     "ema": ("ema_seed_model",),
 }
-"""Files and folders that a run reads."""
+"""Flags that name files and folders for a run to read, by section."""
 
 
 def find_inputs(root: DictConfig) -> None:
-    """Under hydra, which starts each run in a new folder, look for relative inputs where the command was given.
+    """Under hydra, look for relative inputs in the folder where the command was given.
 
-    What a run writes goes to the new folder, as hydra has it.
+    hydra starts each run in a new folder. The run writes its files there, as hydra's users expect.
     """
     if not HydraConfig.initialized():
         return
@@ -258,5 +261,5 @@ def find_inputs(root: DictConfig) -> None:
 
 
 def _found(path: str, start: Path) -> str:
-    """A path that exists from where the command was given, and only there, as an absolute one."""
+    """Return a path as an absolute one if it exists only from where the command was given; else as it is."""
     return str(start / path) if not Path(path).exists() and (start / path).exists() else path

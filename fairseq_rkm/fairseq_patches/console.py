@@ -1,4 +1,4 @@
-"""What fairseq's commands print beside what their users asked for."""
+"""Lines that fairseq's commands print and nobody asked for."""
 
 import logging
 import os
@@ -14,7 +14,7 @@ from fairseq_rkm.fairseq_patches.registry import setting
     until="fairseq leaves the root logger to its commands, which set it to LOGLEVEL",
 )
 def level_of_fairseq_s_commands() -> None:
-    """Set it to ``LOGLEVEL`` (by default INFO) in fairseq's commands; a program's own level is left alone."""
+    """Set it to ``LOGLEVEL`` (default: INFO) in fairseq's commands. Another program's own level stays as it is."""
     if in_fairseq_command() and logging.root.level == logging.DEBUG:
         logging.root.setLevel(os.environ.get("LOGLEVEL", "INFO").upper())
 
@@ -26,7 +26,7 @@ HYDRA = (
     r"\s*'[^']*' is validated against ConfigStore schema",
     r"\s*The strict flag in the compose API is deprecated",
 )
-"""How hydra's warnings about fairseq's use of it begin."""
+"""Beginnings of hydra's warnings about fairseq's use of it."""
 
 
 @setting(
@@ -35,7 +35,7 @@ HYDRA = (
     until="fairseq makes these calls in today's way",
 )
 def no_deprecations_of_fairseq_s() -> None:
-    """Ignore them where the user's filters (``-W``, ``PYTHONWARNINGS``) do not say otherwise."""
+    """Ignore these warnings, unless the user's filters (``-W``, ``PYTHONWARNINGS``) say otherwise."""
     for message in HYDRA:
         _ignore(message=message)
     _ignore(category=FutureWarning, module=r"fairseq(_cli)?\.")

@@ -1,6 +1,6 @@
-"""Binarized data, dictionaries and text to translate are checked as they are read, whatever the task and command.
+"""Binarized data, dictionaries and text to translate are checked as they are read, by every task and command.
 
-fairseq reads a damaged file until an index is out of range, which may be in the midst of training.
+fairseq itself reads a damaged file until an index is out of range. That may happen in the middle of training.
 """
 
 import contextlib
@@ -28,6 +28,8 @@ UNTIL = "fairseq checks what it reads"
     until=UNTIL,
 )
 def check_data(make_dataset: Callable) -> Callable:
+    """Make ``make_dataset`` check a split's files before it opens them."""
+
     def checked(path: str, impl: str, fix_lua_indexing: bool = False, dictionary: Dictionary | None = None) -> Any:
         check_split(path, dictionary, impl)
         return make_dataset(path, impl, fix_lua_indexing, dictionary)
@@ -42,6 +44,8 @@ def check_data(make_dataset: Callable) -> Callable:
     until=UNTIL,
 )
 def check_dictionary_file(add_from_file: Callable) -> Callable:
+    """Make ``add_from_file`` check a dictionary's lines before it reads them."""
+
     def checked(self: Dictionary, f: Any) -> None:
         # Some of fairseq's dictionaries begin with lines of their own.
         if isinstance(f, str) and type(self)._load_meta is Dictionary._load_meta:
@@ -57,7 +61,7 @@ def check_dictionary_file(add_from_file: Callable) -> Callable:
     until=UNTIL,
 )
 def read_text_to_translate() -> None:
-    """Put :func:`buffered_read` in its place where the command runs, under either of its names."""
+    """Put :func:`buffered_read` in its place in the running command, under either of the command's names."""
     for name in ("fairseq_cli.interactive", "__main__"):
         module = sys.modules.get(name)
         if module is not None and hasattr(module, "buffered_read") and hasattr(module, "make_batches"):
@@ -65,14 +69,17 @@ def read_text_to_translate() -> None:
 
 
 def buffered_read(input: str, buffer_size: int) -> Iterator[list[str]]:  # noqa: A002
-    """fairseq-interactive's: so many lines at a time, without space around them.
+    """Read lines for fairseq-interactive, a limited number at a time, without space around them.
 
     Args:
         input: a file; ``-`` is standard input.
         buffer_size: the most lines at a time.
 
+    Yields:
+        Lists of 1 to ``buffer_size`` lines.
+
     Raises:
-        RKMError: no such file, or a line that is not UTF-8.
+        RKMError: there is no such file, or a line is not UTF-8.
     """
     buffer = []
     with _opened(input) as lines:

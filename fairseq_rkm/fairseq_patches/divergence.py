@@ -1,4 +1,4 @@
-"""Training that diverges ends with what to do about it, and not with a dump of all gradients."""
+"""Training that diverges ends with advice, and not with a dump of all gradients."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from fairseq_rkm.fairseq_patches.registry import patch
     until="fairseq says what to do about gradients that are not finite",
 )
 def close_alone(_exit: Any) -> Any:
-    """``NanDetector.__exit__`` that lets its hooks go and prints nothing."""
+    """Make ``NanDetector.__exit__`` remove its hooks and print nothing."""
 
     def exit_quietly(detector: NanDetector, *_error: Any) -> None:
         detector.close()
@@ -29,9 +29,9 @@ def close_alone(_exit: Any) -> Any:
     until="fairseq says what to do about gradients that are not finite",
 )
 def look_away(_apply: Any) -> Any:
-    """``NanDetector._apply`` that prints nothing."""
+    """Make ``NanDetector._apply`` print nothing."""
 
     def pass_by(_detector: NanDetector, *_seen: Any) -> None:
-        """Every module of a run that has diverged hands on values that are not finite."""
+        """Ignore a module: in a diverged run every module hands on values that are not finite."""
 
     return pass_by

@@ -1,7 +1,7 @@
-"""fairseq's task ``sentence_prediction`` with its data checked before training, and mistakes told in a sentence.
+"""fairseq's task ``sentence_prediction`` checks its data before training, and tells of mistakes in a sentence.
 
-The task itself ends in bare assertions where a flag or a file is missing, leaves out training documents that are longer
-than ``--max-positions``, and trains on labels outside its dictionary until the loss fails.
+fairseq's own task ends in bare assertions where a flag or a file is missing. It leaves out training documents that are
+longer than ``--max-positions``. It trains on labels outside its dictionary until the loss fails.
 """
 
 import math
@@ -23,6 +23,8 @@ from fairseq_rkm.fairseq_patches.registry import patch
     until="fairseq checks its data itself",
 )
 def check_flags(setup_task: Any) -> Any:
+    """Make ``setup_task`` refuse missing dictionaries and a missing ``--num-classes``."""
+
     def checked(cls: type, cfg: Any, **kwargs: Any) -> Any:
         kinds = ["input0"] if cfg.regression_target else ["input0", "label"]
         for path in (Path(cfg.data, kind, "dict.txt") for kind in kinds):
@@ -51,6 +53,8 @@ def _classes(cfg: Any) -> int:
     until="fairseq checks its data itself",
 )
 def check_split(load_dataset: Any) -> Any:
+    """Make ``load_dataset`` check a split's files, labels or values, and lengths."""
+
     def checked(task: SentencePredictionTask, split: str, *args: Any, **kwargs: Any) -> Any:
         for kind in ("input0",) if task.cfg.regression_target else ("input0", "label"):
             binary = Path(task.cfg.data, kind, f"{split}.bin")
@@ -70,7 +74,15 @@ def check_split(load_dataset: Any) -> Any:
 
 
 def check_labels(task: SentencePredictionTask, split: str) -> None:
-    """Raises RKMError unless each document of a split has one label, of a class within ``--num-classes``."""
+    """Check the labels of a split.
+
+    Args:
+        task: with its dictionaries loaded.
+        split: the split's name, for example ``"train"``.
+
+    Raises:
+        RKMError: a document without exactly one label, or with a class beyond ``--num-classes``.
+    """
     dictionary, classes = task.label_dictionary, task.cfg.num_classes
     documents, labels = (
         data_utils.load_indexed_dataset(str(Path(task.cfg.data, kind, split)), symbols)
@@ -97,7 +109,11 @@ def check_labels(task: SentencePredictionTask, split: str) -> None:
 
 
 def check_values(task: SentencePredictionTask, split: str) -> None:
-    """Raises RKMError unless each document of a split has ``--num-classes`` finite numbers as its target."""
+    """Check the target numbers of a split for regression.
+
+    Raises:
+        RKMError: a document without ``--num-classes`` finite numbers as its target, or no file of targets.
+    """
     path, wanted = Path(task.cfg.data, "label", f"{split}.label"), task.cfg.num_classes
     if not path.is_file():
         raise RKMError(f"--regression-target needs {path}: the numbers to be learnt, a document's on each line")
@@ -118,7 +134,7 @@ def _count_finite(line: str) -> int:
 
 
 def check_lengths(task: SentencePredictionTask, split: str) -> None:
-    """Raises RKMError for documents longer than ``--max-positions``, which would be left out."""
+    """Raise RKMError for documents longer than ``--max-positions`` tokens: fairseq would leave them out."""
     (sizes,) = getattr(task.datasets[split], "sizes", [[]])
     longer = [int(size) for size in sizes if size > task.max_positions()]
     if longer:

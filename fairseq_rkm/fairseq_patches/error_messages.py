@@ -1,6 +1,6 @@
 """A user's mistake ends fairseq's commands with one sentence in place of a stack trace.
 
-So do flags of a configuration that are unknown or do not go together, and training that has diverged.
+Unknown flags, flags that do not go together, short memory and diverged training end in one sentence, too.
 """
 
 import os
@@ -17,7 +17,7 @@ from fairseq_rkm.fairseq_patches.commands import in_fairseq_command
 from fairseq_rkm.fairseq_patches.registry import setting
 
 DOCUMENTS = "--task sentence_prediction --criterion sentence_prediction --arch rkm_classifier"
-"""What classifies documents: each of the three reads flags of the others."""
+"""Flags that classify documents: each of the three components reads flags of the others."""
 
 DIVERGED = (
     "training has diverged: gradients are not finite. Lower --lr, warm it up, or give --clip-norm; cells that feed "
@@ -35,7 +35,7 @@ MEMORY = (
 NO_MEMORY = re.compile(
     r"can't allocate memory|out of memory|Cannot allocate memory|MemoryError|killed by signal: Killed"
 )
-"""What errors of PyTorch, Python and the operating system say when memory is short."""
+"""Words of PyTorch, Python and the operating system in errors of short memory."""
 
 
 @setting(
@@ -44,16 +44,19 @@ NO_MEMORY = re.compile(
     until="fairseq prints its users' mistakes in a sentence",
 )
 def sentences_for_mistakes() -> None:
-    """Print errors by :func:`print_error`, in fairseq's commands only; hydra is told to leave errors alone."""
+    """Print errors by :func:`print_error` in fairseq's commands. Tell hydra to leave errors alone."""
     if in_fairseq_command() and sys.excepthook is sys.__excepthook__:
         sys.excepthook = print_error
         os.environ.setdefault("HYDRA_FULL_ERROR", "1")
 
 
 def print_error(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
-    """``sys.excepthook``: one sentence for a user's mistake, the stack trace for anything else."""
+    """Print one sentence for a user's mistake, and the stack trace for any other error.
+
+    It takes the place of ``sys.excepthook``, and has its arguments.
+    """
     if interruptions.received:
-        # It was told already, and what fails while the process ends is no news.
+        # The user knows of the signal already. Later errors come from the process's end.
         raise SystemExit(128 + interruptions.received[0])
     sentence = sentence_of(error)
     if sentence is None:
@@ -63,7 +66,16 @@ def print_error(kind: type[BaseException], error: BaseException, trace: types.Tr
 
 
 def sentence_of(error: BaseException | None) -> str | None:
-    """The message of the user's mistake behind an error: fairseq wraps some, and so do its worker processes."""
+    """Return the sentence for the user's mistake behind an error.
+
+    fairseq wraps some errors in others, and so do its worker processes: the whole chain of causes is searched.
+
+    Args:
+        error: any error, or None.
+
+    Returns:
+        The sentence; None if no error of the chain is a user's mistake.
+    """
     chain = []
     while error is not None:
         chain.append(error)
@@ -88,7 +100,7 @@ def sentence_of(error: BaseException | None) -> str | None:
 
 
 def _about_flags(error: BaseException) -> str | None:
-    """What is wrong with the flags, if an error of hydra's, omegaconf's or a generator's is about them."""
+    """Return a sentence about an error of hydra, omegaconf or a generator that concerns flags; else None."""
     if isinstance(error, omegaconf.errors.InterpolationKeyError):
         return f"{first_line(error)}: --task, --criterion and --arch must go together, as {DOCUMENTS} do"
     if isinstance(error, (omegaconf.errors.ValidationError, omegaconf.errors.ConfigKeyError)):
@@ -105,7 +117,7 @@ def _short_of_memory(error: BaseException) -> bool:
 
 
 def _about_memory(error: BaseException) -> str:
-    """What an error says of the memory that there was not, without where it was raised."""
+    """Return the part of an error that tells how much memory was asked for, without the place in the code."""
     found = re.search(
         r"(you tried to allocate \d+ bytes|[Tt]ried to allocate [\d.]+ \w+|Unable to allocate .*)", str(error)
     )
@@ -113,5 +125,5 @@ def _about_memory(error: BaseException) -> str:
 
 
 def _advised(message: str) -> str:
-    """A message, or in place of fairseq's of gradients that are not finite what to do about them."""
+    """Return a message. fairseq's message of gradients that are not finite is replaced by advice."""
     return DIVERGED if message == "gradients are Nan/Inf" else message

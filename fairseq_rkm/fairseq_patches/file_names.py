@@ -1,4 +1,4 @@
-"""Dictionaries and weights know the files that they were read from, for messages to name."""
+"""Dictionaries and weights know the file that they were read from, so that messages can name it."""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from fairseq_rkm.fairseq_patches.registry import patch
     until="fairseq's dictionaries keep the name of their file",
 )
 def keep_dictionary_name(load: Callable) -> Callable:
-    """``Dictionary.load`` whose result has the file's name as ``read_from``."""
+    """Make ``Dictionary.load`` keep the file's name as ``read_from``."""
 
     def loaded(cls: type, f: Any, add_special_symbols: bool = True) -> Dictionary:
         dictionary: Any = load(cls, f, add_special_symbols)
@@ -35,7 +35,7 @@ def keep_dictionary_name(load: Callable) -> Callable:
     until="fairseq hands the checkpoint's name on",
 )
 def keep_checkpoint_name(load: Callable) -> Callable:
-    """``load_checkpoint_to_cpu`` whose weights have the file's name as ``read_from``."""
+    """Make ``load_checkpoint_to_cpu`` keep the file's name as ``read_from`` of the weights."""
 
     def load_checkpoint_to_cpu(path: str, *args: Any, **kwargs: Any) -> Any:
         state = load(path, *args, **kwargs)

@@ -20,7 +20,7 @@ _ASKED = {"-h", "--help"}
     until="fairseq's --help shows them",
 )
 def help_of_all_flags(parse: Callable) -> Callable:
-    """Print help when all flags are known."""
+    """Make ``parse_args_and_arch`` print help once it knows all flags."""
 
     def parse_args_and_arch(
         parser: ArgumentParser, input_args: Sequence[str] | None = None, *args: Any, **named: Any

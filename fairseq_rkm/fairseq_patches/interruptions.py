@@ -1,4 +1,4 @@
-"""A fairseq command that is told to stop says so in a sentence, and ends with the signal's status."""
+"""A fairseq command that receives a signal to stop says so in a sentence, and ends with the signal's status."""
 
 import multiprocessing
 import os
@@ -14,10 +14,10 @@ from fairseq_rkm.fairseq_patches.commands import in_fairseq_command
 from fairseq_rkm.fairseq_patches.registry import setting
 
 GRACE = 10.0
-"""Seconds that a process which is told to stop has to end by itself: it may wait for another one."""
+"""Seconds for a process to end by itself after a signal. It may be waiting for another process."""
 
 received: list[int] = []
-"""The signal that told this process to stop."""
+"""The signal that this process received. Empty before."""
 
 
 @setting(
@@ -26,7 +26,7 @@ received: list[int] = []
     until="fairseq handles SIGINT and SIGTERM",
 )
 def stop_in_a_sentence() -> None:
-    """Handle SIGINT and SIGTERM in fairseq's commands, where nothing else does, and not in their worker processes."""
+    """Handle SIGINT and SIGTERM in fairseq's commands, unless they are handled already, and not in worker processes."""
     if not in_fairseq_command() or threading.current_thread() is not threading.main_thread():
         return
     if multiprocessing.current_process().name != "MainProcess":
@@ -45,7 +45,7 @@ def stop_in_a_sentence() -> None:
 
 
 def _stop(number: int, _frame: types.FrameType | None) -> None:
-    """The handler: end this process, at a second signal at once."""
+    """Handle a signal: end this process, at a second signal at once."""
     if received:
         _end(number)
     _tell(number)
@@ -56,7 +56,7 @@ def _tell(number: int) -> None:
     received.append(number)
     sys.stdout.flush()
     sentence = f"fairseq-rkm: error: stopped by {signal.Signals(number).name}. {_advice()}\n"
-    os.write(2, sentence.encode())  # print may be what was interrupted
+    os.write(2, sentence.encode())  # the signal may have interrupted print
 
 
 def _advice() -> str:
@@ -80,14 +80,14 @@ def _end_in_time(reading: int) -> None:
 
 
 def _end(number: int) -> None:
-    """End this process at once, and its worker processes."""
+    """End this process and its worker processes at once."""
     for worker in multiprocessing.active_children():
         worker.kill()
     os._exit(128 + number)
 
 
 def _be_quiet() -> None:
-    """In a worker process: the main process ends it, and tells the user."""
+    """Leave it to the main process to end this worker process and to tell the user."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

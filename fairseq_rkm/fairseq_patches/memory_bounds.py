@@ -1,4 +1,4 @@
-"""A checkpoint keeps the memory's bound that it was trained with, whatever the default is by now."""
+"""A checkpoint keeps the memory's bound that it was trained with, even after the default has changed."""
 
 import logging
 from typing import Any
@@ -23,7 +23,7 @@ SETTING = "memory_clip"
     until="no such checkpoint is left",
 )
 def written_out(load: Any) -> Any:
-    """``load_checkpoint_to_cpu`` with the memory's bound written out in the configuration and the extra state."""
+    """Make ``load_checkpoint_to_cpu`` write the memory's bound into the configuration and the extra state."""
 
     def load_checkpoint_to_cpu(path: str, arg_overrides: dict | None = None, *args: Any, **kwargs: Any) -> Any:
         state = load(path, arg_overrides, *args, **kwargs)
@@ -34,14 +34,15 @@ def written_out(load: Any) -> Any:
 
 
 def write_out(state: dict[str, Any], overrides: dict[str, Any]) -> None:
-    """Put what a checkpoint's ``memory_clip`` means into its configuration, and into its extra state for a trainer.
+    """Write the bound that a checkpoint's ``memory_clip`` stands for into its configuration.
 
-    An absent or null setting means what its model says (``memory_clip_before``); an override counts even where the
-    checkpoint lacks the setting, of which fairseq would take no notice.
+    The bound goes into the extra state as well, for a trainer. An absent or null setting stands for the model's
+    ``memory_clip_before``. An override counts even where the checkpoint lacks the setting: fairseq alone would ignore
+    it there.
 
     Args:
-        state: a loaded checkpoint; one of another model stays as it is.
-        overrides: of ``--model-overrides``, or of a hub's keywords.
+        state: a loaded checkpoint, changed in place; one of another model stays as it is.
+        overrides: the dictionary of ``--model-overrides``, or a hub's keywords.
     """
     cfg: Any = state.get("cfg")
     model: Any = cfg.get("model") if OmegaConf.is_dict(cfg) else None
@@ -68,7 +69,7 @@ def write_out(state: dict[str, Any], overrides: dict[str, Any]) -> None:
     until="fairseq compares a run's model with its checkpoint's",
 )
 def with_its_bound(load: Any) -> Any:
-    """``Trainer.load_checkpoint`` after which a memory of bound ``auto`` is bounded as the checkpoint's was."""
+    """Make ``Trainer.load_checkpoint`` bound a memory of bound ``auto`` as the checkpoint's was bounded."""
 
     def load_checkpoint(trainer: Trainer, filename: str, *args: Any, **kwargs: Any) -> Any:
         extra = load(trainer, filename, *args, **kwargs)
@@ -81,9 +82,14 @@ def with_its_bound(load: Any) -> Any:
 
 
 def adopt(trainer: Any, setting: str, filename: str) -> None:
-    """Bound the memory of a trainer's model as ``setting`` says, unless its flags name a bound.
+    """Bound the memory of a trainer's model as a checkpoint's was bounded, unless the run's flags name a bound.
 
-    The trainer's configuration, which its checkpoints hold, follows.
+    The trainer's configuration changes with it, so that new checkpoints hold the bound.
+
+    Args:
+        trainer: fairseq's, with its model built.
+        setting: ``"auto"``, ``"none"`` or a number as text.
+        filename: the checkpoint's, for messages.
     """
     model = trainer.cfg.model
     mine = model.get(SETTING)

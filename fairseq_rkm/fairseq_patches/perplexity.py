@@ -1,6 +1,6 @@
-"""``fairseq-eval-lm`` counts each word once, wherever the text is cut into samples, and no impossible word is skipped.
+"""``fairseq-eval-lm`` counts each word once, wherever the text is cut into samples, and skips no impossible word.
 
-fairseq puts subwords together within a sample, so that a word that is cut between two counts as two, and its
+fairseq joins subwords within a sample only. It counts a word that is cut between two samples twice, so that its
 perplexity of words depends on ``--tokens-per-sample``. It leaves out tokens of probability 0.
 """
 
@@ -30,7 +30,7 @@ logger = logging.getLogger("fairseq_cli.eval_lm")
     until="fairseq joins words across samples and reports an infinite perplexity",
 )
 def count_words_once() -> None:
-    """Put :func:`eval_lm` in its place where the command runs, under either of its names."""
+    """Put :func:`eval_lm` in its place in the running command, under either of the command's names."""
     for name in ("fairseq_cli.eval_lm", "__main__"):
         module = sys.modules.get(name)
         if module is not None and hasattr(module, "eval_lm") and hasattr(module, "WordStat"):
@@ -49,13 +49,26 @@ def eval_lm(
     remove_bos_token: bool = False,
     device: torch.device | None = None,
 ) -> dict[str, float]:
-    """Evaluate language models: fairseq's function of this name, with its arguments.
+    """Evaluate language models. This is fairseq's function of the same name, with its arguments.
+
+    Args:
+        models: the models; their probabilities are averaged.
+        source_dictionary: the dictionary of the tokens, unless ``target_dictionary`` is given.
+        batch_iterator: fairseq's batches.
+        post_process: how words were cut into subwords; None gives the perplexity of tokens.
+        output_word_probs: log each word with its score.
+        output_word_stats: log counts for each distinct word.
+        target_dictionary: the dictionary of the predicted tokens.
+        softmax_batch: as in fairseq's ``SequenceScorer``; 0 sets no limit.
+        remove_bos_token: leave out the first token of each sample.
+        device: where to compute; by default the first model's device.
 
     Returns:
-        ``loss``, in bits a word, and ``perplexity``, of words if ``post_process`` puts them together, else of tokens.
+        ``loss`` in bits a word, and ``perplexity``. Both are of words if ``post_process`` joins subwords, else of
+        tokens.
 
     Raises:
-        RKMError: another ``post_process`` than there is, no tokens, a word of probability 0, or parts of words missing.
+        RKMError: an unknown ``post_process``, no tokens, a word of probability 0, or missing parts of words.
     """
     dictionary = target_dictionary or source_dictionary
     found = WordScores(dictionary, post_process)
@@ -76,7 +89,7 @@ def eval_lm(
 def score(
     models: list, scorer: SequenceScorer, batches: Iterable[dict], device: torch.device, timer: StopwatchMeter
 ) -> Iterator[Sample]:
-    """The samples of all batches, on the CPU."""
+    """Yield the scored samples of all batches, on the CPU. ``timer`` counts tokens and seconds."""
     for batch in batches:
         if "net_input" not in batch:
             continue
@@ -89,10 +102,10 @@ def score(
 
 
 def without_bos(sample: Sample, dictionary: Dictionary) -> Sample:
-    """A sample without the beginning of sentence that ``--add-bos-token`` put before it.
+    """Return a sample without the beginning of sentence that ``--add-bos-token`` put before it.
 
     Raises:
-        RKMError: there is none.
+        RKMError: the sample does not begin with that token.
     """
     if not len(sample.tokens) or int(sample.tokens[0]) != dictionary.bos():
         raise RKMError(f"--add-bos-token: sample {sample.id} does not begin with {dictionary[dictionary.bos()]}")
@@ -100,7 +113,7 @@ def without_bos(sample: Sample, dictionary: Dictionary) -> Sample:
 
 
 def check_scores(found: WordScores) -> None:
-    """Raises RKMError unless there are tokens, and all have a probability above 0."""
+    """Raise RKMError if there are no tokens, or if one has a probability of 0 or NaN."""
     tokens, scores = found.tokens(), found.scores()
     if not len(tokens):
         raise RKMError(
@@ -119,7 +132,7 @@ def check_scores(found: WordScores) -> None:
 
 
 def report(found: WordScores, probabilities: bool, statistics: bool) -> None:
-    """Log the words of each sample, and what fairseq counts of each word."""
+    """Log the words of each sample, and fairseq's counts for each word."""
     words = found.words()
     if probabilities:
         lines: list[list[str]] = [[] for _ in found.samples]

@@ -1,4 +1,4 @@
-"""Half and mixed precision: gradients unscaled once, copies in few launches, flags that mean what they say."""
+"""Half and mixed precision: gradients are unscaled once, copies take few launches, flags mean what their help says."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ from fairseq_rkm.fairseq_patches.registry import patch
     until="fairseq unscales gradients once",
 )
 def step_once_unscaled(_step: Callable) -> Callable:
-    """``step`` by the optimizer whose gradients ``clip_grad_norm`` has unscaled."""
+    """Make ``step`` go through the optimizer whose gradients ``clip_grad_norm`` has unscaled."""
 
     def step(optimizer: AMPOptimizer) -> None:
         optimizer.scaler.step(optimizer.optimizer)
@@ -33,7 +33,7 @@ def step_once_unscaled(_step: Callable) -> Callable:
     until="fairseq asks for a TPU by --tpu alone",
 )
 def without_tpu(parse: Any) -> Any:
-    """``parse_args_and_arch`` of fairseq where ``torch_xla``, through which it reaches TPUs, is not installed."""
+    """Make ``parse_args_and_arch`` ask for no TPU where ``torch_xla``, fairseq's way to TPUs, is not installed."""
 
     def parse_args_and_arch(*args: Any, **kwargs: Any) -> Any:
         parsed = parse(*args, **kwargs)
@@ -54,7 +54,7 @@ def without_tpu(parse: Any) -> Any:
     until="fairseq keeps the norm beside the gradients",
 )
 def clip_where_gradients_are(clip: Any) -> Any:
-    """``clip_grad_norm_`` of fairseq with the norm brought to the gradients' device."""
+    """Make ``clip_grad_norm_`` bring the norm to the gradients' device."""
 
     def clip_grad_norm_(params: Any, max_norm: float, aggregate_norm_fn: Any = None) -> torch.Tensor:
         params = [params] if torch.is_tensor(params) else list(params)
@@ -74,7 +74,7 @@ COPIES = "with --bf16 fairseq copies weights and gradients to and from float32 o
 
 
 def _unless_flat(separately: Callable[[Any], None], at_once: Callable[[Any], None]) -> Callable[[Any], None]:
-    """A method of ``FP16Optimizer``: ``at_once``, and fairseq's own ``separately`` for flat weights."""
+    """Return a method of ``FP16Optimizer``: ``at_once``, or for flat weights fairseq's own ``separately``."""
 
     def method(optimizer: Any) -> None:
         (separately if optimizer.has_flat_params else at_once)(optimizer)
@@ -84,25 +84,25 @@ def _unless_flat(separately: Callable[[Any], None], at_once: Callable[[Any], Non
 
 @patch(FP16Optimizer, "_sync_fp16_grads_to_fp32", why=COPIES, until="fairseq copies them in one launch")
 def gradients_to_float_at_once(separately: Callable[[Any], None]) -> Callable[[Any], None]:
-    """All gradients in one launch."""
+    """Copy all gradients in one launch."""
     return _unless_flat(separately, _gradients_to_float)
 
 
 @patch(FP16Optimizer, "_sync_fp32_params_to_fp16", why=COPIES, until="fairseq copies them in one launch")
 def weights_to_half_at_once(separately: Callable[[Any], None]) -> Callable[[Any], None]:
-    """All weights in one launch."""
+    """Copy all weights in one launch."""
     return _unless_flat(separately, _weights_to_half)
 
 
 @patch(FP16Optimizer, "zero_grad", why=COPIES, until="fairseq clears them in one launch")
 def clear_gradients_at_once(separately: Callable[[Any], None]) -> Callable[[Any], None]:
-    """All gradients in one launch."""
+    """Clear all gradients in one launch."""
     return _unless_flat(separately, _no_gradients)
 
 
 @torch.no_grad()
 def _gradients_to_float(optimizer: Any) -> None:
-    """``_sync_fp16_grads_to_fp32``."""
+    """Do the work of ``_sync_fp16_grads_to_fp32``."""
     if not optimizer._needs_sync:
         return
     pairs = [(p, p32) for p, p32 in zip(optimizer.fp16_params, optimizer.fp32_params, strict=True) if p.requires_grad]
@@ -118,14 +118,14 @@ def _gradients_to_float(optimizer: Any) -> None:
 
 @torch.no_grad()
 def _weights_to_half(optimizer: Any) -> None:
-    """``_sync_fp32_params_to_fp16``."""
+    """Do the work of ``_sync_fp32_params_to_fp16``."""
     pairs = [(p, p32) for p, p32 in zip(optimizer.fp16_params, optimizer.fp32_params, strict=True) if p.requires_grad]
     torch._foreach_copy_([p for p, _ in pairs], [p32 for _, p32 in pairs])
 
 
 @torch.no_grad()
 def _no_gradients(optimizer: Any) -> None:
-    """``zero_grad``, whose loss scale bfloat16 does without."""
+    """Do the work of ``zero_grad``. bfloat16 has no loss scale to reset."""
     for p in optimizer.fp16_params:
         p.grad = None
     torch._foreach_zero_([p32.grad for p32 in optimizer.fp32_params if p32.grad is not None])

@@ -1,4 +1,4 @@
-"""Several processes train one model, or a sentence says which of them failed and what to do."""
+"""Several processes train one model. If one fails, a sentence says which process failed and how to go on."""
 
 import contextlib
 import logging
@@ -30,10 +30,10 @@ from fairseq_rkm.fairseq_patches.registry import patch, setting
 logger = logging.getLogger(__name__)
 
 TIMEOUT = 600
-"""Seconds that processes wait for each other, unless ``--heartbeat-timeout`` says how many: ten minutes."""
+"""Seconds (ten minutes) that processes wait for each other, unless ``--heartbeat-timeout`` gives another number."""
 
 ANSWER = 3.0
-"""Seconds that a process which lost another waits for the rest to say that they are there."""
+"""Seconds that a process which lost another waits for the rest to answer."""
 
 AGAIN = "start the same command again in all processes: it goes on from the last checkpoint"
 
@@ -41,18 +41,18 @@ LOST = re.compile(
     r"Connection (closed|reset|refused)|Broken pipe|Timed out|timed out|timeout|gloo|NCCL|ncclRemoteError|TCPStore|"
     r"socket"
 )
-"""What errors of torch.distributed say when another process cannot be reached."""
+"""Words of torch.distributed in errors of a process that cannot be reached."""
 
 
 @dataclass
 class Meeting:
-    """Where the processes of a run know each other from.
+    """The meeting place of a run's processes.
 
     Attributes:
-        store: of torch.distributed, to which all processes write.
-        rank: of this process.
-        homes: of each process, as ``host:process``.
-        seconds: that they wait for each other.
+        store: the store of torch.distributed, to which all processes write.
+        rank: this process's rank.
+        homes: each process as ``host:process``, by rank.
+        seconds: how long processes wait for each other.
     """
 
     store: Any
@@ -65,7 +65,11 @@ _meeting: list[Meeting] = []
 
 
 def on_cpus(cfg: Any) -> bool:
-    """Whether a run's processes compute on CPUs, from the part of its configuration that says how many there are."""
+    """Return whether a run's processes compute on CPUs.
+
+    Args:
+        cfg: the section ``distributed_training`` of a configuration, or flags.
+    """
     parent = cfg._get_parent() if OmegaConf.is_config(cfg) else None
     return not torch.cuda.is_available() or (parent is not None and bool(parent.common.cpu))
 
@@ -77,7 +81,7 @@ def on_cpus(cfg: Any) -> bool:
     until="fairseq takes the number of processes from WORLD_SIZE, and does not count devices on CPUs",
 )
 def meet_all_processes(infer: Any) -> Any:
-    """``infer_init_method`` that takes the processes of torchrun and SLURM for one run's, on CPUs as well."""
+    """Make ``infer_init_method`` join the processes of torchrun and SLURM into one run, on CPUs as well."""
 
     def infer_init_method(cfg: Any, force_distributed: bool = False) -> None:
         if cfg.tpu or cfg.pipeline_model_parallel or cfg.distributed_init_method is not None:
@@ -93,7 +97,7 @@ def meet_all_processes(infer: Any) -> Any:
 
 
 def _started_by_torchrun() -> tuple[str, int, int, int] | None:
-    """The meeting place, the number of processes, this one's rank and its number on its machine."""
+    """Return the meeting place, the number of processes, this one's rank, and its number on its machine."""
     names = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
     if not all(name in os.environ for name in names) or int(os.environ["WORLD_SIZE"]) < 2:
         return None
@@ -102,7 +106,11 @@ def _started_by_torchrun() -> tuple[str, int, int, int] | None:
 
 
 def _started_by_slurm(cfg: Any) -> tuple[str, int, int, int] | None:
-    """As :func:`_started_by_torchrun`, of a job step of several tasks."""
+    """Return the same as :func:`_started_by_torchrun` for a job step of several tasks; None for one task.
+
+    Raises:
+        RKMError: another number of tasks than of processes, or scontrol does not name the machines.
+    """
     tasks = _slurm("STEP_NUM_TASKS", 1)
     if tasks < 2 or cfg.distributed_world_size == 1:
         return None
@@ -128,7 +136,11 @@ def _slurm(name: str, default: int) -> int:
 
 
 def _join(cfg: Any, method: str, size: int, rank: int, local: int) -> None:
-    """Let this process be one of several that something else has started."""
+    """Let this process be one of several that something else has started.
+
+    Raises:
+        RKMError: there is no GPU left for it.
+    """
     here = torch.cuda.device_count()
     if not on_cpus(cfg) and local >= here:
         raise RKMError(
@@ -155,7 +167,7 @@ def _free_port() -> int:
     until="fairseq starts as many processes as are asked for, and says in a sentence which one failed",
 )
 def start_all_processes(call: Any) -> Any:
-    """``call_main`` that starts processes on CPUs too, and ends all when one ends."""
+    """Make ``call_main`` start processes on CPUs too, and end all of them when one ends."""
 
     def call_main(cfg: Any, main: Callable, **kwargs: Any) -> None:
         distributed = cfg.distributed_training
@@ -165,7 +177,7 @@ def start_all_processes(call: Any) -> Any:
             _refuse_tasks_apart(distributed, main)
             distributed_utils.infer_init_method(distributed)
         elif on_cpus(distributed):
-            # There are no devices to count: whoever names a meeting place starts each process.
+            # There are no devices to count: a user who names a meeting place starts each process.
             distributed.distributed_no_spawn = True
         if distributed.distributed_init_method is None or cfg.common.tpu:
             call(cfg, main, **kwargs)
@@ -181,7 +193,7 @@ def start_all_processes(call: Any) -> Any:
 
 
 def _refuse_tasks_apart(cfg: Any, main: Callable) -> None:
-    """Raise RKMError for tasks of a SLURM step that would each train a model, unless the user says so."""
+    """Raise RKMError for tasks of a SLURM step that would each train a model, unless the user asks for that."""
     tasks = _slurm("STEP_NUM_TASKS", 1)
     alone = cfg.distributed_world_size == 1 and not _started_by_torchrun()
     if alone and tasks > 1 and trains(main) and not _named("--distributed-world-size"):
@@ -196,12 +208,12 @@ def _named(flag: str) -> bool:
 
 
 def trains(main: Callable) -> bool:
-    """Whether a command's main function is that of training."""
+    """Return whether a command's main function is the one of training."""
     return "should_stop_early" in getattr(main, "__globals__", {})
 
 
 def _settle_on_cpus(cfg: Any) -> None:
-    """Take what CPUs have where the flags, whose defaults are for GPUs, name other things."""
+    """Choose backends that work on CPUs in place of the defaults, which are for GPUs."""
     if cfg.distributed_backend == "nccl":
         logger.info("processes on CPUs: --distributed-backend gloo")
         cfg.distributed_backend = "gloo"
@@ -211,7 +223,11 @@ def _settle_on_cpus(cfg: Any) -> None:
 
 
 def _spawn(cfg: Any, main: Callable, kwargs: dict) -> None:
-    """Start this machine's processes, and end all when one of them ends in an error."""
+    """Start this machine's processes. If one ends in an error, end all.
+
+    Raises:
+        RKMError: a process was killed or left; the message names its rank.
+    """
     distributed = cfg.distributed_training
     size = distributed.distributed_world_size
     count = size if on_cpus(distributed) else min(torch.cuda.device_count(), size)
@@ -237,7 +253,17 @@ def _spawn(cfg: Any, main: Callable, kwargs: dict) -> None:
 
 
 def run_rank(number: int, main: Callable, cfg: Any, kwargs: dict) -> None:
-    """A process that :func:`_spawn` started: fairseq's, with the plugin in place before processes meet."""
+    """Run one process of :func:`_spawn`: fairseq's main function, with the plugin registered before processes meet.
+
+    Args:
+        number: of the process on this machine, from 0.
+        main: the command's main function.
+        cfg: the whole configuration.
+        kwargs: further arguments of fairseq's ``distributed_main``.
+
+    Raises:
+        RKMError: another process ended or does not answer.
+    """
     import fairseq_rkm
 
     fairseq_rkm.register()
@@ -257,7 +283,7 @@ def run_rank(number: int, main: Callable, cfg: Any, kwargs: dict) -> None:
     until="fairseq gives torch.distributed a time, and names the ranks that are missing",
 )
 def meet_in_time(init: Any) -> Any:
-    """``distributed_init`` that waits ``--heartbeat-timeout`` seconds, and says who did not come."""
+    """Make ``distributed_init`` wait ``--heartbeat-timeout`` seconds, and name the processes that did not come."""
 
     def distributed_init(cfg: Any) -> Any:
         distributed = cfg.distributed_training
@@ -271,7 +297,11 @@ def meet_in_time(init: Any) -> Any:
 
 
 def _meet(cfg: Any) -> None:
-    """Initialize torch.distributed, as fairseq does, once all processes have come."""
+    """Initialize torch.distributed, as fairseq does, once all processes have come.
+
+    Raises:
+        RKMError: a process did not come in time; the message names its rank.
+    """
     rank, size, method = cfg.distributed_rank, cfg.distributed_world_size, cfg.distributed_init_method
     seconds = cfg.heartbeat_timeout if cfg.heartbeat_timeout > 0 else TIMEOUT
     logger.info(f"distributed init (rank {rank}): {method}; processes wait {seconds} seconds for each other")
@@ -301,13 +331,13 @@ def _meet(cfg: Any) -> None:
     until="fairseq gives torch.distributed a time",
 )
 def wait_ten_minutes() -> None:
-    """Let the processes of fairseq's commands wait ten minutes for each other, unless more or less was asked for."""
+    """Let the processes of fairseq's commands wait ten minutes for each other, unless another time was asked for."""
     if in_fairseq_command() and not _meeting:
         _wait_at_most(TIMEOUT)
 
 
 def _wait_at_most(seconds: int) -> timedelta:
-    """Set the time for groups that fairseq makes, which take torch's default and not the time of the first group."""
+    """Set the time for later groups: fairseq makes them with torch's default, not with the time of the first group."""
     time_allowed = timedelta(seconds=seconds)
     dist.distributed_c10d.default_pg_timeout = time_allowed
     dist.distributed_c10d.default_pg_nccl_timeout = time_allowed
@@ -321,7 +351,7 @@ def _wait_at_most(seconds: int) -> timedelta:
     until="fairseq gives the time to torch.distributed",
 )
 def leave_time_to_torch(init: Any) -> Any:
-    """The clock of fairseq's own, which stands still where processes wait for each other no longer than that time."""
+    """Make fairseq's own clock stand still where torch.distributed already limits the time that processes wait."""
 
     def initialize(wrapper: Any, module: Any, timeout: int, *args: Any, **kwargs: Any) -> None:
         init(wrapper, module, -1 if _meeting else timeout, *args, **kwargs)
@@ -330,10 +360,10 @@ def leave_time_to_torch(init: Any) -> Any:
 
 
 def _open_store(method: str, rank: int, size: int, seconds: int) -> Any:
-    """The store at a meeting place.
+    """Open the store at a meeting place.
 
     Raises:
-        RKMError: a place that cannot be reached in time.
+        RKMError: the place cannot be reached in time.
     """
     place = urlsplit(method)
     time_allowed = timedelta(seconds=seconds)
@@ -354,10 +384,10 @@ def _open_store(method: str, rank: int, size: int, seconds: int) -> Any:
 
 
 def _await_listener(host: str, port: int, seconds: float) -> None:
-    """Return once somebody listens; torch's own waiting prints stack traces of C++.
+    """Return once somebody listens. torch's own waiting prints stack traces of C++.
 
     Raises:
-        OSError: nobody did in time.
+        OSError: nobody listened within ``seconds``.
     """
     end = time.monotonic() + seconds
     while True:
@@ -371,9 +401,9 @@ def _await_listener(host: str, port: int, seconds: float) -> None:
 
 
 def _missing(store: Any, key: str, ranks: list[int], seconds: float) -> list[int]:
-    """The ranks that have not written ``key`` with their number to the store within some seconds."""
+    """Return the ranks that have not written ``key`` with their number to the store within ``seconds``."""
     end = time.monotonic() + seconds
-    # Looked for again and again: torch's own waiting prints warnings of C++.
+    # Poll: torch's own waiting prints warnings of C++.
     while missing := [rank for rank in ranks if not store.check([f"{key}{rank}"])]:
         if time.monotonic() > end:
             break
@@ -386,7 +416,7 @@ def _ranks(ranks: list[int]) -> str:
 
 
 def lost_process(error: BaseException) -> str | None:
-    """A sentence for an error that came of another process's end or silence; None for any other error."""
+    """Return a sentence for an error that came of another process's end or silence; None for any other error."""
     if not dist.is_initialized() or not isinstance(error, RuntimeError) or not LOST.search(str(error)):
         return None
     if not _meeting:
@@ -405,11 +435,11 @@ def lost_process(error: BaseException) -> str | None:
 
 
 def _has_ended(home: str) -> bool:
-    """Whether a process of this machine has ended; False for one of another machine."""
+    """Return whether a process of this machine has ended; False for a process of another machine."""
     host, _, process = home.rpartition(":")
     if host != socket.gethostname():
         return False
-    # An ended process whose parent has not looked is still there, without a memory of its own.
+    # An ended process stays in the table, as a zombie, until its parent asks for its status.
     time.sleep(0.2)
     try:
         with open(f"/proc/{process}/stat") as stat:
@@ -419,14 +449,14 @@ def _has_ended(home: str) -> bool:
 
 
 def _silent(meeting: Meeting, others: list[int]) -> list[int]:
-    """The ranks that do not say, as this one does, that they have lost another."""
+    """Return the ranks that do not report, as this one does, that they have lost another."""
     try:
         with contextlib.suppress(RuntimeError):
             meeting.store.set_timeout(timedelta(seconds=ANSWER))
         meeting.store.set(f"lost{meeting.rank}", "1")
         return _missing(meeting.store, "lost", others, ANSWER)
     except RuntimeError:
-        return [0]  # whose process keeps the store
+        return [0]  # the process of rank 0 keeps the store
 
 
 @patch(
@@ -436,7 +466,7 @@ def _silent(meeting: Meeting, others: list[int]) -> list[int]:
     until="fairseq takes the number of processes from WORLD_SIZE",
 )
 def refuse_to_train_apart(verify: Any) -> Any:
-    """``verify_checkpoint_directory``, which training calls first, in none of several processes that train apart."""
+    """Make ``verify_checkpoint_directory``, which training calls first, refuse processes that would train apart."""
 
     def verify_checkpoint_directory(folder: str) -> None:
         if _started_by_torchrun() and not dist.is_initialized():

@@ -1,4 +1,4 @@
-"""How a change to fairseq is declared, listed, switched and made.
+"""Declare, list, select and make changes to fairseq.
 
 >>> @patch(Trainer, "clip_grad_norm", why="...", until="...")
 ... def late(clip_grad_norm):
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from fairseq_rkm.errors import RKMError
 
 logger = logging.getLogger(__name__)
-# fairseq's import leaves the root logger at DEBUG, where nobody asked for it; LOGLEVEL is fairseq's own variable.
+# fairseq's import leaves the root logger at DEBUG, though nobody asked for it; LOGLEVEL is fairseq's own variable.
 logger.setLevel(os.environ.get("LOGLEVEL", "INFO").upper())
 Function = TypeVar("Function", bound=Callable)
 
@@ -25,19 +25,19 @@ SWITCH = "FAIRSEQ_RKM_PATCHES"
 """The environment variable that selects patches: names or subjects between commas; ``-`` before one leaves it out."""
 
 PATCHES: "dict[str, Patch]" = {}
-"""All declared patches by their names, in the order in which they are made."""
+"""All declared patches by name, in the order in which they are made."""
 
 
 @dataclass(frozen=True)
 class Patch:
-    """A change to fairseq, or to what fairseq needs of torch and numpy.
+    """A change to fairseq, or to a part of torch or numpy that fairseq needs.
 
     Attributes:
         subject: the file that declares it.
         name: ``subject.function``, after the function that makes the change.
         target: the changed function or setting.
         why: the fault that it mends.
-        until: when it is to go.
+        until: the condition on which it goes.
         make: makes the change; a second call changes nothing.
     """
 
@@ -50,13 +50,13 @@ class Patch:
 
 
 def patch(owner: Any, attribute: str, *, why: str, until: str) -> Callable[[Function], Function]:
-    """Declare that the decorated function makes from ``owner.attribute`` the function that takes its place.
+    """Declare that the decorated function turns ``owner.attribute`` into the function that takes its place.
 
     Args:
         owner: a module or a class.
-        attribute: the name of the module's function, or of the class's own or inherited method or class method.
+        attribute: the name of a function of the module, or of a method or class method of the class, own or inherited.
         why: the fault that the change mends, in a sentence.
-        until: when the change is to go.
+        until: the condition on which the change goes.
     """
 
     def declare(wrapper: Function) -> Function:
@@ -68,9 +68,14 @@ def patch(owner: Any, attribute: str, *, why: str, until: str) -> Callable[[Func
 
 
 def setting(target: str, *, why: str, until: str) -> Callable[[Function], Function]:
-    """Declare that the decorated function, called without arguments, changes what ``target`` names.
+    """Declare that the decorated function, called without arguments, changes ``target``.
 
     A second call of the function has to change nothing.
+
+    Args:
+        target: the name of the changed function or setting, for the list of patches.
+        why: the fault that the change mends, in a sentence.
+        until: the condition on which the change goes.
     """
 
     def declare(make: Function) -> Function:
@@ -90,13 +95,13 @@ def _declare(function: Callable, target: str, why: str, until: str, make: Callab
 
 
 def apply(selection: str | None = None) -> None:
-    """Make the selected changes; those made before stay.
+    """Make the selected changes. Changes that were made before stay.
 
     Args:
-        selection: as :data:`SWITCH` has it, by default its value.
+        selection: in :data:`SWITCH`'s notation; by default the variable's value.
 
     Raises:
-        RKMError: a selection that names an unknown patch.
+        RKMError: the selection names an unknown patch.
     """
     for declared in selected(os.environ.get(SWITCH, "") if selection is None else selection):
         declared.make()
@@ -104,7 +109,11 @@ def apply(selection: str | None = None) -> None:
 
 
 def selected(selection: str) -> Iterable[Patch]:
-    """The patches of a selection: all but those left out or, where any is named without ``-``, these alone."""
+    """Return the patches of a selection: the named ones, or all if none is named, less the ones left out.
+
+    Raises:
+        RKMError: the selection names an unknown patch.
+    """
     named: set[str] = set()
     left_out: set[str] = set()
     for entry in filter(None, (part.strip() for part in selection.split(","))):
@@ -117,12 +126,14 @@ def selected(selection: str) -> Iterable[Patch]:
 
 
 def wrap(owner: Any, name: str, wrapper: Callable[[Any], Callable]) -> None:
-    """Put ``wrapper(function)`` in a function's place, under the function's name; a second call changes nothing.
+    """Put ``wrapper(function)`` in a function's place, under the function's name. A second call changes nothing.
 
     Args:
         owner: a module or a class.
-        name: of a function of the module's, or of the class's own or inherited method, class or static method.
-        wrapper: takes the function, for a class method with the class as its first argument, and returns the new one.
+        name: the name of a function of the module, or of a method, class method or static method of the class, own or
+            inherited.
+        wrapper: takes the function and returns the new one. A class method's function has the class as its first
+            argument.
     """
     kind = type(inspect.getattr_static(owner, name))
     given = getattr(owner, name)
@@ -131,6 +142,6 @@ def wrap(owner: Any, name: str, wrapper: Callable[[Any], Callable]) -> None:
     if wrapper in made_by:
         return
     wrapped: Any = functools.wraps(function)(wrapper(function))
-    # __wrapped__ does not tell: functions that fairseq has decorated itself have it as well.
+    # __wrapped__ does not tell: functions that fairseq itself has decorated have it as well.
     wrapped.wrapped_by_fairseq_rkm = (*made_by, wrapper)
     setattr(owner, name, kind(wrapped) if kind in (classmethod, staticmethod) else wrapped)

@@ -1,4 +1,4 @@
-"""A run goes on from its newest whole checkpoint, and one that has ended is left as it is."""
+"""A run goes on from its newest whole checkpoint, and a run that has ended is left as it is."""
 
 import logging
 import os
@@ -20,19 +20,19 @@ from fairseq_rkm.fairseq_patches.registry import patch
 logger = logging.getLogger(__name__)
 
 DEFAULT = "checkpoint_last.pt"
-"""fairseq's ``--restore-file``, where none is named."""
+"""fairseq's default of ``--restore-file``."""
 
 PATIENCE = "fairseq_rkm_patience"
-"""The key of a checkpoint under which the count of ``--patience`` stands."""
+"""The key in a checkpoint of the count of ``--patience``."""
 
 DAMAGE = (
     OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, pickle.UnpicklingError,
     struct.error, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
-"""What reading a file raises whose bytes are not those that were written."""
+"""Errors of reading a file whose bytes have changed since it was written."""
 
 _last: list[tuple[str, str]] = []
-"""While fairseq resumes without a named file: the path of the last checkpoint, and the suffix of its name."""
+"""While fairseq resumes without a named file: the last checkpoint's path, and the suffix of its name."""
 
 
 @patch(
@@ -42,7 +42,7 @@ _last: list[tuple[str, str]] = []
     until="fairseq resumes from the newest whole checkpoint",
 )
 def know_the_last(load: Any) -> Any:
-    """``Trainer.load_checkpoint`` that says which file :func:`newest_whole` may replace by another."""
+    """Make ``Trainer.load_checkpoint`` tell :func:`newest_whole` which file it may replace by another."""
 
     def load_checkpoint(trainer: Any, filename: str, *args: Any, **kwargs: Any) -> Any:
         cfg, suffix = trainer.cfg.checkpoint, trainer.checkpoint_suffix
@@ -64,13 +64,13 @@ def know_the_last(load: Any) -> Any:
     until="fairseq resumes from the newest whole checkpoint",
 )
 def newest_whole(load: Any) -> Any:
-    """``load_checkpoint_to_cpu`` that reads the newest whole checkpoint where a resuming run's last is damaged."""
+    """Make ``load_checkpoint_to_cpu`` read the newest whole checkpoint if a resuming run's last one is damaged."""
 
     def load_checkpoint_to_cpu(path: str, *args: Any, **kwargs: Any) -> Any:
         try:
             return load(path, *args, **kwargs)
         except RKMError as error:
-            # A file that is whole was refused for what it holds.
+            # A whole file was refused for its contents.
             if not _last or path != _last[0][0] or is_whole(path):
                 raise
             for other in whole_checkpoints(*_last[0]):
@@ -92,7 +92,7 @@ def newest_whole(load: Any) -> Any:
 
 
 def is_whole(path: str) -> bool:
-    """Whether a file is an archive all of whose entries have the checksums that were written with them."""
+    """Return whether a file is a zip archive and all of its entries agree with their checksums."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
@@ -101,7 +101,12 @@ def is_whole(path: str) -> bool:
 
 
 def whole_checkpoints(last: str, suffix: str) -> list[str]:
-    """The other whole checkpoints of a folder, those of the latest update first."""
+    """Return the paths of the other whole checkpoints of a folder, the one of the latest update first.
+
+    Args:
+        last: the path of ``checkpoint_last.pt``.
+        suffix: the suffix of its name, before ``.pt``; a shard's or empty.
+    """
     folder = os.path.dirname(last)
     name = re.compile(rf"checkpoint(\d+|_\d+_\d+|_best|\.best_.*){re.escape(suffix)}\.pt")
     found = []
@@ -116,7 +121,7 @@ def whole_checkpoints(last: str, suffix: str) -> list[str]:
 
 
 def updates(state: dict) -> int:
-    """The number of updates of the training that a checkpoint holds."""
+    """Return the number of updates of the training that a checkpoint holds."""
     return int(state["optimizer_history"][-1]["num_updates"])
 
 
@@ -127,7 +132,7 @@ def updates(state: dict) -> int:
     until="fairseq's checkpoints hold it",
 )
 def save_patience(save: Any) -> Any:
-    """``Trainer.save_checkpoint`` that adds how often validation has not improved."""
+    """Make ``Trainer.save_checkpoint`` add how often validation has not improved."""
 
     def save_checkpoint(trainer: Any, filename: str, extra_state: dict) -> Any:
         count = _patience_counter()
@@ -139,7 +144,7 @@ def save_patience(save: Any) -> Any:
 
 
 def _patience_counter() -> Any:
-    """The function of fairseq's training command on which it counts."""
+    """Return the function of fairseq's training command that keeps the count in its attributes; None elsewhere."""
     commands = (sys.modules.get(name) for name in ("__main__", "fairseq_cli.train"))
     counters = (getattr(command, "should_stop_early", None) for command in commands)
     return next((counter for counter in counters if counter is not None), None)
@@ -152,7 +157,7 @@ def _patience_counter() -> Any:
     until="fairseq looks at --max-update, --patience and --stop-time-hours before it trains",
 )
 def leave_finished_runs(load: Any) -> Any:
-    """``load_checkpoint`` after which a run that has ended trains nothing."""
+    """Make ``load_checkpoint`` let a run that has ended train nothing."""
 
     def load_checkpoint(cfg: Any, trainer: Any, **kwargs: Any) -> Any:
         extra_state, iterator = load(cfg, trainer, **kwargs)
@@ -163,7 +168,7 @@ def leave_finished_runs(load: Any) -> Any:
         reached = _reached(trainer, iterator.next_epoch_idx, runs)
         if reached:
             logger.info(f"all is done: {reached}. Nothing is trained and nothing written")
-            # fairseq's loop over epochs, which reads this next, then has none to run.
+            # fairseq's loop over epochs reads this next, and runs none.
             trainer.cfg.optimization.max_epoch = -1
         return extra_state, iterator
 
@@ -171,7 +176,7 @@ def leave_finished_runs(load: Any) -> Any:
 
 
 def _restore_patience(extra_state: dict) -> int:
-    """How often validation had not improved, which the training command goes on counting from."""
+    """Give the training command its count back, and return it: how often validation had not improved."""
     saved, count = extra_state.get(PATIENCE), _patience_counter()
     if saved is None or count is None:
         return 0
@@ -180,7 +185,7 @@ def _restore_patience(extra_state: dict) -> int:
 
 
 def _reached(trainer: Any, next_epoch: int, runs: int) -> str | None:
-    """What ended the run whose checkpoint was loaded, and what to give for more; None if nothing has."""
+    """Return the limit that ended the checkpoint's run, and the flag that gives more; None if nothing ended it."""
     limits, patience = trainer.cfg.optimization, trainer.cfg.checkpoint.patience
     done, hours, rate = trainer.get_num_updates(), trainer.cumulative_training_time() / 3600, trainer.get_lr()
     if limits.max_update and done >= limits.max_update:

@@ -1,4 +1,4 @@
-"""The end of a process, which Python must not reach while threads are still within PyTorch."""
+"""Python must not end a process while threads are still within PyTorch."""
 
 import atexit
 import contextlib
@@ -39,19 +39,19 @@ def _at_exit(function: Callable[[], None]) -> None:
 
 
 def _stop_threads() -> None:
-    """Let each thread finish the batch that it is at: nobody will take it. One that takes 10 seconds is left alone."""
+    """Let each thread finish its batch, though nobody will take it. Leave a thread alone that takes 10 seconds."""
     for thread in threading.enumerate():
         if not isinstance(thread, iterators.BackgroundConsumer):
             continue
         thread._max_len = 0
         stop = time.monotonic() + 10
         while thread.is_alive() and time.monotonic() < stop:
-            with contextlib.suppress(queue.Empty):  # room for what it waits to hand over
+            with contextlib.suppress(queue.Empty):  # make room: the thread waits to hand over a batch
                 thread._queue.get(timeout=0.02)
 
 
 def _leave_groups() -> None:
-    """Wait for gloo's threads; NCCL's groups are left alone, which would wait for processes that may have failed."""
+    """Wait for gloo's threads. Leave NCCL's groups alone: they would wait for processes that may have failed."""
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_backend() == "gloo":
         distributed.destroy_process_group()

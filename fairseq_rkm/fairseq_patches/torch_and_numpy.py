@@ -1,4 +1,4 @@
-"""fairseq 0.12 on the torch and numpy at hand."""
+"""fairseq 0.12 on current torch and numpy."""
 
 import types
 import warnings
@@ -37,7 +37,7 @@ def no_warning_of_pinned_memory() -> None:
     until="torch files none, or fairseq seeds its own devices alone",
 )
 def seed_present_devices() -> None:
-    """Seed only the devices that fairseq runs on (TPUs apart)."""
+    """Seed only CPUs and CUDA devices, unless fairseq runs on TPUs."""
     if utils.xm is None:
         utils.set_torch_seed = SetTorchSeed
 

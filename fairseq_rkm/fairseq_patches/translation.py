@@ -1,13 +1,13 @@
-"""Repairs of fairseq's translation commands; they hold for all of its models.
+"""Repairs of fairseq's translation commands. They hold for all of its models.
 
-1. ``--replace-unk`` copies source words as its help says: fairseq 0.12 computes no alignment for it, reads those of
-   ``--print-alignment`` as if they were numbers, and without a value looks for a file called ``"@@ "``.
-2. A language pair that the data has not, a sentence beyond the longest, an empty source sentence, and a sentencepiece
-   model that the source's dictionary was not made with are told in a sentence, before anything is translated.
+1. ``--replace-unk`` copies source words as its help says. fairseq 0.12 computes no alignment for it, reads alignments
+   of ``--print-alignment`` as if they were numbers, and without a value looks for a file called ``"@@ "``.
+2. Mistakes are told in a sentence before anything is translated: a language pair that the data lacks, a sentence that
+   is too long, an empty source sentence, a sentencepiece model that does not fit the source's dictionary.
 3. A training set in several files (``train``, ``train1``, ...) has each of them once unless ``--upsample-primary`` is
-   given: fairseq 0.12 repeats the first -1 times by default, and fails.
+   given. fairseq 0.12 repeats the first -1 times by default, and fails.
 
-A model that has generators of its own (``generator_classes``, without and with alignment) is translated with by them.
+A model may have its own generators (``generator_classes``: without and with alignment). Translation then uses them.
 """
 
 import copy
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
     until="fairseq's default is no file",
 )
 def copy_without_file(load: Callable) -> Callable:
-    """``--replace-unk`` without a file means to copy: its constant, meant for another flag, is no file's name."""
+    """Make ``--replace-unk`` without a file copy words: its default value ``"@@ "`` is no file's name."""
     return lambda path: load("" if path == "@@ " else path)
 
 
@@ -48,7 +48,7 @@ def copy_without_file(load: Callable) -> Callable:
     until="fairseq aligns for --replace-unk and asks models for their generators",
 )
 def build_generator_as_needed(build: Callable) -> Callable:
-    """The model's own generator if it has one, and for ``--replace-unk`` one that aligns, printed or not."""
+    """Make ``build_generator`` use the model's own generator, and one that aligns for ``--replace-unk``."""
 
     def build_generator(
         self: FairseqTask,
@@ -78,7 +78,7 @@ def build_generator_as_needed(build: Callable) -> Callable:
     until="fairseq reads its own alignments",
 )
 def replace_by_pairs(replace: Callable) -> Callable:
-    """Each target word's source word, from the pairs (or, if ``soft``, the weights) that fairseq's aligner gives."""
+    """Make ``replace_unk`` read the pairs of fairseq's aligner or, with ``soft``, its rows of weights."""
 
     def replace_unk(hypo_str: str, src_str: str, alignment: list, align_dict: dict, unk: str) -> str:
         return replace(hypo_str, src_str, [_aligned(entry) for entry in alignment], align_dict, unk)
@@ -87,7 +87,11 @@ def replace_by_pairs(replace: Callable) -> Callable:
 
 
 def _aligned(entry: Any) -> int:
-    """A pair (source word, target word), or a row of weights as text, the last of them the end of the sentence's."""
+    """Return a target word's source word.
+
+    Args:
+        entry: a pair (source word, target word), or a row of weights as text whose last entry is the end of sentence.
+    """
     if isinstance(entry, tuple):
         return entry[0]
     return int(np.argmax([float(weight) for weight in entry[:-1]]))
@@ -100,6 +104,8 @@ def _aligned(entry: Any) -> int:
     until="fairseq checks languages and repeats once by default",
 )
 def check_languages_first(setup: Callable) -> Callable:
+    """Make ``setup_task`` check the languages first, and take each file of a training set once."""
+
     def setup_task(cls: type, cfg: TranslationConfig, **kwargs: Any) -> TranslationTask:
         check_languages(cfg)
         if cfg.upsample_primary == TranslationConfig.upsample_primary:
@@ -110,7 +116,11 @@ def check_languages_first(setup: Callable) -> Callable:
 
 
 def check_languages(cfg: TranslationConfig) -> None:
-    """Raises RKMError if the data's folder is not there, or its languages are not those asked for or cannot be told."""
+    """Check that the data's folder is there and has the languages that are asked for.
+
+    Raises:
+        RKMError: no folder, a language without dictionary, or no languages given and none to be told from the folder.
+    """
     folder = Path(utils.split_paths(cfg.data or "")[0])
     if not cfg.data or not folder.is_dir():
         raise RKMError(f"no folder of binarized data at {str(folder)!r}: give the one that fairseq-preprocess wrote")
@@ -130,6 +140,8 @@ def check_languages(cfg: TranslationConfig) -> None:
     until="fairseq names them",
 )
 def tell_sizes(filter_: Callable) -> Callable:
+    """Make ``filter_indices_by_size`` name sentences that are empty or too long."""
+
     def filter_indices_by_size(
         self: FairseqTask, indices: Any, dataset: Any, max_positions: Any = None, ignore_invalid_inputs: bool = False
     ) -> Any:
@@ -141,10 +153,16 @@ def tell_sizes(filter_: Callable) -> Callable:
 
 
 def check_sizes(dataset: LanguagePairDataset, indices: Any, max_positions: Any, ignore_long: bool) -> None:
-    """Warn of empty source sentences; refuse those that are too long.
+    """Warn of empty source sentences, and refuse sentences that are too long.
+
+    Args:
+        dataset: the pairs of sentences.
+        indices: ``(N,)`` int64, the sentences to look at.
+        max_positions: the most tokens: one number, or a pair for source and target.
+        ignore_long: let long sentences pass; fairseq leaves them out.
 
     Raises:
-        RKMError: a sentence of more tokens than ``max_positions``, unless ``ignore_long``.
+        RKMError: a sentence has more tokens than ``max_positions``, and ``ignore_long`` is not set.
     """
     empty = indices[np.asarray(dataset.src_sizes)[indices] <= 1]
     if len(empty):
@@ -171,6 +189,8 @@ def check_sizes(dataset: LanguagePairDataset, indices: Any, max_positions: Any, 
     until="fairseq compares model and dictionary",
 )
 def check_sentencepieces(build: Callable) -> Callable:
+    """Make ``build_bpe`` refuse a sentencepiece model that does not fit the source's dictionary."""
+
     def build_bpe(self: FairseqTask, args: Any) -> Any:
         if getattr(args, "_name", None) != "sentencepiece":
             return build(self, args)

@@ -1,4 +1,4 @@
-"""fairseq's other tasks that translate, with models that they were not written for."""
+"""fairseq's other tasks that translate, used with models that they were not written for."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +20,7 @@ from fairseq_rkm.fairseq_patches.registry import patch
     until="fairseq says which models the task takes",
 )
 def only_multilingual_models(build_model: Callable) -> Callable:
-    """``build_model`` for architectures that hold a model for each pair of languages."""
+    """Make ``build_model`` refuse architectures that do not hold a model for each pair of languages."""
 
     def built(task: Any, args: Any, from_checkpoint: bool = False) -> Any:
         arch = getattr(args, "_name", None) or getattr(args, "arch", None)
@@ -43,7 +43,7 @@ def only_multilingual_models(build_model: Callable) -> Callable:
     until="fairseq's task reads its configuration",
 )
 def keep_flags(init: Callable) -> Callable:
-    """``__init__`` that sets ``args``."""
+    """Make ``__init__`` set ``args``."""
 
     def initialized(task: Any, args: Any, src_dict: Any, tgt_dict: Any) -> None:
         if not getattr(args, "langs", None):
@@ -61,7 +61,7 @@ def keep_flags(init: Callable) -> Callable:
     until="fairseq runs on numpy 2",
 )
 def buckets_of_numpy_2(_get_buckets: Callable) -> Callable:
-    """The same lengths, by the argument's present name."""
+    """Make ``get_buckets`` return the same lengths by the present name of numpy's argument."""
 
     def get_buckets(sizes: np.ndarray, num_buckets: int) -> np.ndarray:
         shares = np.linspace(0, 100, num_buckets + 1)
