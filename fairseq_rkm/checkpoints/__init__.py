@@ -1,7 +1,8 @@
 """Checkpoints and model archives, read as data that a stranger may have made.
 
-:func:`~fairseq_rkm.checkpoints.reading.load` takes ``torch.load``'s place: it inspects a file before it takes memory
-for it, and its contents before fairseq sees them. ``docs/checkpoints.md`` says what is refused.
+:func:`~fairseq_rkm.checkpoints.reading.load` takes the place of ``torch.load``. It inspects a file before it takes
+memory for the file's tensors, and inspects the contents before fairseq sees them. ``docs/checkpoints.md`` lists the
+files that are refused.
 """
 
 from fairseq_rkm.checkpoints.reading import load

@@ -1,4 +1,4 @@
-"""Memory that a model takes while it is built for a checkpoint, bounded by the checkpoint's weights."""
+"""Bound the memory that a model takes while it is built for a checkpoint, by the checkpoint's weights."""
 
 import math
 from collections.abc import Mapping
@@ -10,18 +10,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fairseq_rkm.errors import RKMError
 
 LEAST = 1 << 26
-"""Elements that any model may take, beside a multiple of its checkpoint's: tables of positions are in no checkpoint."""
+"""Elements that any model may take, beside a multiple of its checkpoint's: no checkpoint holds tables of positions."""
 
 MULTIPLE = 16
 OPERATIONS_A_WEIGHT = 200
-"""How many a model may take for each of its checkpoint's weights, beside 10,000."""
+"""Operations that a model may take for each of its checkpoint's weights, beside 10,000."""
 
 
 class Bounded(TorchDispatchMode):
-    """Refuses, before memory is taken, tensors that are far larger than a checkpoint's weights.
+    """Refuse tensors that are far larger than a checkpoint's weights, before memory is taken for them.
+
+        with Bounded(state["model"]):
+            model = task.build_model(cfg.model)
 
     Args:
-        weights: the checkpoint's, by name.
+        weights: the checkpoint's weights by name. Values that are not tensors count nothing.
+
+    Raises:
+        RKMError: within the block, for too many numbers or too many operations.
     """
 
     def __init__(self, weights: Mapping[str, Any]) -> None:
@@ -49,7 +55,7 @@ def _makes_tensors(func: Any) -> bool:
 
 
 def _elements(func: Any, args: Any) -> int:
-    """Of what an operation makes, as far as its arguments tell."""
+    """Return the number of elements that an operation makes, as far as its arguments tell."""
     name = func._schema.name
     if name == "aten::eye":
         return math.prod(value for value in args[:2] if isinstance(value, int)) ** (1 if len(args) > 1 else 2)

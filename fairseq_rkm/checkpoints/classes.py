@@ -1,7 +1,7 @@
-"""The classes that may stand in a checkpoint of fairseq beside tensors; all hold data and run nothing.
+"""The classes that may stand in a checkpoint of fairseq beside tensors. All hold data and run nothing.
 
-numpy's arrays build themselves from bytes: one of Python objects would take any bytes for pointers. Stand-ins read what
-translation's ``--eval-bleu`` sums, and :func:`plain` makes arrays of numbers of them.
+numpy's arrays build themselves from bytes: an array of Python objects would take any bytes for pointers. So stand-ins
+read the arrays that translation's ``--eval-bleu`` saves, and :func:`plain` turns stand-ins into arrays of numbers.
 """
 
 import argparse
@@ -14,11 +14,15 @@ import numpy as np
 from fairseq_rkm.errors import RKMError
 
 LARGEST_ARRAY = 1 << 24
-"""Bytes of an array."""
+"""The most bytes of an array."""
 
 
 class NumberType:
-    """Stands for ``numpy.dtype`` of booleans, integers and floating-point numbers."""
+    """Stand-in for ``numpy.dtype`` of booleans, integers and floating-point numbers.
+
+    Raises:
+        RKMError: another type.
+    """
 
     def __init__(self, name: str, *_: Any) -> None:
         if not isinstance(name, str) or len(name) > 3 or np.dtype(name).kind not in "biuf":
@@ -32,12 +36,12 @@ class NumberType:
 
     @property
     def dtype(self) -> np.dtype:
-        """Numpy's."""
+        """The same type as numpy's own object."""
         return np.dtype(self.name).newbyteorder(self.order)  # type: ignore[arg-type]
 
 
 class Array:
-    """Stands for ``numpy.ndarray``, which ``array`` is once the bytes have been read."""
+    """Stand-in for ``numpy.ndarray``. The attribute ``array`` is numpy's array once the bytes have been read."""
 
     array: Any = None
 
@@ -56,19 +60,27 @@ class Array:
 
 
 def begin_array(*_: Any) -> Array:
-    """Stands for numpy's ``_reconstruct``, whose arguments say nothing of the array."""
+    """Stand-in for numpy's ``_reconstruct``, whose arguments tell nothing about the array."""
     return Array()
 
 
 def number(kind: NumberType, data: bytes | str) -> Any:
-    """Stands for numpy's ``scalar``: a number of Python's."""
+    """Stand-in for numpy's ``scalar``. Return a Python number.
+
+    Args:
+        kind: the number's type.
+        data: its bytes; text stands for bytes in Latin-1, as Python 2 wrote them.
+
+    Raises:
+        RKMError: bytes of another length than the type's.
+    """
     array = Array()
     array.__setstate__((1, (), kind, False, data))
     return array.array.item()
 
 
 def plain(value: Any) -> Any:
-    """Numpy's array in place of a stand-in; any other value itself."""
+    """Return numpy's array or type in place of a stand-in, and any other value as it is."""
     if isinstance(value, NumberType):
         return value.dtype
     return value.array if isinstance(value, Array) else value
@@ -81,7 +93,7 @@ NUMPY = {
     **{f"numpy.{core}.multiarray.scalar": number for core in ("core", "_core")},
     **{f"numpy.dtypes.{kind}DType": NumberType for kind in ("Int64", "Int32", "Float64", "Float32", "Bool")},
 }
-"""Stand-ins by the names that numpy 1 and 2 write."""
+"""Stand-ins, by the names that numpy 1 and 2 write."""
 
 PYTHON = {
     "argparse.Namespace": argparse.Namespace,  # flags of components that are no dataclasses
@@ -96,5 +108,5 @@ PYTHON = {
 
 
 def allowed() -> list[Any]:
-    """What ``torch.serialization.safe_globals`` takes."""
+    """Return the list of (class, name) for ``torch.serialization.safe_globals``."""
     return [(value, name) for name, value in {**PYTHON, **NUMPY}.items()]

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, once read: containers of a bounded size, a configuration of plain values, plain tensors."""
+"""Check a checkpoint's contents: containers of a bounded size, a configuration of plain values, plain tensors."""
 
 from argparse import Namespace
 from collections.abc import Iterator, MutableMapping
@@ -17,7 +17,10 @@ NUMBERS_AND_TEXT = (type(None), bool, int, float, str, bytes)
 
 
 def check(state: Any) -> None:
-    """Raise for contents that are no checkpoint of fairseq's; arrays of numpy's take their stand-ins' places.
+    """Refuse contents that are not a checkpoint of fairseq. Put numpy's arrays in the place of their stand-ins.
+
+    Args:
+        state: the checkpoint as read; changed in place.
 
     Raises:
         RKMError: the reason, without the file's name.
@@ -36,7 +39,7 @@ def check(state: Any) -> None:
 
 
 def _check_layers(settings: Any, weights: int) -> None:
-    """Raise for more layers than weights: models make lists of their layers before they make these."""
+    """Refuse more layers than weights: models make lists of layers before they take memory for them."""
     for key, value in _children(settings):
         if isinstance(value, (dict, Namespace)):
             _check_layers(value, weights)
@@ -62,7 +65,17 @@ def _described(value: Any) -> str:
 
 
 def count_values(value: Any, most: int) -> None:
-    """Raise if a container, written out, has too many values, is too deep, or contains itself."""
+    """Refuse a container that has too many values when written out, is nested too deep, or contains itself.
+
+    Stand-ins for numpy's arrays are replaced on the way.
+
+    Args:
+        value: any value; containers are dicts, lists, tuples, sets and Namespaces.
+        most: the most values. A container that stands in several places counts in each.
+
+    Raises:
+        RKMError: too many values, more than 100 levels, or a container within itself.
+    """
     counts: dict[int, int] = {}
     unfinished: set[int] = set()
 
@@ -105,7 +118,7 @@ def _put(container: Any, key: Any, value: Any) -> None:
 
 
 def _check_settings(value: Any, name: str) -> None:
-    """Raise for a value that is no setting, and for text that omegaconf would resolve."""
+    """Refuse a value that is not a setting, and text that omegaconf would resolve."""
     if isinstance(value, str) and "${" in value:
         raise RKMError(f"refused: its setting {name} is {value[:60]!r}, and a checkpoint's settings are not resolved")
     if isinstance(value, (dict, list, tuple, set, Namespace)):

@@ -1,7 +1,7 @@
-"""A checkpoint's file looked through before memory is taken for its tensors and before any class is made.
+"""Inspect a checkpoint's file before memory is taken for its tensors and before any class is made.
 
-Its pickles are read with stand-ins for all that they name. Stand-ins for tensors hold what these claim: a dtype, a
-storage and a shape.
+The file's pickles are read with stand-ins for all names in them. A tensor's stand-in checks the dtype, storage and
+shape that the pickle claims.
 """
 
 import io
@@ -20,7 +20,7 @@ from fairseq_rkm.checkpoints import classes
 from fairseq_rkm.errors import RKMError
 
 PICKLE_EXPANSION = 10
-"""An archive may unpack to so many times the file's size."""
+"""How many times the file's size an archive may unpack to."""
 
 PICKLE_OPERATIONS = frozenset(
     re.findall(
@@ -32,7 +32,7 @@ PICKLE_OPERATIONS = frozenset(
         """,
     )
 )
-"""Of pickle's, what PyTorch's own reader of weights takes."""
+"""The pickle operations that PyTorch's own reader of weights takes."""
 
 TENSORS = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2")
 PLAIN = {
@@ -47,9 +47,12 @@ LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 
 def inspect(path: Path) -> None:
-    """Raise if a file is no checkpoint, is damaged, or claims more than it holds.
+    """Refuse a file that is not a checkpoint, is damaged, or claims more bytes than it holds.
 
-    An archive's members are compared with their checksums. Files of PyTorch before 1.6 have none.
+    An archive's members are compared with their checksums. Files of PyTorch before 1.6 have no checksums.
+
+    Args:
+        path: the file.
 
     Raises:
         RKMError: the reason, without the path.
@@ -86,7 +89,7 @@ def _inspect_archive(path: Path) -> None:
 
 
 def _inspect_stream(file: IO[bytes], size: int) -> None:
-    """A file of PyTorch before 1.6: three pickles of the format, one of the checkpoint, one of its storages' names."""
+    """Inspect a file of PyTorch before 1.6: three pickles of the format, the checkpoint, the storages' names."""
     bounded = _Bounded(file, size)
     if _Inspector(bounded, {}).load() != LEGACY_MAGIC:
         raise RKMError("it is truncated or not a checkpoint")
@@ -100,7 +103,7 @@ def _inspect_stream(file: IO[bytes], size: int) -> None:
 
 
 class _Bounded:
-    """A file of which no more is asked than it has."""
+    """A file that is never asked for more bytes than it has."""
 
     def __init__(self, file: IO[bytes], size: int) -> None:
         self.file, self.size, self.readline, self.tell = file, size, file.readline, file.tell
@@ -111,7 +114,7 @@ class _Bounded:
 
 
 class _Inert:
-    """Takes the place of what a pickle names; called, built or filled, it does nothing."""
+    """Stand-in for anything that a pickle names. It does nothing when called, built or filled."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -133,7 +136,7 @@ class _Storage(_Inert):
 
 
 class _Tensor(_Inert):
-    """Builds tensors: nothing but what they claim is looked at."""
+    """Stand-in for a function that builds tensors. It checks the claims of its arguments, and builds nothing."""
 
     def __call__(self, storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Any:
         sizes = [offset, *size, *stride]
@@ -148,11 +151,11 @@ class _Tensor(_Inert):
 
 
 class _Inspector:
-    """Reads one pickle.
+    """Read one pickle.
 
     Args:
         file: at the pickle's start.
-        sizes: the bytes of each storage, or None where storages follow in the file.
+        sizes: the bytes of each storage by name; None where storages follow in the file.
     """
 
     def __init__(self, file: Any, sizes: dict[str, int] | None) -> None:
@@ -160,10 +163,10 @@ class _Inspector:
         self.storages: dict[str, int] = {}
 
     def load(self) -> Any:
-        """The object, with stand-ins.
+        """Return the pickled object, with stand-ins.
 
         Raises:
-            RKMError: what is refused, in words.
+            RKMError: a refused operation, class or claim, or a damaged pickle.
         """
         start = self.file.tell()
         try:
@@ -215,7 +218,7 @@ _Pickle: Any = pickle._Unpickler
 
 
 class _Unpickler(_Pickle):
-    """Python's, in which nothing is called but stand-ins."""
+    """Python's unpickler, which here calls nothing but stand-ins."""
 
     dispatch: ClassVar[dict[int, Any]] = dict(_Pickle.dispatch)
 
@@ -232,7 +235,7 @@ class _Unpickler(_Pickle):
 
 
 def _itemsize(name: str) -> int | None:
-    """Bytes of an element of the storages of a name, or None if it is of none."""
+    """Return the bytes of an element of the storage class of a name; None for the name of anything else."""
     module, _, storage = name.rpartition(".")
     if module != "torch" or not storage.endswith("Storage"):
         return None

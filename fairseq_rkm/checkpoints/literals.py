@@ -1,4 +1,4 @@
-"""Python literals, and the arithmetic on them that fairseq's flags are written in, evaluated without ``eval``."""
+"""Evaluate Python literals and arithmetic on them, the notation of fairseq's flags, without ``eval``."""
 
 import ast
 import operator
@@ -25,19 +25,22 @@ CONTAINERS = (list, tuple, set, dict)
 
 
 class NotALiteralError(RKMError):
-    """A text that is more than literals and arithmetic on them."""
+    """A text that holds more than literals and arithmetic on them."""
 
 
 def evaluate(text: Any, *_: Any) -> Any:
-    """The value of a text such as ``"[(512, 3)] * 20"``, ``"(0.9, 0.98)"``, ``"1e-3"`` or ``"True"``.
+    """Return the value of a text.
+
+    >>> evaluate("[(512, 3)] * 2"), evaluate("(0.9, 0.98)"), evaluate("1e-3"), evaluate("True")
+    ([(512, 3), (512, 3)], (0.9, 0.98), 0.001, True)
 
     Args:
         text: numbers, strings, None, True, False, lists, tuples, sets and dicts of them, and arithmetic on numbers and
-            lists; names, calls, attributes, subscripts and comprehensions are refused.
+            lists. Names, calls, attributes, subscripts and comprehensions are refused.
 
     Raises:
         NotALiteralError: anything else, or a value of more than 10,000 items or beyond 64 bits.
-        TypeError: no text, as ``eval`` raises.
+        TypeError: ``text`` is not text; ``eval`` raises the same.
     """
     if not isinstance(text, (str, bytes)):
         raise TypeError(f"eval() arg 1 must be a string, bytes or code object, not {type(text).__name__}")
@@ -82,7 +85,7 @@ def _value(node: ast.expr) -> Any:
 
 
 def _combined(sign: ast.operator, left: Any, right: Any) -> Any:
-    """Of two numbers, two lists or tuples, or one of these and how often to repeat it."""
+    """Return the result for two numbers, two lists or tuples, or one of these and a number of repetitions."""
     if isinstance(sign, ast.Mod) and not (_is_number(left) and _is_number(right)):
         raise ValueError("% is for numbers")
     if isinstance(sign, ast.Mult):
@@ -105,7 +108,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _items(value: Any) -> int:
-    """How many values and characters a value comes to, written out."""
+    """Return how many values and characters a value has when written out."""
     if isinstance(value, (str, bytes)):
         return len(value)
     if isinstance(value, dict):

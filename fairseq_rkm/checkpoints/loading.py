@@ -1,4 +1,4 @@
-"""What is known, while a model is loaded, of the checkpoint that it is loaded from, and of what it has to be."""
+"""Facts about the checkpoint that is being loaded: its weights, and the kind of model that it has to be."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -9,12 +9,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Wanted:
-    """The only kind of model and of task that is to be built.
+    """The only kind of model and of task that may be built.
 
     Attributes:
-        model: a class; models of its subclasses are of it.
-        tasks: classes likewise.
-        use: of such models, for the sentence that refuses another: "translate".
+        model: a class; its subclasses are allowed, too.
+        tasks: classes, in the same way.
+        use: a verb for the sentence that refuses another model: "translate".
     """
 
     model: type
@@ -24,7 +24,7 @@ class Wanted:
 
 @dataclass
 class Loading:
-    """What is wanted, if anything is, and the weights of the checkpoint that was read last."""
+    """The wanted kind, if any, and the weights of the checkpoint that was read last, by name."""
 
     wanted: Wanted | None = None
     weights: Mapping[str, Any] = field(default_factory=dict)
@@ -35,7 +35,11 @@ LOADING: ContextVar[Loading | None] = ContextVar("LOADING", default=None)
 
 @contextlib.contextmanager
 def only(wanted: Wanted) -> Iterator[None]:
-    """Refuse within the block, before anything is built, checkpoints of other models and tasks."""
+    """Within the block, refuse checkpoints of other models and tasks before anything is built.
+
+    >>> with only(Wanted(RKMModel, (TranslationTask,), "translate")):
+    ...     hub = RKMModel.from_pretrained(folder)
+    """
     token = LOADING.set(Loading(wanted))
     try:
         yield

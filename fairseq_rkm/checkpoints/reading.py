@@ -10,15 +10,22 @@ from fairseq_rkm.errors import RKMError, first_line
 
 
 def load(file: Any, map_location: Any = "cpu", **_: Any) -> Any:
-    """Read a checkpoint of fairseq's.
+    """Read a checkpoint of fairseq.
+
+    >>> state = load("runs/lm/checkpoint_best.pt")
+    >>> state["model"]["decoder.embed_tokens.weight"].shape
+    torch.Size([10000, 400])
 
     Args:
-        file: a path, or a file that has one.
+        file: a path, or an open file that has a name.
         map_location: as in ``torch.load``.
 
+    Returns:
+        The checkpoint's dictionary: ``model`` holds the weights by name, ``cfg`` or ``args`` the flags.
+
     Raises:
-        RKMError: a file that is damaged, is no checkpoint, or is refused; the message names it.
-        OSError: no file there.
+        RKMError: the file is damaged, is not a checkpoint, or is refused; the message names it.
+        OSError: there is no file.
     """
     path = Path(file if isinstance(file, (str, Path)) else file.name)
     try:

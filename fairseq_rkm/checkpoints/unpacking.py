@@ -1,4 +1,4 @@
-"""Archives of models, unpacked into a folder of their own."""
+"""Unpack archives of models, each into a folder of its own."""
 
 import hashlib
 import os
@@ -13,7 +13,7 @@ from typing import IO
 from fairseq_rkm.errors import RKMError
 
 MOST_BYTES = 64 << 30
-"""Bytes that an archive may unpack to."""
+"""The most bytes that an archive may unpack to."""
 
 ARCHIVE_EXPANSION = 100
 """How many times its own size an archive may unpack to."""
@@ -22,17 +22,18 @@ MOST_FILES = 10_000
 
 
 def unpack(archive: Path, folder: Path) -> Path:
-    """Unpack a tar archive (compressed or not) or a zip archive; one that was unpacked before is taken as it is.
+    """Unpack a tar archive (compressed or not) or a zip archive, unless it was unpacked before.
 
     Args:
-        archive: left as it is.
-        folder: in which the archive's own folder is made, which is named after the archive's contents.
+        archive: the archive's file, left as it is.
+        folder: the parent of the new folder. The new folder's name is made of the archive's name and checksum.
 
     Returns:
-        The archive's only folder if all its files are in one, else the folder made for it.
+        The archive's only folder if all its files are in one, else the new folder.
 
     Raises:
-        RKMError: no archive, a damaged one, or one with links, devices, names that lead outside, or too many bytes.
+        RKMError: the file is damaged or not an archive; or it has links, devices, names that lead outside, or too many
+            files or bytes.
     """
     target = folder / f"{archive.name.split('.')[0] or 'model'}-{_digest(archive)}"
     if not target.is_dir():
@@ -74,7 +75,7 @@ def _unpack(archive: Path, target: Path) -> None:
 
 
 def _members(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
-    """The regular files of an archive."""
+    """Yield name and contents of an archive's regular files."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():

@@ -1,4 +1,4 @@
-"""A checkpoint's weights against the model that they are to be loaded into."""
+"""Compare a checkpoint's weights with the model that they are to be loaded into."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,14 +10,14 @@ from fairseq_rkm.errors import RKMError
 
 
 def check(model: nn.Module, weights: Mapping[str, Any]) -> None:
-    """Raise for weights that PyTorch would load in silence, and that would give wrong numbers.
+    """Refuse weights that PyTorch would load in silence, and that would give wrong numbers.
 
     Args:
-        model: as it was built.
-        weights: by the names that the model has for them; others are PyTorch's to complain of.
+        model: the model as built.
+        weights: the checkpoint's weights, by the model's names. PyTorch itself reports other names.
 
     Raises:
-        RKMError: a weight that is NaN or infinite, of another kind of number, or one number where many are.
+        RKMError: a weight is NaN or infinite, of another kind of number, or a vector in a scalar's place.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, wanted in {**parameters, **dict(model.named_buffers(remove_duplicate=False))}.items():
@@ -35,7 +35,16 @@ def check(model: nn.Module, weights: Mapping[str, Any]) -> None:
 
 
 def check_finite(name: str, tensor: Any, infinite: bool = False) -> None:
-    """Raise for NaN, and unless ``infinite`` for infinite numbers."""
+    """Refuse NaN and, unless ``infinite``, infinite numbers.
+
+    Args:
+        name: the weight's name, for the message.
+        tensor: of any shape; a tensor of integers, or another object, passes.
+        infinite: let infinite numbers pass.
+
+    Raises:
+        RKMError: the count of the numbers that are refused.
+    """
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         return
     wrong = torch.isnan(tensor) if infinite else ~torch.isfinite(tensor)
