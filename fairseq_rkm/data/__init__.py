@@ -1,1 +1,1 @@
-"""What fairseq's data folder lacks."""
+"""Readers and checks that fairseq's data folder lacks."""

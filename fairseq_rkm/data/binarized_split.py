@@ -1,4 +1,4 @@
-"""A split that fairseq-preprocess wrote, in whatever of its formats."""
+"""Read a split that fairseq-preprocess wrote, in any of its formats."""
 
 from pathlib import Path
 from typing import Any, Optional
@@ -11,22 +11,25 @@ from torch import Tensor
 from fairseq_rkm.errors import RKMError
 
 LEGACY = "lazy", "cached"
-"""Two ways to read one format, which differs from mmap's."""
+"""Two ways to read one format, which is another than mmap's."""
 
 
 def read_tokens(
     path: str, dictionary: Dictionary, implementation: Optional[str] = None, combine: bool = False
 ) -> Tensor:
-    """All tokens of a split in order, ``(N,)`` int64, end-of-sentence symbols included.
+    """Return all tokens of a split in order, ``(N,)`` int64, end-of-sentence symbols included.
+
+    >>> read_tokens("runs/lm/data/train", dictionary)
+    tensor([ 9, 24,  4,  ..., 17,  6,  2])
 
     Args:
-        path: as far as the split's name.
+        path: the folder and the split's name.
         dictionary: for raw text.
         implementation: ``--dataset-impl``; None tells it from the files.
         combine: read ``train1``, ``train2``, ... after ``train``.
 
     Raises:
-        RKMError: a split that is missing, empty, or of another format than ``implementation``.
+        RKMError: the split is missing, empty, or of another format than ``implementation``.
     """
     path, implementation = _locate(path, implementation)
     sentences = data_utils.load_indexed_dataset(path, dictionary, implementation, combine=combine)
@@ -40,7 +43,7 @@ def read_tokens(
 
 
 def prefetch(sentences: Any) -> None:
-    """Read the sentences of the kind of dataset that holds none before."""
+    """Read all sentences of a dataset of a kind that holds none until it is told to."""
     parts = getattr(sentences, "datasets", [sentences])
     for part in parts:
         if getattr(part, "supports_prefetch", False):
@@ -48,7 +51,7 @@ def prefetch(sentences: Any) -> None:
 
 
 def _locate(path: str, implementation: Optional[str]) -> tuple[str, Optional[str]]:
-    """Where a split is, and its format if that must be said."""
+    """Return the path of a split, and its format if fairseq has to be told."""
     split, binary = Path(path).name, Path(f"{path}.bin")
     if binary.is_file():
         if not binary.stat().st_size:
@@ -63,7 +66,7 @@ def _locate(path: str, implementation: Optional[str]) -> tuple[str, Optional[str
                 "flag out, or run fairseq-preprocess with it"
             )
         return path, implementation
-    # fairseq-preprocess names the raw text of a language model after the languages that it has not.
+    # A language model's text has no languages: fairseq-preprocess puts None in their place.
     raw = next((name for name in (path, f"{path}.None-None") if Path(name).is_file()), None)
     if raw is None:
         raise RKMError(f"no binarized split {split!r} at {binary}: was it given to fairseq-preprocess?")

@@ -1,4 +1,4 @@
-"""Telling one dictionary from another: a model whose words have moved gives nonsense without a word of warning."""
+"""Tell one dictionary from another: a model whose words have moved gives nonsense without a warning."""
 
 import hashlib
 
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from fairseq_rkm.errors import RKMError
 
 FINGERPRINT = "dictionary_fingerprint_version"
-"""The buffer of a model that holds the fingerprint.
+"""The name of the model's buffer with the fingerprint.
 
-fairseq's exponential moving average (``--store-ema``) goes through a model's ``state_dict`` and leaves out what has
-"version" in its name. It averages all else, and fails with whole numbers.
+fairseq's exponential moving average (``--store-ema``) goes through a model's ``state_dict``. It leaves out names with
+"version" in them. It averages all others, and fails with whole numbers.
 """
 
 FORMER = "dictionary_fingerprint"
@@ -20,25 +20,26 @@ FORMER = "dictionary_fingerprint"
 
 
 def fingerprint(dictionary: Dictionary) -> Tensor:
-    """Eight numbers below 2**32, ``(8,)`` int64, that change with any symbol or its place.
+    """Return eight numbers below 2**32, ``(8,)`` int64, that change with any symbol or its place.
 
-    They survive the averaging of checkpoints, which sums and divides.
+    They survive the averaging of checkpoints by sums and divisions.
     """
     digest = hashlib.sha256("\n".join(dictionary.symbols).encode()).digest()
     return torch.tensor([int.from_bytes(digest[i : i + 4], "big") for i in range(0, 32, 4)])
 
 
 def check_fingerprint(state_dict: dict, prefix: str, module: nn.Module, dictionary: Dictionary) -> None:
-    """Compare a checkpoint's dictionary with a module's; a checkpoint without fingerprint is given the module's.
+    """Compare a checkpoint's dictionary with a module's. A checkpoint without fingerprint is given the module's.
 
     Args:
-        state_dict: the checkpoint's weights; its attribute ``read_from``, if it has one, names the file.
-        prefix: of the module's names in it.
-        module: whose buffer :data:`FINGERPRINT` is of ``dictionary``.
-        dictionary: its attribute ``read_from``, if it has one, names the file.
+        state_dict: the checkpoint's weights, changed in place; its attribute ``read_from``, if it has one, names the
+            file.
+        prefix: of the module's names in ``state_dict``.
+        module: has the buffer :data:`FINGERPRINT` of ``dictionary``.
+        dictionary: the module's; its attribute ``read_from``, if it has one, names the file.
 
     Raises:
-        RKMError: they differ.
+        RKMError: the dictionaries differ.
     """
     own = module.get_buffer(FINGERPRINT)
     if prefix + FORMER in state_dict:

@@ -1,4 +1,4 @@
-"""Is a file a dictionary as fairseq-preprocess writes them, a symbol and its count a line?"""
+"""Check a dictionary's file: does each line hold a symbol and its count, as fairseq-preprocess writes them?"""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from fairseq_rkm.data.text_file import BOM, decoded
 from fairseq_rkm.errors import RKMError
 
 OVERWRITE = " #fairseq:overwrite"
-"""How fairseq marks a line that may repeat a symbol."""
+"""fairseq's mark of a line that may repeat a symbol."""
 REMEDY = "restore the file, or write it anew with fairseq-preprocess, and the binarized data with it"
 
 
@@ -16,11 +16,12 @@ def check_dictionary(path: Path, known: Dictionary) -> None:
     """Check a dictionary's file before fairseq reads it.
 
     Args:
-        path: the file; one that is not there passes, and is for fairseq to tell.
-        known: the symbols that there are already: a line may not repeat them.
+        path: the file. A file that is not there passes: fairseq reports it.
+        known: a dictionary of the symbols that are there already. A line may not repeat them.
 
     Raises:
-        RKMError: a line that is no symbol and count, repeats a symbol or is not UTF-8, or a byte order mark.
+        RKMError: a line is not a symbol and a count, repeats a symbol or is not UTF-8; or the file begins with a byte
+            order mark.
     """
     if not path.is_file():
         return
@@ -40,7 +41,7 @@ def check_dictionary(path: Path, known: Dictionary) -> None:
 
 
 def _fault(line: str, seen: dict[str, int], number: int) -> str | None:
-    """What is wrong with a line, if anything is; takes note of its symbol."""
+    """Return the fault of a line, or None; take note of its symbol."""
     entry = line.rstrip()
     may_repeat = entry.endswith(OVERWRITE)
     symbol, space, count = entry.removesuffix(OVERWRITE).rpartition(" ")

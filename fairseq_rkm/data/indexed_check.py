@@ -1,6 +1,6 @@
-"""Binarized data checked before it is used: does the index fit the data, and the data the dictionary?
+"""Check binarized data before it is used: the index has to fit the data, and the data the dictionary.
 
-A split is two files: ``NAME.bin``, the token numbers of all sentences, and ``NAME.idx``, where each sentence stands.
+A split is two files. ``NAME.bin`` holds the token numbers of all sentences, ``NAME.idx`` the place of each sentence.
 Both of fairseq's layouts are known: ``mmap``, which fairseq-preprocess writes, and the older one of ``cached`` and
 ``lazy``. Data of other kinds passes.
 """
@@ -18,20 +18,20 @@ from fairseq_rkm.errors import RKMError
 
 MMAP, OLDER = b"MMIDIDX\x00\x00", b"TNTIDX\x00\x00"
 TYPES = {1: "u1", 2: "i1", 3: "i2", 4: "i4", 5: "i8", 6: "f8", 7: "f8", 8: "u2", 9: "u4", 10: "u8"}
-"""fairseq's code of each type; tokens are integers."""
+"""numpy's type for each of fairseq's codes. Tokens are integers."""
 CHUNK = 1 << 24
-"""Tokens that are looked at at a time."""
+"""Tokens that are checked at a time."""
 REMEDY = "copy both files anew, or run fairseq-preprocess again"
 
 
 class Index(NamedTuple):
-    """What an index says.
+    """The contents of an index of N sentences.
 
     Attributes:
         dtype: of the token numbers.
-        sizes: tokens of each sentence.
-        starts: bytes from the start of the data to each sentence's.
-        offset: what has been added to each token number.
+        sizes: ``(N,)``, the tokens of each sentence.
+        starts: ``(N,)``, the bytes from the start of the data to each sentence.
+        offset: a number that has been added to each token number.
     """
 
     dtype: np.dtype
@@ -44,12 +44,12 @@ def check_split(prefix: str, dictionary: Dictionary | None, impl: str | None = N
     """Check a split's two files, in one pass over its tokens.
 
     Args:
-        prefix: the files' path up to ``.bin`` and ``.idx``; a split of which there is neither passes.
-        dictionary: of the tokens; None: any number is taken.
-        impl: as ``--dataset-impl``; None: as the files are.
+        prefix: the files' path up to ``.bin`` and ``.idx``. A split without either file passes.
+        dictionary: of the tokens; None takes any number.
+        impl: ``--dataset-impl``; None takes the files' own format.
 
     Raises:
-        RKMError: a file that is missing, empty, cut or changed, or a token that the dictionary has not.
+        RKMError: a file is missing, empty, cut or changed, or a token is not in the dictionary.
     """
     if impl == "raw":
         if os.path.isfile(prefix):
@@ -69,10 +69,10 @@ def check_split(prefix: str, dictionary: Dictionary | None, impl: str | None = N
 
 
 def read_index(path: Path) -> Index | None:
-    """An index; None for a layout that is not known here.
+    """Return an index; None for another layout.
 
     Raises:
-        RKMError: a file that is damaged.
+        RKMError: the file is damaged.
     """
     content = np.memmap(path, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
     start = content[:9].tobytes()
@@ -112,7 +112,16 @@ def _read_older(content: np.ndarray) -> Index:
 
 
 def check_layout(index: Index, data: Path, path: Path) -> None:
-    """Raises RKMError unless the sentences follow each other and fill the data."""
+    """Refuse an index whose sentences do not follow each other and fill the data.
+
+    Args:
+        index: the index as read.
+        data: the ``.bin`` file.
+        path: the ``.idx`` file, for messages.
+
+    Raises:
+        RKMError: a gap, an overlap, or data of another size.
+    """
     there = data.stat().st_size
     if not len(index.sizes) or not there:
         raise RKMError(f"{data if not there else path} is empty: was there text to binarize?")
@@ -128,7 +137,16 @@ def check_layout(index: Index, data: Path, path: Path) -> None:
 
 
 def check_tokens(index: Index, data: Path, dictionary: Dictionary) -> None:
-    """Raises RKMError for a token number that is not the dictionary's."""
+    """Refuse token numbers that are not in the dictionary.
+
+    Args:
+        index: the index as read.
+        data: the ``.bin`` file.
+        dictionary: of the tokens.
+
+    Raises:
+        RKMError: sentence and token of the first wrong number.
+    """
     if index.dtype.kind == "f":
         raise RKMError(f"{data.with_suffix('.idx')} is damaged: tokens are whole numbers, not {index.dtype}; {REMEDY}")
     tokens = np.memmap(data, dtype=index.dtype, mode="r")

@@ -1,4 +1,4 @@
-"""Labelled documents in the format of Zhang et al. (2015): a CSV row is a class and the text in one or more fields."""
+"""Labelled documents in the CSV format of Zhang et al. (2015): a row is a class and a text in one or more fields."""
 
 import csv
 import gzip
@@ -12,17 +12,23 @@ from typing import IO, NamedTuple
 from fairseq_rkm.errors import RKMError
 
 OPENERS: dict[str, Callable[..., IO[str]]] = {".xz": lzma.open, ".gz": gzip.open}
-"""How compressed files are read, by the end of their names."""
+"""Functions that open compressed files, by the end of the file's name."""
 
 NOT_UTF8 = re.compile("[\udc80-\udcff]")
-"""What Python's ``surrogateescape`` makes of bytes that are not UTF-8."""
+"""Characters that Python's ``surrogateescape`` puts in the place of bytes that are not UTF-8."""
 
 LONGEST_CLASS = 1000
-"""Characters in the longest class; what is longer is a text."""
+"""The most characters of a class. A longer first field is a text."""
 
 
 class Document(NamedTuple):
-    """A row."""
+    """A row that is a labelled document.
+
+    Attributes:
+        line: the row's first line in the file, from 1.
+        label: the class.
+        text: the text's fields, joined by spaces.
+    """
 
     line: int
     label: str
@@ -30,24 +36,31 @@ class Document(NamedTuple):
 
 
 class BrokenRow(NamedTuple):
-    """A row that is no labelled document."""
+    """A row that is not a labelled document.
+
+    Attributes:
+        line: the row's first line in the file, from 1.
+        reason: the fault, for a message.
+    """
 
     line: int
     reason: str
 
 
 def read_rows(path: Path) -> Iterator[Document | BrokenRow]:
-    """The rows of a file, blank lines left out.
+    """Yield the rows of a file, without blank lines.
 
-    A row's line is the first that it stands on. A text's fields are joined by spaces; the backslash escapes of the
-    format (backslash n for the end of a line) and line ends within quotes become spaces. Lines may end in any mixture
-    of LF, CRLF and CR.
+    A text's fields are joined by spaces. Spaces also replace the format's backslash escapes (backslash n for the end of
+    a line) and line ends within quotes. Lines may end in any mixture of LF, CRLF and CR.
+
+    >>> list(read_rows(Path("train.csv")))
+    [Document(line=1, label='3', text='Wall St. Bears Claw Back Into the Black ...'), ...]
 
     Args:
-        path: of UTF-8 text, which a name in .xz or .gz says is compressed.
+        path: a file of UTF-8 text. A name that ends in .xz or .gz means that it is compressed.
 
     Raises:
-        RKMError: no such file, or one that is not compressed as its name says.
+        RKMError: there is no such file, or it is not compressed as its name says.
     """
     if not path.is_file():
         raise RKMError(f"no file of labelled documents at {path}")

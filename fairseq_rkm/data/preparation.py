@@ -1,4 +1,4 @@
-"""How raw text became the tokens that a classifier was trained on, kept with the data for the text to come."""
+"""The steps from raw text to a classifier's tokens. They are saved with the data, for texts to come."""
 
 import hashlib
 import json
@@ -16,25 +16,28 @@ from fairseq_rkm.errors import RKMError, first_line
 
 PREPARATION_FILE = "preparation.json"
 SENTENCEPIECE_MODEL = "sentencepiece.bpe.model"
-"""The name under which fairseq's hub looks for it, too."""
+"""The model's file name. fairseq's hub, too, looks for it."""
 CHECKED = ("label/dict.txt", SENTENCEPIECE_MODEL)
-"""Files beside ``preparation.json`` that the meaning of classes and tokens hangs on."""
+"""Files beside ``preparation.json`` that give classes and tokens their meaning."""
 TOKENIZERS = ("moses", "words", "space")
-"""Those that need nothing further."""
+"""Tokenizers that need no further settings."""
 
 
 @dataclass
 class Preparation:
-    """Text to tokens, and classes to names.
+    """Turn text into tokens, and classes into names.
+
+    >>> Preparation(["World", "Sports"], tokenizer="words", lowercase=True).tokens("It's 3:1!")
+    "it ' s 3 : 1 !"
 
     Attributes:
-        classes: their names; the k-th (from 1) has the symbol k in ``label/dict.txt``.
+        classes: the classes' names; the k-th (from 1) has the symbol k in ``label/dict.txt``.
         tokenizer: one of :data:`TOKENIZERS`.
-        language: whose rules the tokenizer follows.
+        language: the language of the tokenizer's rules, for example ``"en"``.
         lowercase: whether case is dropped.
-        ascii: whether letters lose their accents, and what is not ASCII without them is left out.
-        sentencepiece: whether tokens are cut into the pieces of ``sentencepiece.bpe.model``, instead of a tokenizer.
-        folder: where that is.
+        ascii: whether letters lose their accents, and other characters beyond ASCII are left out.
+        sentencepiece: whether ``sentencepiece.bpe.model`` cuts the text into pieces, in place of a tokenizer.
+        folder: the folder of ``preparation.json`` and the sentencepiece model.
     """
 
     classes: list[str]
@@ -46,7 +49,11 @@ class Preparation:
     folder: Path = field(default=Path(), repr=False)
 
     def tokens(self, text: str) -> str:
-        """A document as tokens separated by spaces; of white space, only that it separates counts."""
+        """Return a document as tokens separated by spaces. Runs of white space count as one space.
+
+        Raises:
+            RKMError: the sentencepiece model is missing or damaged.
+        """
         text = self.normalize(text)
         try:
             return str(self._encoder.encode(text)) if text else ""
@@ -54,7 +61,7 @@ class Preparation:
             raise RKMError(f"{self.folder / SENTENCEPIECE_MODEL} is damaged: {first_line(error)}") from None
 
     def normalize(self, text: str) -> str:
-        """What the tokenizer sees of a text."""
+        """Return a text as the tokenizer sees it."""
         if self.ascii:
             text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
         text = " ".join(text.split())
@@ -77,7 +84,7 @@ class Preparation:
         return encoders.build_tokenizer(OmegaConf.create({"_name": "moses", **flags}))
 
     def save(self) -> None:
-        """Write ``preparation.json``."""
+        """Write ``preparation.json`` into the folder."""
         values = {name: value for name, value in asdict(self).items() if name != "folder"}
         values["checksums"] = self.checksums()
         (self.folder / PREPARATION_FILE).write_text(
@@ -85,16 +92,19 @@ class Preparation:
         )
 
     def checksums(self) -> dict[str, str]:
-        """SHA-256 of the classes' names and of those of :data:`CHECKED` that are there, in hexadecimal."""
+        """Return SHA-256 in hexadecimal of the classes' names, and of each file of :data:`CHECKED` that is there."""
         parts = {"classes": json.dumps(self.classes).encode()}
         parts |= {name: (self.folder / name).read_bytes() for name in CHECKED if (self.folder / name).is_file()}
         return {name: hashlib.sha256(content).hexdigest() for name, content in parts.items()}
 
     def check(self, saved: Any) -> None:
-        """Compare checksums.
+        """Compare saved checksums with today's.
+
+        Args:
+            saved: the checksums from ``preparation.json``, by name. A name that is missing passes.
 
         Raises:
-            RKMError: what they were saved for has changed.
+            RKMError: the classes or a file have changed since.
         """
         path = self.folder / PREPARATION_FILE
         if not isinstance(saved, dict):
@@ -110,10 +120,10 @@ class Preparation:
 
     @classmethod
     def load(cls, folder: Path) -> "Preparation":
-        """Read what :meth:`save` wrote.
+        """Read the file that :meth:`save` wrote.
 
         Raises:
-            RKMError: no such file, or one that does not hold what it should.
+            RKMError: there is no such file, its contents are not as they should be, or a checksum differs.
         """
         path = folder / PREPARATION_FILE
         if not path.is_file():
@@ -127,8 +137,8 @@ class Preparation:
             raise RKMError(f"{path} is not JSON: {error}") from None
         keys = [f.name for f in fields(cls) if f.name != "folder"]
         if isinstance(values, dict):
-            values.setdefault("ascii", False)  # data prepared before there was the choice
-        saved = values.pop("checksums", {}) if isinstance(values, dict) else {}  # nor were these always there
+            values.setdefault("ascii", False)  # older files lack it
+        saved = values.pop("checksums", {}) if isinstance(values, dict) else {}  # older files lack them
         if not isinstance(values, dict) or set(values) != set(keys):
             raise RKMError(f"{path} must have the keys {', '.join(keys)}")
         names = values["classes"]

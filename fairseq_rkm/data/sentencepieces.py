@@ -1,4 +1,4 @@
-"""Does a sentencepiece model fit a dictionary?"""
+"""Compare a sentencepiece model with a dictionary."""
 
 from typing import Any
 
@@ -8,18 +8,18 @@ from fairseq_rkm.errors import RKMError
 
 
 def check_pieces(bpe: Any, dictionary: Dictionary) -> None:
-    """Refuse a sentencepiece model that a source dictionary cannot have come from.
+    """Refuse a sentencepiece model that cannot have made a source dictionary.
 
-    A model has every character that it was trained on as a piece, and what it does not know it passes on in runs of
-    unknown characters. So a symbol of the dictionary that is no piece, but has a character that is one, was not made
-    by it. One in a hundred is let pass: language tags and the like, which people add.
+    A model has a piece for every character of its training text. It passes unknown characters on in runs. So a symbol
+    did not come from the model if it is not a piece, but one of its characters is. One symbol in a hundred may be
+    strange: people add language tags and the like.
 
     Args:
-        bpe: fairseq's encoder; any but sentencepiece's passes.
+        bpe: fairseq's encoder; encoders of other kinds than sentencepiece pass.
         dictionary: the source's.
 
     Raises:
-        RKMError: a model that does not fit.
+        RKMError: the model does not fit.
     """
     if not hasattr(bpe, "sp"):
         return

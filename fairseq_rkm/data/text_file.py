@@ -1,4 +1,4 @@
-"""Is a file text in UTF-8? ``python -m fairseq_rkm.data.text_file FILE ...`` says where it is not."""
+"""Is a file text in UTF-8? ``python -m fairseq_rkm.data.text_file FILE ...`` reports the first place that is not."""
 
 import codecs
 import gzip
@@ -16,10 +16,14 @@ CONVERT = "convert the file (iconv -f latin1 -t utf-8 FILE > NEW, if it is Latin
 
 
 def decoded(lines: IO[bytes], name: str) -> Iterator[str]:
-    """The lines of a file as text, with their ends; a byte order mark before the first is no part of it.
+    """Yield the lines of a file as text, with their ends and without a byte order mark before the first.
+
+    Args:
+        lines: a file opened in binary mode.
+        name: the file's name, for messages.
 
     Raises:
-        RKMError: a line that is not UTF-8: which, and which byte.
+        RKMError: the line and the byte that are not UTF-8.
     """
     for number, line in enumerate(lines, 1):
         if number == 1 and line[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
@@ -32,13 +36,20 @@ def decoded(lines: IO[bytes], name: str) -> Iterator[str]:
 
 
 def texts(lines: IO[bytes], name: str) -> Iterator[str]:
-    """The lines of a file, which end in LF, CRLF or CR, without their ends; else as :func:`decoded`."""
+    """Yield the lines of a file without their ends: LF, CRLF or CR. Arguments and errors are as in :func:`decoded`."""
     for line in decoded(lines, name):
         yield from line.removesuffix("\n").removesuffix("\r").split("\r")
 
 
 def check(path: Path) -> None:
-    """Raises RKMError unless a file, in .gz or .xz unpacked, is there and is UTF-8 without a byte order mark."""
+    """Refuse a file that is not there, is not UTF-8, or begins with a byte order mark.
+
+    Args:
+        path: the file; one whose name ends in .gz or .xz is unpacked.
+
+    Raises:
+        RKMError: the fault, with the file, line and byte.
+    """
     if not path.is_file():
         raise RKMError(f"no file of text at {path}")
     try:
@@ -57,7 +68,7 @@ def check(path: Path) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Check each of the files."""
+    """Check each of the files; leave with status 1 and a sentence at the first fault."""
     try:
         for name in arguments:
             check(Path(name))

@@ -1,4 +1,4 @@
-"""A corpus as one stream of tokens, cut into parallel streams and these into segments that follow each other."""
+"""Cut a corpus, one stream of tokens, into parallel streams, and these into segments that follow each other."""
 
 import zlib
 from typing import Any, ClassVar
@@ -17,8 +17,8 @@ class TokenStream(FairseqDataset):
 
     Args:
         tokens: ``(N,)`` int64.
-        eos: the symbol that the first token is predicted from.
-        name: what an error calls the split.
+        eos: the number of the symbol that the first token is predicted from.
+        name: the split's name, for messages.
     """
 
     def __init__(self, tokens: Tensor, eos: int, name: str) -> None:
@@ -31,12 +31,12 @@ class TokenStream(FairseqDataset):
         return int(self.tokens[index])
 
     def fingerprint(self) -> str:
-        """The number of tokens and a checksum of at most a million of them, evenly spread."""
+        """Return the number of tokens, and a checksum of at most a million of them, evenly spread."""
         spread = self.tokens[:: max(1, len(self) // 1_000_000)].to(torch.int64)
         return f"{len(self)} tokens, checksum {zlib.crc32(spread.contiguous().numpy().tobytes()):08x}"
 
     def check_streams(self, streams: int) -> None:
-        """Raises RKMError if there are fewer tokens than streams."""
+        """Raise RKMError if there are fewer tokens than streams."""
         if len(self) < streams:
             raise RKMError(
                 f"the split {self.name!r} has {len(self)} tokens, fewer than the {streams} parallel streams "
@@ -45,14 +45,17 @@ class TokenStream(FairseqDataset):
 
 
 MIN_LENGTH = 5
-"""Tokens in the shortest segment of random length."""
+"""The fewest tokens of a segment of random length."""
 
 
 def random_lengths(total: int, length: int, seed: tuple[int, int]) -> list[int]:
-    """Lengths of segments that fill ``total`` tokens, drawn as in Merity et al. (2018), section 5.
+    """Draw lengths of segments that fill ``total`` tokens, as in Merity et al. (2018), section 5.
 
-    Each is ``max(5, int(Normal(base, 5)))``, where the base is ``length`` with probability 0.95 and half of it
-    otherwise. The last is what is left; what would be left of fewer than 5 tokens joins the segment before.
+    Each length is ``max(5, int(Normal(base, 5)))``. The base is ``length`` with probability 0.95, and half of it
+    otherwise. The last segment takes the rest; a rest of fewer than 5 tokens joins the segment before.
+
+    >>> sum(random_lengths(1000, 70, seed=(1, 1)))
+    1000
 
     Args:
         total: tokens in a stream, at least 1.
@@ -71,22 +74,32 @@ def random_lengths(total: int, length: int, seed: tuple[int, int]) -> list[int]:
 
 
 class StreamSegments(FairseqDataset):
-    """The segments of some of a corpus's parallel streams; item k is the k-th segment of all of them.
+    """Segments of some of a corpus's parallel streams. Item k is a batch of the k-th segment of each of them.
 
-    The N tokens are cut into ``streams`` stretches, the first ``N mod streams`` of them one token longer. Every token
-    is a target once. A stretch's first token is predicted from the token before it in the corpus (the corpus's first
-    from the end-of-sentence symbol), with a zero state.
+    The N tokens are cut into ``streams`` stretches; the first ``N mod streams`` of them are one token longer. Every
+    token is a target once. A stretch's first token is predicted from the token before it in the corpus, with a zero
+    state. The corpus's first token is predicted from the end-of-sentence symbol.
+
+    >>> stream = TokenStream(torch.arange(4, 14), eos=2, name="train")
+    >>> segments = StreamSegments(stream, streams=2, rows=(0, 2), length=3, pad=1)
+    >>> segments[0]["net_input"]["src_tokens"], segments[0]["target"]
+    (tensor([[ 2,  4,  5],
+            [ 8,  9, 10]]), tensor([[ 4,  5,  6],
+            [ 9, 10, 11]]))
 
     Args:
         stream: the corpus.
         streams: the number of stretches.
-        rows: which of them are here, as ``(first, last + 1)``: a data-parallel rank's.
+        rows: the stretches of a data-parallel rank, as ``(first, last + 1)``.
         length: tokens in a segment; the last may be shorter.
-        pad: fills the last segment's last column in rows whose stretch is the shorter.
-        length_seed: with it, lengths vary around ``length`` (see :func:`random_lengths`), the same for all rows.
+        pad: fills the last segment's last column in rows of shorter stretches.
+        length_seed: makes lengths vary around ``length`` (see :func:`random_lengths`), the same for all rows.
 
     Attributes:
-        cut: all that says, beside the epoch, which tokens the k-th segment holds.
+        cut: all facts that decide, beside the epoch, which tokens the k-th segment holds.
+
+    Raises:
+        RKMError: there are fewer tokens than streams.
     """
 
     def __init__(
@@ -138,12 +151,15 @@ class StreamSegments(FairseqDataset):
         }
 
     def collater(self, samples: list[dict]) -> dict:
-        """A segment is a batch by itself."""
+        """Return the one segment that is given: it is a batch already."""
         return samples[0] if samples else {}
 
 
 class SegmentIterator(EpochBatchIterator):
-    """fairseq's iterator over :class:`StreamSegments`, which resumes within an epoch only where it stopped."""
+    """fairseq's iterator over :class:`StreamSegments`. Within an epoch it resumes only at the place where it stopped.
+
+    It refuses to resume in a text that was cut into other segments.
+    """
 
     FLAGS: ClassVar = {
         "text": "the training text (--train-subset, the data folder)",
@@ -152,18 +168,18 @@ class SegmentIterator(EpochBatchIterator):
         "varied": "--variable-bptt",
         "seed": "--seed, by which --variable-bptt draws lengths",
     }
-    """What decides each part of :attr:`StreamSegments.cut`."""
+    """The flag or data that decides each part of :attr:`StreamSegments.cut`."""
 
     def state_dict(self) -> dict[str, Any]:
-        """fairseq's, with how the text is cut."""
+        """Return fairseq's state, and how the text is cut."""
         return {**super().state_dict(), "cut": dict(self.dataset.cut)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint.
 
         Raises:
-            RKMError: a checkpoint in the middle of an epoch whose text was cut into other segments: its number of
-                segments would be another place in the text than that to which the carried state belongs.
+            RKMError: the checkpoint stopped within an epoch of a text that was cut into other segments. Its number of
+                segments would be another place in the text, and the carried state would not belong there.
         """
         within = state.get("iterations_in_epoch", 0)
         cut, saved = self.dataset.cut, state.get("cut")

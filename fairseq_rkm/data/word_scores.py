@@ -1,4 +1,4 @@
-"""Scores of subwords put together to scores of words, over a whole text however it was cut into samples."""
+"""Join scores of subwords to scores of words, over a whole text, in any division into samples."""
 
 from typing import NamedTuple
 
@@ -9,18 +9,18 @@ from torch import Tensor
 from fairseq_rkm.errors import RKMError
 
 SPACE = "\u2581"
-"""How a piece of sentencepiece's begins that begins a word."""
+"""The first character of a sentencepiece piece at the start of a word."""
 MARKS = {"@@ ": "@@", "subword_nmt": "@@"}
-"""The values of ``--post-process`` for which a subword that does not end a word ends in a mark, and the mark."""
+"""Marks at the end of subwords that do not end their word, by value of ``--post-process``."""
 
 
 class Sample(NamedTuple):
-    """A scored sample.
+    """A scored sample of N tokens.
 
     Attributes:
-        id: its place in the text; samples of one ``id`` follow each other in the order in which they were scored.
+        id: its place in the text. Samples of one ``id`` follow each other in the order of scoring.
         tokens: ``(N,)`` int64.
-        scores: ``(N,)`` float32, the logarithm of each token's probability.
+        scores: ``(N,)`` float32, the natural logarithm of each token's probability.
     """
 
     id: int
@@ -29,13 +29,13 @@ class Sample(NamedTuple):
 
 
 class Word(NamedTuple):
-    """A word; a token where subwords are not put together.
+    """A word. Without joining of subwords, each token is a word.
 
     Attributes:
-        text: its tokens, without marks.
-        score: the logarithm of its probability.
-        pieces: how many tokens it was made of.
-        sample: the place, among the samples in the order of the text, of the one in which it ends.
+        text: its tokens joined, without marks.
+        score: the natural logarithm of its probability.
+        pieces: the number of its tokens.
+        sample: the number of the sample with its last token, from 0, in the order of the text.
     """
 
     text: str
@@ -47,13 +47,19 @@ class Word(NamedTuple):
 class WordScores:
     """The words of a text and their scores.
 
+    >>> scores = WordScores(dictionary, "@@ ")
+    >>> tokens = torch.tensor([dictionary.index("cel@@"), dictionary.index("lo")])
+    >>> scores.add(Sample(0, tokens, torch.tensor([-2.0, -0.5])))
+    >>> scores.words()
+    [Word(text='cello', score=-2.5, pieces=2, sample=0)]
+
     Args:
         dictionary: of the tokens.
-        post_process: how words were cut into subwords: a key of :data:`MARKS` or ``sentencepiece``; None or ``none``:
-            each token is a word.
+        post_process: how words were cut into subwords: a key of :data:`MARKS` or ``"sentencepiece"``. With None or
+            ``"none"`` each token is a word.
 
     Raises:
-        RKMError: another value.
+        RKMError: another value of ``post_process``.
     """
 
     def __init__(self, dictionary: Dictionary, post_process: str | None) -> None:
@@ -73,16 +79,16 @@ class WordScores:
         self.samples: list[Sample] = []
 
     def add(self, sample: Sample) -> None:
-        """Take a sample; in any order but for those of one ``id``."""
+        """Take a sample. Only samples of one ``id`` have to come in order."""
         self.samples.append(sample)
 
     def sort(self) -> None:
         """Put the samples in the order of the text.
 
         Raises:
-            RKMError: words are to be put together, and samples are missing in which some may go on.
+            RKMError: subwords are to be joined, and a sample is missing, so that a word may lack its end.
         """
-        self.samples.sort(key=lambda sample: sample.id)  # keeps the order of those of one id
+        self.samples.sort(key=lambda sample: sample.id)  # samples of one id keep their order
         if not self.joins or not self.samples:
             return
         ids = sorted({sample.id for sample in self.samples})
@@ -95,20 +101,20 @@ class WordScores:
             )
 
     def tokens(self) -> Tensor:
-        """All tokens, ``(N,)`` int64."""
+        """Return all tokens, ``(N,)`` int64."""
         return torch.cat([sample.tokens for sample in self.samples]) if self.samples else torch.empty(0).long()
 
     def scores(self) -> Tensor:
-        """The score of each, ``(N,)`` float64."""
+        """Return the score of each token, ``(N,)`` float64."""
         return torch.cat([sample.scores.double() for sample in self.samples]) if self.samples else torch.empty(0)
 
     def number(self, tokens: Tensor) -> Tensor:
-        """The number of the word, from 0, that each of N tokens belongs to, ``(N,)`` int64."""
+        """Return the number of each token's word, from 0, ``(N,)`` int64."""
         joined = self.unfinished[tokens[:-1]] & self.continues[tokens[1:]]
         return torch.cat([torch.zeros(min(1, len(tokens))).long(), (~joined).cumsum(0)])
 
     def words(self) -> list[Word]:
-        """All words, in the order of the text."""
+        """Return all words, in the order of the text."""
         tokens, scores = self.tokens(), self.scores()
         pieces = self.number(tokens).bincount()
         totals = torch.zeros(len(pieces), dtype=torch.float64).index_add_(0, self.number(tokens), scores)
@@ -119,6 +125,6 @@ class WordScores:
         return [Word(self.text(part), score, count, sample) for part, score, count, sample in rows]
 
     def text(self, tokens: Tensor) -> str:
-        """A word without its marks, but for a last one, after which its sentence ends."""
+        """Return a word's text. Marks are removed, except one on the last token: its sentence ends there."""
         *first, last = (self.dictionary[token] for token in tokens.tolist())
         return "".join(symbol.removesuffix(self.mark) for symbol in first) + last

@@ -1,4 +1,4 @@
-"""Pretrained word vectors in text format, with or without the header line that word2vec and fastText write."""
+"""Pretrained word vectors in text format, with or without the header line of word2vec and fastText."""
 
 import logging
 from pathlib import Path
@@ -14,15 +14,16 @@ logger = logging.getLogger(__name__)
 
 
 def load_word_vectors(embedding: nn.Embedding, path: str, dictionary: Dictionary) -> None:
-    """Overwrite the rows of an embedding whose words a file has; log how many that were.
+    """Overwrite the rows of an embedding for the words of a file, and log how many there were.
 
     Args:
         embedding: ``(V, e)``, rows in the dictionary's order.
-        path: a word and its e numbers a line, separated by spaces; GloVe's, fastText's and word2vec's text formats.
-        dictionary: fairseq's.
+        path: a file in the text format of GloVe, fastText or word2vec. A line is a word and its e numbers, separated by
+            spaces.
+        dictionary: fairseq's, of V symbols.
 
     Raises:
-        RKMError: no such file, a line that has not e finite numbers, or a file with no word of the dictionary.
+        RKMError: there is no such file, a line has not e finite numbers, or no word is in the dictionary.
     """
     if not Path(path).is_file():
         raise RKMError(f"no file of word vectors at {path}")

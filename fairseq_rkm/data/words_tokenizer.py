@@ -1,4 +1,4 @@
-"""``--tokenizer words``: runs of letters and digits, and each other mark by itself."""
+"""``--tokenizer words``: a token is a run of letters and digits, or any other single mark."""
 
 import re
 
@@ -8,10 +8,13 @@ from fairseq.dataclass import FairseqDataclass
 
 @register_tokenizer("words", dataclass=FairseqDataclass)
 class WordsTokenizer:
-    """What counts as a word in most text classification.
+    """Cut text into words as most work on text classification does.
 
-    Unlike Moses's rules these come to the same tokens whether or not a text's punctuation had been spaced before, and
-    part sentences without a space between them: ``"in 1941.The film"``.
+    The tokens are the same whether or not a text's punctuation had spaces around it: Moses's rules lack this property.
+    Sentences without a space between them are parted, too.
+
+    >>> WordsTokenizer().encode("in 1941.The film")
+    'in 1941 . The film'
     """
 
     _TOKEN = re.compile(r"\w+|[^\w\s]")
@@ -20,9 +23,9 @@ class WordsTokenizer:
         pass
 
     def encode(self, x: str) -> str:
-        """Text to tokens separated by spaces."""
+        """Return a text's tokens, separated by spaces."""
         return " ".join(self._TOKEN.findall(x))
 
     def decode(self, x: str) -> str:
-        """Tokens as they are: where there was no space is not known."""
+        """Return tokens as they are: it is not known where a text had no space."""
         return x
