@@ -1,7 +1,7 @@
 """``cross_entropy_ar_tar``: cross entropy with activation and temporal activation regularisation (AR and TAR).
 
-Merity, McCann and Socher (2017), *Revisiting Activation Regularization for Language RNNs*: large outputs, and outputs
-that change fast from step to step, cost something.
+Merity, McCann and Socher (2017), *Revisiting Activation Regularization for Language RNNs*. Large outputs cost
+something, and so do outputs that change fast from step to step.
 """
 
 import math
@@ -34,18 +34,20 @@ class CrossEntropyARTARConfig(CrossEntropyCriterionConfig):
 
 @register_criterion("cross_entropy_ar_tar", dataclass=CrossEntropyARTARConfig)
 class CrossEntropyARTARCriterion(CrossEntropyCriterion):
-    """Cross entropy + alpha * AR + beta * TAR while training; cross entropy alone in evaluation.
+    """Cross entropy + alpha * AR + beta * TAR in training, and cross entropy alone in evaluation.
 
-    For the last layer's output h, ``(T, B, d)``, and its dropped version, over the real (not padded) positions:
-    AR is the mean of ``dropped(h)_t ** 2`` and TAR that of ``(h_t - h_{t-1}) ** 2``, as in Merity et al. (2018). The
-    logged ``nll_loss`` and ``ppl`` are of the cross entropy alone; ``ar`` and ``tar`` are logged before weighting.
+    The last layer's output h is ``(T, B, d)``. AR is the mean of ``dropped(h)_t ** 2``, and TAR the mean of ``(h_t -
+    h_{t-1}) ** 2``, over positions that are not padded (Merity et al. 2018). The logged ``nll_loss`` and ``ppl`` are of
+    the cross entropy alone. ``ar`` and ``tar`` are logged without their weights.
 
-    The model's extras must hold ``features`` and ``raw_features``, both ``(T, B, d)``: the output with and without
-    its dropout, as ``rkm_lm`` gives them. With an adaptive softmax the cross entropy is its (``--ddp-backend
-    legacy_ddp`` on several processes, since a cluster may go without gradient).
+        fairseq-train ... --arch rkm_lm --criterion cross_entropy_ar_tar --alpha 2 --beta 1
+
+    The model's extras must hold ``features`` and ``raw_features``, both ``(T, B, d)``: the output with and without its
+    dropout. ``rkm_lm`` gives them. With an adaptive softmax the cross entropy is the softmax's own. A cluster of it may
+    then have no gradient: several processes need ``--ddp-backend legacy_ddp``.
 
     Raises:
-        RKMError: a negative weight, or a model without these extras.
+        RKMError: a weight is negative, or the model lacks these extras.
     """
 
     def __init__(self, task: Any, sentence_avg: bool, alpha: float, beta: float) -> None:
@@ -56,7 +58,17 @@ class CrossEntropyARTARCriterion(CrossEntropyCriterion):
         self.alpha, self.beta = alpha, beta
 
     def forward(self, model: Any, sample: dict, reduce: bool = True) -> tuple[Tensor, Any, dict[str, Any]]:
-        """The loss, summed over the real tokens, the sample size to divide it by, and what is logged."""
+        """Return the loss, the sample size and the values to log.
+
+        Args:
+            model: the model; only in training are AR and TAR added.
+            sample: fairseq's batch, with ``target`` ``(B, T)``.
+            reduce: sum the cross entropy; else it has a value for each token.
+
+        Returns:
+            The loss, summed over the tokens that are not padded; the number to divide it by; a dictionary of sums to
+            log.
+        """
         output, extra = model(**sample["net_input"])
         nll = self._cross_entropy(model, output, sample, reduce)
         ntokens = sample["ntokens"]
@@ -84,7 +96,7 @@ class CrossEntropyARTARCriterion(CrossEntropyCriterion):
         softmax = getattr(model.decoder, "adaptive_softmax", None)
         if softmax is None:
             return self.compute_loss(model, (output,), sample, reduce=reduce)[0]
-        # Only the head's targets are the dictionary's numbers, padding among them; the clusters count from 0.
+        # The head's targets are the dictionary's numbers, padding among them. The clusters count from 0.
         ignored = [self.padding_idx, *[-100] * len(softmax.tail)]
         parts = [
             F.cross_entropy(logits.float(), target, ignore_index=ignore, reduction="sum" if reduce else "none")
@@ -94,7 +106,7 @@ class CrossEntropyARTARCriterion(CrossEntropyCriterion):
         return torch.stack(parts).sum() if reduce else torch.cat(parts)
 
     def _regularisers(self, dropped: Tensor, raw: Tensor, sample: dict) -> tuple[Tensor, Tensor]:
-        """AR and TAR in float32."""
+        """Return AR and TAR in float32, from outputs ``(T, B, d)`` with and without dropout."""
         squares = dropped.float().square()
         changes = (raw[1:] - raw[:-1]).float().square()
         if sample["ntokens"] == sample["target"].numel():
@@ -105,7 +117,7 @@ class CrossEntropyARTARCriterion(CrossEntropyCriterion):
 
     @staticmethod
     def reduce_metrics(logging_outputs: list[dict[str, Any]]) -> None:
-        """Log loss and cross entropy in bits, as fairseq does, perplexity, AR and TAR."""
+        """Log loss and cross entropy in bits, as fairseq does, and perplexity, AR and TAR."""
 
         def total(key: str) -> Any:
             return sum(output.get(key, 0) for output in logging_outputs)
@@ -120,5 +132,5 @@ class CrossEntropyARTARCriterion(CrossEntropyCriterion):
 
 
 def _mean_where(values: Tensor, positions: Tensor) -> Tensor:
-    """The mean of values ``(T, B, d)`` over the positions ``(T, B)`` that are True; 0 if there are none."""
+    """Return the mean of values ``(T, B, d)`` over the positions ``(T, B)`` that are True; 0 if there are none."""
     return (values.mean(-1) * positions).sum() / positions.sum().clamp(min=1)

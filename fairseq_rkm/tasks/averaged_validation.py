@@ -9,10 +9,13 @@ from fairseq_rkm.optim.averaging import put_average
 
 
 class AveragedValidation(FairseqTask):
-    """The task's part in :mod:`fairseq_rkm.optim.averaging`, to be inherited from before fairseq's own task.
+    """The task's part in :mod:`fairseq_rkm.optim.averaging`. A task inherits from it before fairseq's own task.
 
-    The average enters the model before a validation. It is still there when the checkpoint is written, which thus holds
-    what was validated, with the weights beside it in the optimizer's state; these return before the next update.
+        class MyTask(AveragedValidation, LanguageModelingTask): ...
+
+    The average enters the model before a validation, and stays until the checkpoint is written. So the checkpoint's
+    model has the average, as validated. The weights themselves are in the optimizer's state. They return to the model
+    before the next update.
     """
 
     validates_average = True
@@ -22,20 +25,23 @@ class AveragedValidation(FairseqTask):
     def train_step(
         self, sample: dict, model: Any, criterion: Any, optimizer: FairseqOptimizer, update_num: int, **kwargs: Any
     ) -> tuple:
-        """fairseq's, with the weights in the model."""
+        """Do fairseq's step, with the weights in the model."""
         self.optimizer = optimizer
         put_average(optimizer, average_in=False)
         return super().train_step(sample, model, criterion, optimizer, update_num, **kwargs)
 
     def begin_valid_epoch(self, epoch: int, model: Any) -> None:
-        """The hook of fairseq before validation."""
+        """Put the average into the model. fairseq calls this before validation."""
         super().begin_valid_epoch(epoch, model)
         self.first_subset = True
         if self.optimizer is not None:
             put_average(self.optimizer, average_in=True)
 
     def post_validate(self, model: Any, stats: dict[str, Any], agg: Any) -> None:
-        """The hook of fairseq after each validation set: the first one's loss, unrounded, may begin the averaging."""
+        """Give the first validation set's unrounded loss to the optimizer. It may begin to average.
+
+        fairseq calls this after each validation set.
+        """
         record = getattr(getattr(self.optimizer, "optimizer", None), "record", None)
         if self.first_subset and record is not None:
             record(float(agg["loss"].avg))

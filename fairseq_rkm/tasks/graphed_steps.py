@@ -1,6 +1,7 @@
-"""A segment's forward and backward pass as a CUDA graph: recorded once for each length, then launched as a whole.
+"""Record a segment's forward and backward pass as a CUDA graph, once for each length, and replay it.
 
-An update of a language model is some 200 launches, each of which costs the host more than the GPU. A graph is one.
+An update of a language model is some 200 launches. Each of them takes the host longer than the GPU. A graph is one
+launch.
 """
 
 import functools
@@ -26,19 +27,19 @@ from fairseq_rkm.models.language_model.carried_state import CarriedState
 from fairseq_rkm.modules import RKMState
 
 MOST_LENGTHS = 1000
-"""Recorded lengths of segments that are kept; those beyond them are done without."""
+"""The most recorded lengths of segments. Further lengths go without a graph."""
 
 
 class GraphedSteps(FairseqTask):
-    """A task that, with ``--cuda-graphs``, replays training steps; to be inherited from before fairseq's own task."""
+    """A task that replays training steps with ``--cuda-graphs``. A task inherits from it before fairseq's own task."""
 
     graphs: Optional["StepGraphs"] = None
 
     def begin_epoch(self, epoch: int, model: Any) -> None:
-        """The hook of fairseq before training.
+        """Check that steps can be recorded. fairseq calls this before training.
 
         Raises:
-            RKMError: ``--cuda-graphs`` where there can be none.
+            RKMError: ``--cuda-graphs`` where graphs cannot be had.
         """
         super().begin_epoch(epoch, model)
         if self.args.cuda_graphs:
@@ -47,7 +48,7 @@ class GraphedSteps(FairseqTask):
     def train_step(
         self, sample: dict, model: Any, criterion: Any, optimizer: FairseqOptimizer, update_num: int, **kwargs: Any
     ) -> tuple:
-        """fairseq's, or its replay."""
+        """Do fairseq's step, or replay it."""
         without = functools.partial(
             super().train_step, sample, model, criterion, optimizer, update_num=update_num, **kwargs
         )
@@ -61,7 +62,7 @@ class GraphedSteps(FairseqTask):
 
 
 def check_graphs(args: Any, model: Any) -> None:
-    """Raises RKMError where steps cannot be recorded: they must need nothing but what one GPU computes."""
+    """Raise RKMError where steps cannot be recorded: they may need nothing but the work of one GPU."""
     refusals = {
         NEEDS_GPU: args.cpu or not torch.cuda.is_available(),
         NEEDS_ONE_PROCESS: args.distributed_world_size > 1,
@@ -74,7 +75,7 @@ def check_graphs(args: Any, model: Any) -> None:
 
 
 class _Recorded(NamedTuple):
-    """A step: where its inputs are to be put, how it is run, which weights get a gradient, what it leaves to log."""
+    """A recorded step: the place of its inputs, its replay, the weights that get a gradient, its values for the log."""
 
     inputs: list[Tensor]
     replay: Callable[[], None]
@@ -83,16 +84,16 @@ class _Recorded(NamedTuple):
 
 
 class StepGraphs:
-    """The recorded steps of one model, which share their memory, and the tensors that all of them read and write.
+    """The recorded steps of one model. They share their memory, and the tensors that all of them read and write.
 
     A segment's length is met once without a graph, and recorded when it is met again
     (:class:`~fairseq_rkm.graphs.recording.Recordings`).
 
     Args:
-        model: in training.
-        criterion: whose tensors are of sizes that follow from the sample's.
+        model: the model, in training.
+        criterion: its tensors must have sizes that follow from the sample's sizes.
         optimizer: fairseq's, without loss scale.
-        record: :func:`~fairseq_rkm.graphs.recording.record`.
+        record: :func:`~fairseq_rkm.graphs.recording.record`, or a test's substitute.
     """
 
     def __init__(self, model: Any, criterion: Any, optimizer: FairseqOptimizer, record: Callable = record) -> None:
@@ -106,16 +107,16 @@ class StepGraphs:
         self.left: list[RKMState] = []
 
     def takes(self, sample: dict) -> bool:
-        """Whether a step can be replayed: no padding, a state to start from, no hooks to call."""
+        """Return whether a step can be replayed: no padding, a state to start from, no hooks to call."""
         whole = sample["ntokens"] == sample["target"].numel()
         return bool(sample["net_input"]["segment"]) and whole and not self.model._forward_hooks
 
     def step(self, sample: dict, without: Callable[[], tuple]) -> tuple:
-        """Loss, sample size and logging output, as fairseq's ``train_step``; the gradients are in place.
+        """Return loss, sample size and logging output, as fairseq's ``train_step``. The weights have their gradients.
 
         Args:
             sample: the segment.
-            without: the step as it is done without a graph.
+            without: does the step without a graph.
         """
         with self.recorder.own_stream():
             if not self.takes(sample):
@@ -131,12 +132,12 @@ class StepGraphs:
         self.carried.after(segment, self.entered, self.left)
         for i in step.moved:
             self.weights[i].grad = self.gradients[i]
-        if hasattr(self.optimizer, "_needs_sync"):  # as FP16Optimizer.backward says of gradients that are new
+        if hasattr(self.optimizer, "_needs_sync"):  # FP16Optimizer.backward marks new gradients so
             self.optimizer._needs_sync = True
         return step.logged["loss"], step.logged["sample_size"], dict(step.logged)
 
     def _enter(self, segment: int) -> None:
-        """Copy the state that the segment before has left to the place where graphs find it."""
+        """Copy the state that the segment before left to the place that graphs read."""
         state = self.carried.before(segment) or []
         if not self.entered:
             self.entered, self.left = ([layer.map(torch.empty_like) for layer in state] for _ in range(2))
@@ -171,5 +172,5 @@ def _sample_tensors(sample: dict) -> list[Tensor]:
 
 
 def state_tensors(states: list[RKMState]) -> list[Tensor]:
-    """All of a stack's state, layer by layer."""
+    """Return all tensors of a stack's state, layer by layer."""
     return [tensor for state in states for tensor in state.tensors()]

@@ -1,4 +1,4 @@
-"""``stateful_language_modeling``: truncated backpropagation through time, the state carried between segments."""
+"""``stateful_language_modeling``: truncated backpropagation through time, with state carried between segments."""
 
 import logging
 import os
@@ -71,20 +71,22 @@ class StatefulLanguageModelingConfig(FairseqDataclass):
 class StatefulLanguageModelingTask(AveragedValidation, GraphedSteps, LanguageModelingTask):
     """Language modelling over streams.
 
-    The corpus is one stream of tokens, cut into ``--batch-size`` parallel streams for each process and these into
-    segments of ``--tokens-per-sample``. A model with carried state (``rkm_lm``) starts each segment where the one
-    before ended; gradients stop there. With ``--batch-size 1`` ``fairseq-eval-lm`` thus scores the whole text in one
-    pass.
+    The corpus is one stream of tokens. It is cut into ``--batch-size`` parallel streams for each process, and these
+    into segments of ``--tokens-per-sample`` tokens. A model with carried state (``rkm_lm``) starts each segment from
+    the state at the end of the one before. Gradients stop there. With ``--batch-size 1`` ``fairseq-eval-lm`` thus
+    scores the whole text in one pass.
 
-    With ``--variable-bptt`` training segments have random lengths L, so that no token is always a segment's first, and
-    the learning rate of a segment's update is multiplied by ``L / tokens_per_sample`` (Merity et al. 2018). The lengths
-    depend on ``--seed`` and the epoch alone; a run that must end after a known number of updates is given
-    ``--max-update``, since their number in an epoch varies.
+        fairseq-train DATA --user-dir fairseq_rkm --task stateful_language_modeling --arch rkm_lm --batch-size 20
+
+    With ``--variable-bptt`` training segments have random lengths L, so that no token is always the first of its
+    segment. The learning rate of a segment's update is multiplied by ``L / tokens_per_sample`` (Merity et al. 2018).
+    The lengths depend on ``--seed`` and the epoch alone. The number of updates in an epoch varies: ``--max-update``
+    ends a run after a known number.
 
     With ``--cuda-graphs`` training steps are recorded once for each length and replayed (see
     :mod:`fairseq_rkm.tasks.graphed_steps`).
 
-    With ``--cache-size`` evaluation mixes in a continuous cache (Grave et al. 2017), which any trained model can have.
+    With ``--cache-size`` evaluation mixes in a continuous cache (Grave et al. 2017). Any trained model can have one.
     """
 
     def __init__(self, cfg: StatefulLanguageModelingConfig, dictionary: Dictionary, **kwargs: Any) -> None:
@@ -98,7 +100,7 @@ class StatefulLanguageModelingTask(AveragedValidation, GraphedSteps, LanguageMod
         """Load the dictionary and check the flags.
 
         Raises:
-            RKMError: flags that carried state rules out, or no dictionary where the data should be.
+            RKMError: flags that exclude carried state, or no dictionary in the folder of data.
         """
         if any(freq > 1 for freq in cfg.update_freq or []):
             raise RKMError(
@@ -120,7 +122,7 @@ class StatefulLanguageModelingTask(AveragedValidation, GraphedSteps, LanguageMod
         """Build a model and keep hold of its carried state.
 
         Raises:
-            RKMError: a model that carries none, or a cache that it cannot have.
+            RKMError: the model carries no state, or cannot have the cache.
         """
         model = super().build_model(cfg, from_checkpoint)
         carried = getattr(model.decoder, "carried", None)
@@ -139,8 +141,8 @@ class StatefulLanguageModelingTask(AveragedValidation, GraphedSteps, LanguageMod
         """Read a split as one stream.
 
         Raises:
-            RKMError: a split that is missing, empty, of another format than ``--dataset-impl``, or shorter than its
-                streams are many.
+            RKMError: the split is missing, empty, of another format than ``--dataset-impl``, or has fewer tokens than
+                streams.
         """
         paths = utils.split_paths(self.args.data)
         path = os.path.join(paths[(epoch - 1) % len(paths)], split)
@@ -164,13 +166,13 @@ class StatefulLanguageModelingTask(AveragedValidation, GraphedSteps, LanguageMod
         skip_remainder_batch: bool = False,
         **kwargs: Any,
     ) -> iterators.EpochBatchIterator:
-        """The segments, in order, of one process's streams; arguments as fairseq's.
+        """Return the segments, in order, of one process's streams. The arguments are fairseq's.
 
-        Sentences that fairseq-interactive or a hub continues or scores are batched as by fairseq's own task, and begin
-        with a zero state.
+        fairseq-interactive and hubs give sentences to continue or score. These are batched by fairseq's own task, and
+        begin with a zero state.
 
         Raises:
-            RKMError: no ``--batch-size``, or fewer tokens than streams.
+            RKMError: there is no ``--batch-size``, or there are fewer tokens than streams.
         """
         if not isinstance(dataset, TokenStream):
             return super().get_batch_iterator(
@@ -186,7 +188,7 @@ class StatefulLanguageModelingTask(AveragedValidation, GraphedSteps, LanguageMod
             dataset, num_shards * max_sentences, rows, self.args.tokens_per_sample, self.dictionary.pad(),
             length_seed=(seed, epoch) if varied else None,
         )  # fmt: skip
-        # Each process holds its own streams, so that to fairseq's iterator there is one shard.
+        # Each process holds its own streams: fairseq's iterator sees one shard.
         return SegmentIterator(
             dataset=segments,
             collate_fn=segments.collater,
@@ -201,10 +203,10 @@ class StatefulLanguageModelingTask(AveragedValidation, GraphedSteps, LanguageMod
     def eval_lm_dataloader(
         self, dataset: TokenStream, batch_size: Optional[int] = None, context_window: int = 0, **kwargs: Any
     ) -> Any:
-        """fairseq-eval-lm's iterator; the state carries all of the past, so that there is no context window.
+        """Return the iterator of fairseq-eval-lm. The state carries all of the past: there is no context window.
 
         Raises:
-            RKMError: ``--context-window`` above 0, or as :meth:`get_batch_iterator`.
+            RKMError: ``--context-window`` is above 0; or an error of :meth:`get_batch_iterator`.
         """
         if context_window:
             raise RKMError("--context-window is for models without carried state; leave it at 0 with this task")
@@ -213,10 +215,10 @@ class StatefulLanguageModelingTask(AveragedValidation, GraphedSteps, LanguageMod
         return self.get_batch_iterator(dataset, max_sentences=batch_size, **kwargs).next_epoch_itr(shuffle=False)
 
     def inference_step(self, generator: Any, models: list, sample: dict, *args: Any, **kwargs: Any) -> Any:
-        """fairseq's, which continues sentences.
+        """Continue sentences, as fairseq does.
 
         Raises:
-            RKMError: a segment of a split's stream, which fairseq-generate would take for a sentence.
+            RKMError: the sample is a segment of a stream, which fairseq-generate would take for a sentence.
         """
         if "segment" in sample["net_input"]:
             raise RKMError(
@@ -226,7 +228,11 @@ class StatefulLanguageModelingTask(AveragedValidation, GraphedSteps, LanguageMod
         return super().inference_step(generator, models, sample, *args, **kwargs)
 
     def train_step(self, sample: dict, *args: Any, **kwargs: Any) -> tuple:
-        """fairseq's; takes note of the segment's length for the update that follows."""
+        """Do fairseq's step, and take note of the segment's length for the update that follows.
+
+        Raises:
+            MemoryError: the GPU has too little memory.
+        """
         if self.args.variable_bptt and not self.args.no_lr_rescaling:
             self.lr_scale = sample["target"].size(1) / self.args.tokens_per_sample
         try:
@@ -238,7 +244,7 @@ class StatefulLanguageModelingTask(AveragedValidation, GraphedSteps, LanguageMod
     def optimizer_step(self, optimizer: Any, model: Any, update_num: int) -> None:
         """Update at the segment's learning rate.
 
-        Before, let every process know all streams' state, since only one of them writes checkpoints.
+        Before, each process learns the state of all streams: only one process writes checkpoints.
         """
         if distributed_utils.get_data_parallel_world_size() > 1:
             self.gathered = _gather(_flatten(self.training_state.left))
@@ -248,7 +254,12 @@ class StatefulLanguageModelingTask(AveragedValidation, GraphedSteps, LanguageMod
         optimizer.set_lr(scheduled)
 
     def get_checkpoint_dict(self) -> dict[str, dict[str, Any]]:
-        """What a checkpoint in the middle of an epoch needs: the last segment's number and the state it left."""
+        """Return the last segment's number and the state that it left, for a checkpoint in the middle of an epoch.
+
+        Returns:
+            A dictionary under the task's name: ``segment``, ``layers``, ``shapes`` of the state's tensors, and
+            ``ranks``: for each process its state as one vector on the CPU. It is empty before the first segment.
+        """
         left = self.training_state.left
         if left is None:
             return {}
@@ -263,10 +274,10 @@ class StatefulLanguageModelingTask(AveragedValidation, GraphedSteps, LanguageMod
         return {type(self).__name__: state}
 
     def set_checkpoint_dict(self, state: dict[str, Any]) -> None:
-        """Go on where :meth:`get_checkpoint_dict` left.
+        """Go on from the state that :meth:`get_checkpoint_dict` returned.
 
         Raises:
-            RKMError: a checkpoint of another number of processes or of streams in each.
+            RKMError: the checkpoint has another number of processes, or of streams in each.
         """
         streams = state["shapes"][0][-2]
         if streams != self.args.batch_size:
@@ -287,12 +298,12 @@ class StatefulLanguageModelingTask(AveragedValidation, GraphedSteps, LanguageMod
 
 
 def _flatten(states: list[RKMState]) -> Tensor:
-    """The state as one vector, of the widest type within it, which holds the others exactly."""
+    """Return the state as one vector, of the widest dtype within it, which holds the others exactly."""
     return torch.cat([tensor.flatten().to(states[0].cell.dtype) for tensor in state_tensors(states)])
 
 
 def _unflatten(flat: Tensor, shapes: list[list[int]], layers: int) -> list[RKMState]:
-    """The reverse of :func:`_flatten`."""
+    """Reverse :func:`_flatten`."""
     sizes = [torch.Size(shape).numel() for shape in shapes]
     tensors = [piece.view(shape) for piece, shape in zip(flat.split(sizes), shapes, strict=True)]
     each = len(tensors) // layers
