@@ -30,20 +30,22 @@ class AveragedAdamWConfig(FairseqDataclass):
 
 
 class AveragedAdamW(AveragedWeights, torch.optim.AdamW):
-    """``torch.optim.AdamW`` with an average."""
+    """``torch.optim.AdamW`` with an average of the weights."""
 
 
 @register_optimizer("adamw_average", dataclass=AveragedAdamWConfig)
 class FairseqAveragedAdamW(AveragingOptimizer):
-    """AdamW (Loshchilov and Hutter 2019) and an exponential average of its weights, which is validated and saved.
+    """AdamW (Loshchilov and Hutter 2019), and an exponential average of its weights to validate and save.
 
-    fairseq's ``adam`` computes the same updates, without NVIDIA's apex in a Python loop of about ten kernel launches a
-    weight tensor, which for a language model of a dozen tensors is milliseconds; here all of them take one fused launch
-    and the average another. fairseq's ``--store-ema`` keeps an average that neither validation nor fairseq-eval-lm
-    looks at. With ``--average-last 0``, the default, it is AdamW and no more, for any task.
+    fairseq's ``adam`` computes the same updates. Without NVIDIA's apex it does so in a Python loop of about ten kernel
+    launches for each weight tensor: milliseconds for a language model of a dozen tensors. Here the updates take one
+    fused launch, and the average takes another. fairseq's ``--store-ema`` keeps an average as well, but neither
+    validation nor fairseq-eval-lm uses it. With ``--average-last 0``, the default, this is plain AdamW, for any task.
+
+        fairseq-train ... --optimizer adamw_average --average-last 0.3 --max-update 10000
 
     Raises:
-        RKMError: a flag outside its range, ``--average-last`` without ``--max-update``, and as
+        RKMError: a flag is outside its range, or ``--average-last`` is given without ``--max-update``; or an error of
             :class:`~fairseq_rkm.optim.averaging.AveragingOptimizer`.
     """
 
@@ -67,7 +69,7 @@ class FairseqAveragedAdamW(AveragingOptimizer):
 
     @property
     def optimizer_config(self) -> dict[str, Any]:
-        """What a resumed run takes from its own flags."""
+        """Settings that a resumed run takes from its own flags."""
         return {
             "lr": self.learning_rate,
             "betas": self.betas,
@@ -77,7 +79,13 @@ class FairseqAveragedAdamW(AveragingOptimizer):
 
 
 def parse_betas(given: Any) -> tuple[float, float]:
-    """``"(0.9, 0.999)"``, as the command line gives it, or a configuration's list, as two numbers.
+    """Return the two decay rates of a text or a list.
+
+    >>> parse_betas("(0.9, 0.999)")
+    (0.9, 0.999)
+
+    Args:
+        given: text in the command line's notation, or a configuration's list.
 
     Raises:
         RKMError: anything but two numbers within [0, 1).

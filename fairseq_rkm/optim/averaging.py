@@ -1,9 +1,9 @@
-"""Optimizers that keep an average of the weights, to be validated and saved in place of the weights themselves.
+"""Optimizers that keep an average of the weights. It is validated and saved in place of the weights.
 
-Polyak averaging in the form that ``nt_asgd`` and ``adamw_average`` share. Whatever must survive a checkpoint is in
-PyTorch's optimizer, whose state every wrapper of fairseq's (mixed precision, half precision) saves.
-:class:`fairseq_rkm.tasks.averaged_validation.AveragedValidation` is the task's part: it puts the average into the model
-before a validation and takes it out before the next update.
+``nt_asgd`` and ``adamw_average`` share this form of Polyak averaging. All state that a checkpoint needs is in PyTorch's
+optimizer: every wrapper of fairseq (mixed precision, half precision) saves that. The task's part is
+:class:`fairseq_rkm.tasks.averaged_validation.AveragedValidation`. It puts the average into the model before a
+validation, and takes it out before the next update.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -18,13 +18,15 @@ from fairseq_rkm.errors import RKMError
 
 
 class AveragedWeights(torch.optim.Optimizer):
-    """The averaging part of a PyTorch optimizer, to be inherited from before the optimizer itself.
+    """The averaging part of a PyTorch optimizer. A class inherits from it before the optimizer itself.
 
-    After the k-th averaged update ``average += max(1 / k, 1 - decay) * (weights - average)``: the mean of the iterates
-    as long as they are fewer than ``1 / (1 - decay)``, from there on their exponential average.
+        class AveragedAdamW(AveragedWeights, torch.optim.AdamW): ...
 
-    In ``param_groups[0]`` it keeps ``updates``, ``averaged_updates``, ``averaging`` (whether it has begun) and
-    ``average_is_in`` (whether the model holds the average, and ``state[p]["average"]`` the weights).
+    After the k-th averaged update ``average += max(1 / k, 1 - decay) * (weights - average)``. This is the mean of the
+    weights for the first ``1 / (1 - decay)`` updates, and their exponential average from there on.
+
+    ``param_groups[0]`` holds ``updates``, ``averaged_updates``, ``averaging`` (whether it has begun) and
+    ``average_is_in``. While ``average_is_in``, the model holds the average, and ``state[p]["average"]`` the weights.
 
     Args:
         params: as the optimizer's.
@@ -35,13 +37,13 @@ class AveragedWeights(torch.optim.Optimizer):
 
     supports_flat_params = True
     found_inf: Tensor | None = None
-    """On the weights' device; where it is 1, a fused optimizer's step changes no weights."""
+    """A scalar on the weights' device. Where it is 1, a fused optimizer's step changes no weights."""
 
     def __init__(
         self, params: Iterable[Tensor], decay: float = 1.0, average_after: int | None = None, **arguments: Any
     ) -> None:
         super().__init__(params, **arguments)
-        # PyTorch's fused optimizers offer to skip overflown updates themselves: the average would not know.
+        # PyTorch's fused optimizers offer to skip overflown updates. The average would not know.
         self._step_supports_amp_scaling = False
         self.decay, self.average_after = decay, average_after
         self.param_groups[0].update(updates=0, averaged_updates=0, averaging=False, average_is_in=False)
@@ -52,14 +54,14 @@ class AveragedWeights(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update the weights and, once averaging has begun, the average."""
+        """Update the weights and, once averaging has begun, the average. Arguments and result are PyTorch's."""
         progress = self.param_groups[0]
         if self.average_after is not None and progress["updates"] >= self.average_after:
             self.start_averaging()
         progress["updates"] += 1
         if not progress["averaging"]:
             return super().step(closure)
-        # A weight's average joins once the weight moves, beside the state that the optimizer itself begins then.
+        # A weight gets its average at its first gradient, when the optimizer begins its own state for it.
         joining = [
             (p, p.detach().clone()) for p in self._weights() if p.grad is not None and "average" not in self.state[p]
         ]
@@ -74,7 +76,7 @@ class AveragedWeights(torch.optim.Optimizer):
 
     @torch.no_grad()
     def exchange(self, average_in: bool) -> bool:
-        """Put the average into the model, or the weights back; whether anything changed."""
+        """Put the average into the model, or the weights back. Return whether anything changed."""
         progress = self.param_groups[0]
         if progress["average_is_in"] == average_in or not progress["averaged_updates"]:
             return False
@@ -89,28 +91,33 @@ class AveragedWeights(torch.optim.Optimizer):
         return [p for group in self.param_groups for p in group["params"]]
 
     def _averaged(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The weights that have an average, and their averages."""
+        """Return the weights that have an average, and their averages."""
         weights = [p for p in self._weights() if "average" in self.state[p]]
         return weights, [self.state[p]["average"] for p in weights]
 
 
 def put_average(optimizer: FairseqOptimizer, average_in: bool) -> None:
-    """Exchange weights and average of whatever fairseq's optimizer wraps; nothing for optimizers without an average."""
+    """Exchange weights and average in the innermost optimizer. Do nothing for optimizers without an average.
+
+    Args:
+        optimizer: fairseq's, or a wrapper of it for half precision.
+        average_in: whether the model is to hold the average.
+    """
     inner = optimizer.optimizer
-    # With half-precision models fairseq optimizes a float32 copy, from which the model is written anew.
+    # fairseq optimizes a float32 copy of a half-precision model: the model is written anew from it.
     if isinstance(inner, AveragedWeights) and inner.exchange(average_in) and hasattr(optimizer, "fp32_params"):
         optimizer._sync_fp32_params_to_fp16()
 
 
 class AveragingOptimizer(FairseqOptimizer):
-    """What fairseq's side of the averaging optimizers shares.
+    """The part for fairseq that all averaging optimizers share.
 
     Args:
         cfg: the flags.
         averages: whether there can be an average.
 
     Raises:
-        RKMError: a task that would never put the average into the model, or a learning rate or weight decay below 0.
+        RKMError: the task would never put the average into the model, or a learning rate or weight decay is below 0.
     """
 
     def __init__(self, cfg: Any, averages: bool = True) -> None:
@@ -128,16 +135,28 @@ class AveragingOptimizer(FairseqOptimizer):
 
     @property
     def learning_rate(self) -> float:
-        """``--lr``, of which fairseq takes one for each epoch."""
+        """The first of ``--lr``: fairseq takes one for each epoch."""
         lr = self.cfg.lr
         return float(lr[0] if isinstance(lr, Sequence) else lr)
 
     def skip_unless_finite(self, norm: Tensor) -> None:
-        """Let the next step change no weights if the gradients' norm is not finite, which only their device knows."""
+        """Let the next step change no weights if the gradients' norm is not finite, without waiting for the norm.
+
+        Args:
+            norm: a scalar on the gradients' device.
+        """
         self._optimizer.found_inf = norm.isfinite().logical_not_().float()
 
     def clip_grad_norm(self, max_norm: float, aggregate_norm_fn: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """fairseq's, in a few launches of kernels in place of two for each weight."""
+        """Clip the gradients as fairseq does, in a few launches of kernels in place of two for each weight.
+
+        Args:
+            max_norm: the largest norm; 0 clips nothing.
+            aggregate_norm_fn: given if the weights are sharded; fairseq's own method then does the work.
+
+        Returns:
+            The gradients' norm before clipping, a scalar on their device.
+        """
         if aggregate_norm_fn is not None:  # the weights are sharded
             return super().clip_grad_norm(max_norm, aggregate_norm_fn)
         weights = [p for p in self.params if p.grad is not None]

@@ -29,12 +29,12 @@ class NonMonotoneASGDConfig(FairseqDataclass):
 
 
 class NonMonotoneASGD(AveragedWeights, torch.optim.SGD):
-    """SGD with a non-monotonically triggered average, the mean of all iterates since the trigger.
+    """SGD with a non-monotonically triggered average: the mean of all weights since the trigger.
 
     Args:
         params: the weights.
         window: n of :meth:`record`.
-        arguments: ``torch.optim.SGD``'s.
+        arguments: as ``torch.optim.SGD``'s.
     """
 
     def __init__(self, params: list[Tensor], window: int, **arguments: Any) -> None:
@@ -43,7 +43,11 @@ class NonMonotoneASGD(AveragedWeights, torch.optim.SGD):
         self.param_groups[0]["validation_losses"] = []
 
     def record(self, loss: float) -> None:
-        """Take note of a validation loss; begin to average if it is above the least of all but the last n before it."""
+        """Take note of a validation loss, and begin to average if losses no longer improve.
+
+        Averaging begins if the loss is above the least of the earlier losses, the last n of these left out (Merity et
+        al. 2018, algorithm 1).
+        """
         losses = self.param_groups[0]["validation_losses"]
         if not self.param_groups[0]["averaging"] and len(losses) > self.window and loss > min(losses[: -self.window]):
             self.start_averaging()
@@ -56,13 +60,15 @@ class NonMonotoneASGD(AveragedWeights, torch.optim.SGD):
 
 @register_optimizer("nt_asgd", dataclass=NonMonotoneASGDConfig)
 class FairseqNonMonotoneASGD(AveragingOptimizer):
-    """NT-ASGD, the optimizer of AWD-LSTM.
+    """NT-ASGD, the optimizer of AWD-LSTM (Merity et al. 2018).
 
-    Every validation counts, so that validating once an epoch (fairseq's default) is the published recipe. PyTorch's own
-    SGD does the updates, fused.
+    Every validation counts. Validation once an epoch, fairseq's default, is the published recipe. PyTorch's own fused
+    SGD does the updates.
+
+        fairseq-train ... --task stateful_language_modeling --optimizer nt_asgd --lr 30 --clip-norm 0.25
 
     Raises:
-        RKMError: a window below 1, and as :class:`~fairseq_rkm.optim.averaging.AveragingOptimizer`.
+        RKMError: the window is below 1; or an error of :class:`~fairseq_rkm.optim.averaging.AveragingOptimizer`.
     """
 
     def __init__(self, cfg: NonMonotoneASGDConfig, params: list[Tensor]) -> None:
@@ -73,5 +79,5 @@ class FairseqNonMonotoneASGD(AveragingOptimizer):
 
     @property
     def optimizer_config(self) -> dict[str, Any]:
-        """What a resumed run takes from its own flags."""
+        """Settings that a resumed run takes from its own flags."""
         return {"lr": self.learning_rate, "weight_decay": self.cfg.weight_decay}
