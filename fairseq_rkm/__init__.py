@@ -1,7 +1,12 @@
 """fairseq-rkm: recurrent kernel machines as one PyTorch module and as a plugin for fairseq.
 
-``from fairseq_rkm import RKM`` needs PyTorch alone. Inside fairseq's commands (``--user-dir``) importing the package
-registers its models, tasks, criterions and optimizers; elsewhere :func:`register` does.
+``from fairseq_rkm import RKM`` needs PyTorch alone:
+
+>>> rnn = RKM(300, 512, num_layers=2)
+>>> output, state = rnn(torch.randn(70, 20, 300))  # (T, B, m) -> (T, B, d)
+
+Within fairseq's commands (``--user-dir``) the import of this package registers its models, tasks, criterions and
+optimizers. Elsewhere :func:`register` does.
 """
 
 import logging
@@ -14,13 +19,17 @@ from fairseq_rkm.ops import CELLS
 __version__ = "0.1.0"
 __all__ = ["CELLS", "RKM", "RKMError", "RKMState", "register"]
 
-# fairseq says at its import that tensorboardX is not installed, which is no matter here: it would stand among what
-# fairseq_rkm.predict and the hub print.
+# At its import fairseq says that tensorboardX is not installed. Nobody needs it here, and the line would stand among
+# the results of fairseq_rkm.predict and of the hubs.
 logging.getLogger("fairseq.tasks.text_to_speech").setLevel(logging.WARNING)
 
 
 def register() -> None:
-    """Make the plugin's components known to fairseq, and fairseq ready for the torch at hand."""
+    """Register the plugin's components with fairseq, and change fairseq as :mod:`fairseq_rkm.fairseq_patches` lists.
+
+    Raises:
+        FairseqMissingError: fairseq is not installed.
+    """
     import fairseq_rkm.quiet_import  # isort: skip
     import fairseq_rkm.criterions
     import fairseq_rkm.data.words_tokenizer

@@ -1,4 +1,4 @@
-"""Print the plugin's folder, which fairseq's commands take: ``--user-dir "$(python -m fairseq_rkm)"``."""
+"""Print the plugin's folder for fairseq's commands: ``--user-dir "$(python -m fairseq_rkm)"``."""
 
 import argparse
 import sys
@@ -14,7 +14,14 @@ EPILOG = (
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line."""
+    """Run the command line.
+
+    Args:
+        arguments: the words after the command; None takes them from ``sys.argv``.
+
+    Raises:
+        RKMError: ``--flags`` names an unknown component.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m fairseq_rkm", description=(__doc__ or "").replace("``", ""), epilog=EPILOG
     )

@@ -1,16 +1,15 @@
-"""The one error that stands for a user's mistake."""
+"""Errors that stand for a user's mistake."""
 
 
 class RKMError(ValueError):
-    """A flag, a shape, a file or a value that cannot be used: the message says what, where, and what to do.
+    """A flag, a shape, a file or a value that cannot be used. The message names the fault, its place and a remedy.
 
-    On fairseq's command line only the message is printed, without a stack trace
-    (see ``fairseq_patches/error_messages.py``).
+    fairseq's commands print only the message, without a stack trace (see ``fairseq_patches/error_messages.py``).
     """
 
 
 class FairseqMissingError(RKMError, ModuleNotFoundError):
-    """What was asked for needs fairseq, which is not installed."""
+    """fairseq is needed and not installed. The message names the extra that installs it."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -20,5 +19,9 @@ class FairseqMissingError(RKMError, ModuleNotFoundError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or for want of one its kind."""
+    r"""Return the first line of an error's message, or the error's type if it has no message.
+
+    >>> first_line(ValueError("wrong\ndetails")), first_line(KeyError())
+    ('wrong', 'KeyError')
+    """
     return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,8 +1,8 @@
-"""The ranges of all flags that hold numbers or files, in one table, and the check that a configuration keeps to them.
+"""The ranges of all flags that hold numbers or files, in one table, and the check of a configuration against it.
 
 fairseq's command line and ``fairseq-hydra-train`` both end in one configuration of sections (``model``, ``task``,
-``optimizer``, ...). :mod:`fairseq_rkm.fairseq_patches.configuration` checks it before anything is built. A test
-demands an entry for each flag of this package.
+``optimizer``, ...). :mod:`fairseq_rkm.fairseq_patches.configuration` checks it before anything is built. A test demands
+an entry for each flag of this package.
 """
 
 import math
@@ -17,8 +17,11 @@ from fairseq_rkm.errors import RKMError
 class Range:
     """Numbers between two bounds.
 
+    >>> Range(0, 1, below=True).holds(1.0), Range(0, 1, below=True).problem(1.0)
+    (False, 'must lie within [0, 1), not be 1.0')
+
     Attributes:
-        low: the least value, infinity and NaN never being one.
+        low: the least value; infinity and NaN are never within.
         high: the largest value.
         above: whether ``low`` itself is out.
         below: whether ``high`` itself is out.
@@ -32,7 +35,7 @@ class Range:
     also: tuple[float, ...] = ()
 
     def holds(self, value: float) -> bool:
-        """Whether a value is within."""
+        """Return whether a value is within."""
         if value in self.also:
             return True
         high_enough = value > self.low if self.above else value >= self.low
@@ -40,7 +43,7 @@ class Range:
         return math.isfinite(value) and high_enough and low_enough
 
     def problem(self, value: float) -> str:
-        """What is wrong with a value outside, as a sentence goes on after the flag's name."""
+        """Return the fault of a value outside, as the end of a sentence that begins with the flag's name."""
         also = "".join(f", or be {other:g}" for other in self.also)
         if self.low == 0 and self.high == 1:
             bounds = f"{'(' if self.above else '['}0, 1{')' if self.below else ']'}"
@@ -57,19 +60,19 @@ def _digits(value: float) -> str:
 
 
 FILE = "file"
-"""A flag that names a file: it may be left out, and must not be empty."""
+"""A flag that names a file. It may be left out, and must not be empty."""
 
 LARGEST = 2**31 - 1
-"""Of whole numbers that C reads in 32 bits."""
+"""The largest whole number that C reads in 32 bits."""
 
 LARGE = 1e30
-"""Below what overflows float32."""
+"""A number below the overflow of float32."""
 
 FINITE = Range(-LARGE, LARGE)
 COUNT = Range(0, LARGEST)
 AT_LEAST_1 = Range(1, LARGEST)
 SIZE = Range(1, 10**6)
-"""Of a layer: far beyond use, and far from what overflows."""
+"""The size of a layer: far beyond use, and far from overflow."""
 NOT_NEGATIVE = Range(0, LARGE)
 POSITIVE = Range(0, LARGE, above=True)
 SHARE = Range(0, 1)
@@ -125,14 +128,14 @@ OURS: dict[str, dict[str, Range | str]] = {
         "average_decay": SHARE,
     },
 }
-"""For each section the flags of this package's own models, tasks, criterions and optimizers."""
+"""For each section, the flags of this package's own models, tasks, criterions and optimizers."""
 
 CHECKED_BY_THEIR_READERS = {
     "memory_clip": "auto, none or a number: RKM",
     "adaptive_softmax_cutoff": "numbers below the dictionary's size: word_layers.parse_cutoffs",
     "adam_betas": "a pair: adamw_average.parse_betas",
 }
-"""Flags of ours that a range does not describe, and what refuses their bad values before training."""
+"""Flags of ours that a range does not describe, and the code that refuses bad values before training."""
 
 FAIRSEQS: dict[str, dict[str, Range | str]] = {
     "common": {
@@ -237,16 +240,20 @@ FAIRSEQS: dict[str, dict[str, Range | str]] = {
     },
     "task": {"max_source_positions": AT_LEAST_1, "max_target_positions": AT_LEAST_1, "num_batch_buckets": COUNT},
 }
-"""fairseq's own flags that our components are run with."""
+"""fairseq's own flags that our components are used with."""
 
 
 def check_section(section: str, values: Any, ours: bool) -> None:
     """Refuse values outside their ranges.
 
+    >>> check_section("model", {"dropout": 1.5}, ours=True)
+    Traceback (most recent call last):
+    fairseq_rkm.errors.RKMError: --dropout must lie within [0, 1), not be 1.5
+
     Args:
-        section: of the configuration, as ``"model"``.
-        values: a mapping or an object with the flags as attributes; flags that are absent or None pass.
-        ours: whether the section is of a component of this package.
+        section: the configuration's section, for example ``"model"``.
+        values: a mapping, or an object with the flags as attributes. Flags that are absent or None pass.
+        ours: whether the section belongs to a component of this package.
 
     Raises:
         RKMError: names the flag, the range and the value.
@@ -258,7 +265,7 @@ def check_section(section: str, values: Any, ours: bool) -> None:
 
 
 def _given(values: Any, name: str) -> Iterator[Any]:
-    """A flag's value, each value of a list, or nothing."""
+    """Yield a flag's value, each value of a list, or nothing."""
     value = values.get(name) if isinstance(values, Mapping) else getattr(values, name, None)
     if isinstance(value, Sequence) and not isinstance(value, str):
         yield from value
@@ -276,5 +283,9 @@ def _check(name: str, allowed: Range | str, value: Any) -> None:
 
 
 def flag_of(name: str) -> str:
-    """The command line's name of a configuration key."""
+    """Return the command line's name of a configuration key.
+
+    >>> flag_of("batch_size")
+    '--batch-size'
+    """
     return "data" if name == "data" else f"--{name.replace('_', '-')}"

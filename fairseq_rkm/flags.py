@@ -1,4 +1,4 @@
-"""The flags that an architecture, task, criterion, optimizer or other component adds to fairseq's commands."""
+"""Describe the flags that an architecture, task, criterion, optimizer or other component adds to fairseq's commands."""
 
 import argparse
 import dataclasses
@@ -11,10 +11,21 @@ from fairseq_rkm.errors import RKMError
 
 
 def describe(name: str) -> str:
-    """A help text of the flags of all components of a name, fairseq's own among them; defaults are the preset's.
+    """Return a help text of the flags of all components of a name, fairseq's own components included.
+
+    A preset's name gives the preset's defaults.
+
+    >>> print(describe("nt_asgd").splitlines()[0])
+    flags of --optimizer nt_asgd:
+
+    Args:
+        name: as ``--arch``, ``--task``, ``--criterion``, ``--optimizer`` and others take it.
+
+    Returns:
+        Lines of up to 120 columns.
 
     Raises:
-        RKMError: nothing has the name, or fairseq is not installed.
+        RKMError: no component has the name, or fairseq is not installed.
     """
     import fairseq_rkm
 
@@ -28,7 +39,7 @@ def describe(name: str) -> str:
 
 
 def _components() -> Iterator[tuple[str, dict[str, type]]]:
-    """The flag that chooses a kind of component, and the classes by name."""
+    """Yield the flag that chooses a kind of component, and the kind's classes by name."""
     from fairseq.models import ARCH_MODEL_REGISTRY
     from fairseq.registry import REGISTRIES
     from fairseq.tasks import TASK_REGISTRY
@@ -60,14 +71,14 @@ def _flags(kind: str, name: str, cls: Any) -> str:
 
 
 class _Formatter(argparse.HelpFormatter):
-    """A line as wide as the terminal, up to 120 columns."""
+    """Format lines as wide as the terminal, up to 120 columns."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=32, width=min(120, shutil.get_terminal_size().columns))
 
 
 def _defaults(kind: str, name: str, cls: Any) -> dict[str, Any]:
-    """By the flags' names; those of a preset stand before the configuration's."""
+    """Return defaults by the flags' names. A preset's defaults come before the configuration's."""
     from fairseq.models import ARCH_CONFIG_REGISTRY
 
     configuration = getattr(cls, "__dataclass", None)
@@ -75,7 +86,7 @@ def _defaults(kind: str, name: str, cls: Any) -> dict[str, Any]:
     for field in dataclasses.fields(configuration) if configuration else ():
         value = field.default
         if value is dataclasses.MISSING or (isinstance(value, str) and ("${" in value or value == "???")):
-            continue  # another part of the configuration has it, or the user
+            continue  # it comes from another part of the configuration, or from the user
         values[field.name] = value.value if isinstance(value, enum.Enum) else value
     preset = argparse.Namespace()
     if kind == "--arch" and name in ARCH_CONFIG_REGISTRY:

@@ -24,7 +24,11 @@ from fairseq_rkm.errors import RKMError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line."""
+    """Run the command line.
+
+    Args:
+        arguments: the words after the command; None takes them from ``sys.argv``.
+    """
     args = parse(arguments)
     try:
         run(args)
@@ -33,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The flags."""
+    """Return the flags. A wrong flag ends the program with a sentence."""
     parser = argparse.ArgumentParser(
         prog="python -m fairseq_rkm.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -53,10 +57,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Classify all of the input.
+    """Classify all of the input, and print a line for each text.
 
     Raises:
-        RKMError: a checkpoint, data or text that cannot be used.
+        RKMError: the checkpoint, the data or a text cannot be used.
     """
     if args.input and not args.input.is_file():
         raise RKMError(f"no file of texts at {args.input}")
