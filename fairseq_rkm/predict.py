@@ -3,9 +3,9 @@
     echo 'Stocks fell on Wall Street' | python -m fairseq_rkm.predict --path run/checkpoint_best.pt
     python -m fairseq_rkm.predict --path run/checkpoint_best.pt --data DATA --input texts.txt > classes.tsv
 
-The class and its probability are separated by a tab. DATA is the folder that
-examples/document_classification/prepare.py wrote (its preparation.json, input0/dict.txt and label/dict.txt are enough);
-by default the checkpoint's folder if these are there, else where training had it.
+A tab separates the class and its probability. DATA is the folder that examples/document_classification/prepare.py
+wrote; its files preparation.json, input0/dict.txt and label/dict.txt are enough. By default it is the checkpoint's
+folder if these files are there, else the folder that training used.
 """
 
 import argparse

@@ -130,6 +130,8 @@ class _Inert:
 
 
 class _Storage(_Inert):
+    """Stand-in for a storage: the bytes of an element, and of all."""
+
     def __init__(self, itemsize: int, nbytes: int) -> None:
         super().__init__("storage")
         self.itemsize, self.nbytes = itemsize, nbytes
@@ -199,10 +201,12 @@ class _Inspector:
         return full
 
     def named(self, module: str, name: str) -> Any:
+        """Return the stand-in for a name, or refuse the name."""
         full = self._check_name(f"{module} {name}")
         return (_Tensor if full in TENSORS else _Inert)(full)
 
     def storage(self, identifier: Any) -> _Storage:
+        """Return the stand-in for a storage, or refuse a claim that the file does not meet."""
         kind, named, key, _, count, *_ = identifier
         itemsize = _itemsize(named.name)
         if kind not in ("storage", b"storage") or itemsize is None or type(key) is not str or type(count) is not int:

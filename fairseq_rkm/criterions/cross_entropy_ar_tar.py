@@ -61,13 +61,16 @@ class CrossEntropyARTARCriterion(CrossEntropyCriterion):
         """Return the loss, the sample size and the values to log.
 
         Args:
-            model: the model; only in training are AR and TAR added.
+            model: the model; AR and TAR are added only if it is in training.
             sample: fairseq's batch, with ``target`` ``(B, T)``.
             reduce: sum the cross entropy; else it has a value for each token.
 
         Returns:
             The loss, summed over the tokens that are not padded; the number to divide it by; a dictionary of sums to
             log.
+
+        Raises:
+            RKMError: the model in training does not give its last layer's output.
         """
         output, extra = model(**sample["net_input"])
         nll = self._cross_entropy(model, output, sample, reduce)

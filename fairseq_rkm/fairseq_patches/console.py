@@ -14,7 +14,7 @@ from fairseq_rkm.fairseq_patches.registry import setting
     until="fairseq leaves the root logger to its commands, which set it to LOGLEVEL",
 )
 def level_of_fairseq_s_commands() -> None:
-    """Set it to ``LOGLEVEL`` (default: INFO) in fairseq's commands. Another program's own level stays as it is."""
+    """Set the root logger to ``LOGLEVEL`` (default: INFO) in fairseq's commands. Other programs keep their level."""
     if in_fairseq_command() and logging.root.level == logging.DEBUG:
         logging.root.setLevel(os.environ.get("LOGLEVEL", "INFO").upper())
 
@@ -35,7 +35,7 @@ HYDRA = (
     until="fairseq makes these calls in today's way",
 )
 def no_deprecations_of_fairseq_s() -> None:
-    """Ignore these warnings, unless the user's filters (``-W``, ``PYTHONWARNINGS``) say otherwise."""
+    """Ignore deprecation warnings of fairseq's calls, unless the user's filters (``-W``, ``PYTHONWARNINGS``) differ."""
     for message in HYDRA:
         _ignore(message=message)
     _ignore(category=FutureWarning, module=r"fairseq(_cli)?\.")

@@ -54,6 +54,9 @@ def print_error(kind: type[BaseException], error: BaseException, trace: types.Tr
     """Print one sentence for a user's mistake, and the stack trace for any other error.
 
     It takes the place of ``sys.excepthook``, and has its arguments.
+
+    Raises:
+        SystemExit: this process received a signal, whose status it ends with.
     """
     if interruptions.received:
         # The user knows of the signal already. Later errors come from the process's end.

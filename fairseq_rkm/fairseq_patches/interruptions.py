@@ -45,7 +45,7 @@ def stop_in_a_sentence() -> None:
 
 
 def _stop(number: int, _frame: types.FrameType | None) -> None:
-    """Handle a signal: end this process, at a second signal at once."""
+    """Handle a signal: let this process end, or at a second signal end it at once."""
     if received:
         _end(number)
     _tell(number)

@@ -89,7 +89,15 @@ def eval_lm(
 def score(
     models: list, scorer: SequenceScorer, batches: Iterable[dict], device: torch.device, timer: StopwatchMeter
 ) -> Iterator[Sample]:
-    """Yield the scored samples of all batches, on the CPU. ``timer`` counts tokens and seconds."""
+    """Yield the scored samples of all batches, on the CPU.
+
+    Args:
+        models: the models; the scorer averages their probabilities.
+        scorer: fairseq's.
+        batches: fairseq's.
+        device: where the models are.
+        timer: counts the tokens and the seconds of scoring.
+    """
     for batch in batches:
         if "net_input" not in batch:
             continue
@@ -132,7 +140,13 @@ def check_scores(found: WordScores) -> None:
 
 
 def report(found: WordScores, probabilities: bool, statistics: bool) -> None:
-    """Log the words of each sample, and fairseq's counts for each word."""
+    """Log the words of each sample, and fairseq's counts for each word.
+
+    Args:
+        found: the words, sorted.
+        probabilities: log each sample's words with their scores.
+        statistics: log each distinct word's counts, the most frequent word first.
+    """
     words = found.words()
     if probabilities:
         lines: list[list[str]] = [[] for _ in found.samples]

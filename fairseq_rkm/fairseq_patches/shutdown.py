@@ -19,7 +19,7 @@ from fairseq_rkm.fairseq_patches.registry import setting
     until="fairseq stops the thread",
 )
 def stop_preparing_batches() -> None:
-    """Stop the threads at Python's end."""
+    """Stop the threads that prepare batches, at Python's end."""
     _at_exit(_stop_threads)
 
 

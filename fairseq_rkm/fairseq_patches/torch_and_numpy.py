@@ -27,7 +27,7 @@ def compat_of_numpy_1() -> None:
     until="fairseq pins memory only where there is a GPU",
 )
 def no_warning_of_pinned_memory() -> None:
-    """Silence the warning."""
+    """Silence the warning that memory cannot be pinned."""
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator")
 
 

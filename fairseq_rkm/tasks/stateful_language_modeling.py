@@ -140,6 +140,12 @@ class StatefulLanguageModelingTask(AveragedValidation, GraphedSteps, LanguageMod
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> None:
         """Read a split as one stream.
 
+        Args:
+            split: the split's name, for example ``"train"``.
+            epoch: from 1; chooses among several folders of data.
+            combine: read ``train1``, ``train2``, ... after ``train``.
+            kwargs: unused; fairseq gives more.
+
         Raises:
             RKMError: the split is missing, empty, of another format than ``--dataset-impl``, or has fewer tokens than
                 streams.
