@@ -20,7 +20,8 @@ def write(path, updates: int) -> None:
     history = [{"num_updates": updates, "optimizer_name": "Adam", "lr_scheduler_state": {}}]
     iterator = {"epoch": 1, "iterations_in_epoch": updates}
     state = {"model": {"weight": torch.full((500,), float(updates))}, "optimizer_history": history}
-    torch.save({**state, "args": None, "extra_state": {"train_iterator": iterator}}, path)
+    cfg = {"common": {"seed": 1}, "model": {"_name": "rkm_lm"}}
+    torch.save({**state, "args": None, "cfg": cfg, "extra_state": {"train_iterator": iterator}}, path)
 
 
 @pytest.fixture(scope="module")

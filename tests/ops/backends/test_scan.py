@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_close, randomized
+from helpers import assert_close, product_type, randomized
 
 from fairseq_rkm import CELLS, RKM, RKMError
 from ops.test_backends import check_missing_numbers_stay_where_they_are, compare, problem
@@ -18,6 +18,7 @@ from ops.test_higher_derivatives import VARIANTS, compare_derivatives
 HAS_GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if HAS_GPU else "cpu"
+TF32 = product_type(torch.float32, DEVICE) == "tf32"
 
 
 def runs(test):
@@ -60,7 +61,7 @@ def test_layer_norm_in_other_dtypes(dtype):
     for cell, mask in itertools.product(("rkm_lstm", "rkm_cifg", "lstm"), ("none", "mixed")):
         compare(
             "scan", device=DEVICE, dtype=dtype, cell=cell, feedback=False, mask=mask, steps=7, sizes=(6, 9),
-            layer_norm=True,
+            layer_norm=True, tf32=TF32,
         )  # fmt: skip
 
 
@@ -68,7 +69,9 @@ def test_layer_norm_in_other_dtypes(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_other_dtypes(dtype):
     for cell, mask in itertools.product(("rkm_lstm", "rkm_cifg", "lstm", "ran", "cnn"), ("none", "mixed")):
-        compare("scan", device=DEVICE, dtype=dtype, cell=cell, feedback=False, mask=mask, steps=7, sizes=(6, 9))
+        compare(
+            "scan", device=DEVICE, dtype=dtype, cell=cell, feedback=False, mask=mask, steps=7, sizes=(6, 9), tf32=TF32
+        )
 
 
 @runs
