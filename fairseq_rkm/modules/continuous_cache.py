@@ -1,7 +1,7 @@
 """The continuous cache of Grave, Joulin and Usunier (2017), *Improving Neural Language Models with a Continuous Cache*.
 
-A trained model's recent outputs, each with the word that followed it, are a second predictor: words that followed
-outputs like the present one are likely. Nothing is trained.
+A second predictor stands beside the trained model. It keeps the model's recent outputs, each with the word that
+followed. A word is likely if it followed an output like the present one. Nothing is trained.
 """
 
 import math
@@ -15,11 +15,11 @@ from fairseq_rkm.errors import RKMError
 
 
 class CacheMemory(NamedTuple):
-    """What a segment leaves for the next one.
+    """The cache's content at the end of a segment; the next segment starts with it.
 
     Attributes:
-        keys: the last outputs, ``(B, K, d)``, K at most the cache's size, oldest first.
-        words: the words that followed all but the last of them, ``(B, K - 1)`` int64.
+        keys: the last outputs, ``(B, K, d)`` float32, K at most the cache's size, oldest first.
+        words: the words that followed all but the last output, ``(B, K - 1)`` int64.
     """
 
     keys: Tensor
@@ -27,15 +27,19 @@ class CacheMemory(NamedTuple):
 
 
 class ContinuousCache:
-    """``p(w) = (1 - lambda) p_model(w) + lambda p_cache(w)``, p_cache as :func:`cache_probabilities` has it.
+    """The mixture ``p(w) = (1 - lambda) p_model(w) + lambda p_cache(w)``, with :func:`cache_probabilities`.
 
     Args:
-        size: outputs that the cache holds.
+        size: the number of outputs that the cache holds.
         theta: how sharply likeness counts; 0 or more.
-        weight: lambda, within [0, 1): with 1 a word that the cache has not would be impossible.
+        weight: lambda, within [0, 1). With 1, words outside the cache would be impossible.
 
     Raises:
         RKMError: a value outside its range.
+
+    Example:
+        >>> cache, memory = ContinuousCache(500, theta=0.3, weight=0.1), None
+        >>> log_p, memory = cache.log_probabilities(logits, outputs, tokens, memory)  # for each segment of a stream
     """
 
     def __init__(self, size: int, theta: float, weight: float) -> None:
@@ -58,11 +62,11 @@ class ContinuousCache:
             logits: the model's, ``(B, T, V)``.
             outputs: its last layer's, ``(B, T, d)``.
             tokens: its input, ``(B, T)`` int64.
-            memory: what the segment before left; None at a stream's start.
+            memory: the memory that the last segment returned; None at a stream's start.
 
         Returns:
-            ``(B, T, V)`` float32 logarithms, and what this segment leaves. Where the cache is empty, at a stream's
-            first position, the model stands alone.
+            The logarithms, ``(B, T, V)`` float32, and the memory for the next segment. At a stream's first position the
+            cache is empty, and the model stands alone.
         """
         likeness, words, left = self.recall(outputs, tokens, memory)
         # As logarithms throughout: a probability below 1e-45 must not become 0.
@@ -75,13 +79,13 @@ class ContinuousCache:
     def recall(self, outputs: Tensor, tokens: Tensor, memory: CacheMemory | None) -> tuple[Tensor, Tensor, CacheMemory]:
         """The outputs in reach of each position.
 
-        Args and the last of the returned values are as in :meth:`log_probabilities`.
+        Arguments are as in :meth:`log_probabilities`.
 
         Returns:
-            likeness: the dot product of each output with each in the cache, ``(B, T, J)`` float32, minus infinity where
-                that is out of reach: not before the position, or more than ``size`` before.
-            words: the word that followed each in the cache, ``(B, J)``.
-            memory: what this segment leaves.
+            likeness: the dot product of each output with each cached one, ``(B, T, J)`` float32. It is minus infinity
+                out of reach: at or after the position, or more than ``size`` before it.
+            words: the word that followed each cached output, ``(B, J)`` int64.
+            memory: the memory for the next segment.
         """
         outputs = outputs.float()
         # Each input is the word that followed the output before it; a stream's first input followed none.
@@ -97,5 +101,5 @@ class ContinuousCache:
 
 
 def cache_probabilities(likeness: Tensor, theta: float) -> Tensor:
-    """``softmax(theta * likeness)`` over the last dimension; zeros where nothing is in reach."""
+    """``softmax(theta * likeness)`` over the last dimension, of the same shape; zeros where nothing is in reach."""
     return F.softmax(theta * likeness, dim=-1).nan_to_num(0.0) if likeness.size(-1) else likeness

@@ -10,7 +10,7 @@ from fairseq_rkm.errors import RKMError
 
 
 def check_probability(what: str, p: float) -> None:
-    """Raises RKMError for a dropout probability outside [0, 1)."""
+    """Raise RKMError for a dropout probability outside [0, 1); ``what`` names it."""
     if not 0 <= p < 1:
         raise RKMError(f"{what} must lie within [0, 1), not be {p}")
 
@@ -20,10 +20,16 @@ class LockedDropout(nn.Module):
 
     Args:
         p: the probability of a zero, within [0, 1).
-        name: what an error calls it.
+        name: its name in an error.
 
     Attributes:
-        recorded: whether the state dict loaded last was made by a module that had this one.
+        recorded: whether the last loaded state dict comes from a module that had this one.
+
+    Raises:
+        RKMError: ``p`` is outside its range.
+
+    Example:
+        >>> LockedDropout(0.5)(torch.ones(3, 1, 4))[:, 0]  # each column all zeros or all twos
     """
 
     def __init__(self, p: float, name: str = "dropout") -> None:
@@ -49,16 +55,18 @@ class LockedDropout(nn.Module):
 
 
 def dropped_embedding(embedding: nn.Embedding, tokens: Tensor, p: float, training: bool) -> Tensor:
-    """Look tokens up with whole words dropped: one draw a word of the vocabulary, the rest scaled by ``1 / (1 - p)``.
+    """Look tokens up and drop whole words (Gal and Ghahramani 2016).
+
+    Each word of the vocabulary is dropped or kept in the whole batch. Kept words are scaled by ``1 / (1 - p)``.
 
     Args:
-        embedding: ``(V, e)``; its weight, perhaps tied to an output layer, stays whole.
-        tokens: any shape, int64.
-        p: the probability that a word is zero, within [0, 1).
-        training: without it, a plain look-up.
+        embedding: ``(V, e)``. Its weight, perhaps tied to an output layer, stays whole.
+        tokens: int64, of any shape.
+        p: the probability of a word's being dropped, within [0, 1).
+        training: False looks the tokens up and drops none.
 
     Returns:
-        The tokens' shape and ``e``.
+        The tokens' vectors, ``(*tokens.shape, e)``.
     """
     vectors: Tensor = embedding(tokens)
     if not training or p == 0:

@@ -1,4 +1,4 @@
-"""Weights of ``nn.LSTM``, which stacks its gates in another order than RKM and has two biases where that has one."""
+"""Weights of ``nn.LSTM`` for an RKM: ``nn.LSTM`` stacks its gates in another order and has two biases, RKM one."""
 
 from collections.abc import Sequence
 
@@ -8,29 +8,29 @@ from torch import Tensor
 from fairseq_rkm.errors import RKMError
 
 LSTM_GATES = ("input", "forget", "candidate", "output")
-"""The order in which ``nn.LSTM`` stacks its gates (i, f, g, o)."""
+"""The order of the gates of ``nn.LSTM`` (i, f, g, o)."""
 GATES_OF_TORCH = {1: "nn.RNN", 3: "nn.GRU", 4: "nn.LSTM"}
 """Modules of PyTorch by the number of their gates."""
 
 
 def restack(value: Tensor, given: Sequence[str], wanted: Sequence[str]) -> Tensor:
-    """A weight or bias whose blocks of rows stand for the gates ``given``, with its blocks in another order."""
+    """Reorder a weight or bias, one block of rows a gate, from the order ``given`` to the order ``wanted``."""
     blocks = dict(zip(given, value.chunk(len(given)), strict=True))
     return torch.cat([blocks[gate] for gate in wanted])
 
 
 def is_of_torch(names: Sequence[str]) -> bool:
-    """Whether names of tensors are those of an ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN``, beyond doubt."""
+    """Whether tensors of these names can only be an ``nn.LSTM``'s, ``nn.GRU``'s or ``nn.RNN``'s."""
     return any(name.startswith(("bias_ih_l", "bias_hh_l", "weight_hr_l")) for name in names)
 
 
 def converted(values: dict[str, Tensor], gates: Sequence[str]) -> dict[str, Tensor]:
-    """An ``nn.LSTM``'s tensors by name as an RKM's, with its names and its order of gates.
+    """Convert an ``nn.LSTM``'s tensors to an RKM's names and order of gates.
 
-    A bias of which one half is missing stays as it is, as does what has not four blocks of rows.
+    A bias without its other half keeps its name. A tensor without four blocks of rows keeps its order.
 
     Raises:
-        RKMError: an LSTM with projections.
+        RKMError: the LSTM has projections.
     """
     if any(name.startswith("weight_hr") for name in values):
         raise RKMError("an LSTM with projections (weight_hr_l0) has no RKM counterpart")

@@ -1,4 +1,4 @@
-"""One vector for a sequence of them."""
+"""One vector for a whole sequence."""
 
 import torch
 from torch import Tensor
@@ -9,26 +9,31 @@ POOLINGS = ("mean", "max", "last")
 
 
 def pool(kind: str, output: Tensor, hidden: Tensor, padding_mask: Tensor) -> Tensor:
-    """A recurrence's outputs as one vector for each sequence; padding has no part in it.
+    """Reduce a recurrence's outputs to one vector a sequence; padding has no part in it.
 
     Args:
-        kind: ``"mean"`` or ``"max"`` over the real steps, or ``"last"``: what each direction ends with.
+        kind: ``"mean"`` or ``"max"`` over the real steps, or ``"last"`` for each direction's final state.
         output: ``(T, B, d * directions)``, the last layer's.
         hidden: ``(layers * directions, B, d)``, the final hidden state.
         padding_mask: ``(B, T)`` bool, True at padding.
 
     Returns:
-        ``(B, d * directions)``; zeros for a sequence without real steps.
+        ``(B, d * directions)`` of the output's dtype; zeros for a sequence without real steps.
 
     Raises:
         RKMError: an unknown kind.
+
+    Example:
+        >>> padding = torch.arange(9) >= torch.tensor([[9], [5]])  # two documents, of 9 and 5 words
+        >>> output, state = RKM(50, 64, bidirectional=True)(torch.randn(9, 2, 50), padding_mask=padding)
+        >>> pool("mean", output, state.hidden, padding)  # (2, 128)
     """
     if kind == "last":
         directions = output.size(2) // hidden.size(2)
         return hidden[-directions:].transpose(0, 1).flatten(1)
     padding = padding_mask.t().unsqueeze(-1)
     if kind == "mean":
-        # Sums over thousands of steps are beyond 16 bits.
+        # Sums over thousands of steps overflow 16 bits.
         total = output.masked_fill(padding, 0).sum(0, dtype=_accumulator(output.dtype))
         return (total / (~padding).sum(0).clamp(min=1)).to(output.dtype)
     if kind == "max":

@@ -21,13 +21,17 @@ NGRAM_PADDINGS = ("causal", "same")
 
 
 class RKMState(NamedTuple):
-    """What a sequence leaves for the one that continues it.
+    """The state after a sequence; the sequence's next piece starts from it.
 
     Attributes:
         hidden: ``h``, ``(num_layers * num_directions, B, d)``.
-        cell: the memory ``c`` (normalised, with layer norm), of the same shape; float32 for models of 16 bits.
-        context: None for n = 1, else for each layer its last n - 1 inputs, ``(n - 1, B, layer_input_size)``, oldest
-            first.
+        cell: the memory ``c``, of the same shape; with layer norm it is normalised. Float32 for models of 16 bits.
+        context: each layer's last n - 1 inputs, ``(n - 1, B, layer_input_size)``, oldest first. None for n = 1.
+
+    Example:
+        >>> rnn = RKM(200, 400, ngram=3)
+        >>> _, state = rnn(torch.randn(35, 20, 200))
+        >>> output, state = rnn(torch.randn(35, 20, 200), state.detach())  # goes on, without gradients to the first
     """
 
     hidden: Tensor
@@ -39,7 +43,7 @@ class RKMState(NamedTuple):
         return [self.hidden, self.cell, *(self.context or [])]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "RKMState":
-        """The state of which each tensor is ``function`` of this one's, called in the order of :meth:`tensors`."""
+        """Apply ``function`` to each tensor, in the order of :meth:`tensors`, and make a state of the results."""
         hidden, memory, *context = [function(tensor) for tensor in self.tensors()]
         return RKMState(hidden, memory, None if self.context is None else context)
 
@@ -52,58 +56,67 @@ class RKMState(NamedTuple):
         return self.map(lambda tensor: tensor.to(device))
 
     def index_select(self, rows: Tensor) -> "RKMState":
-        """The state of a batch made of these rows of this one: how a beam is reordered."""
+        """The states of these rows of the batch, ``(rows,)`` int64: a beam is reordered so."""
         return self.map(lambda tensor: tensor.index_select(1, rows))
 
 
 class RKM(nn.Module):
-    """A stack of recurrent kernel machines (Liang et al. 2019), to be used as ``torch.nn.LSTM`` is.
+    """A stack of recurrent kernel machines (Liang et al. 2019) that takes the place of ``torch.nn.LSTM``.
 
     Args:
-        input_size: m.
-        hidden_size: d.
+        input_size: m, the features of an input.
+        hidden_size: d, the units of a layer and direction.
         num_layers: layers in the stack.
         cell: one of :data:`fairseq_rkm.CELLS`.
         ngram: n, the number of inputs that a step sees.
-        ngram_padding: ``"causal"`` for a window that ends at its step (in the direction of travel), ``"same"`` for one
-            centred there (odd n only; a window then sees ``(n - 1) / 2`` inputs ahead, and a sequence's end is padded
-            with zeros, so that a sequence in pieces is not the sequence whole).
-        feedback: None for what the cell's equations say; False drops ``U``, so that gates see the inputs alone.
+        ngram_padding: ``"causal"`` ends a step's window at the step, in the direction of travel. ``"same"`` centres the
+            window, for odd n only: it reaches ``(n - 1) / 2`` inputs ahead, and zeros pad the sequence's end. With
+            ``"same"`` a sequence run in pieces differs from the sequence run whole.
+        feedback: None keeps the cell's own equations. False drops ``U``: gates then see the inputs alone.
         bias: whether the gates have biases.
         layer_norm: normalise the memory, ``c_t <- LN(c_t)``.
         memory_clip: clip ``c_t`` to ``[-memory_clip, memory_clip]`` at each step, as ``torch.clamp`` (Sak et al. 2014).
-            ``"auto"`` is 1 for a cell that feeds back a memory which neither squashing nor layer normalisation bounds
-            (without a bound it overflows in ordinary training), and no limit for the others. None is no limit, as in
-            the paper. The attribute holds the bound in force, a number or None.
+            ``"auto"`` is 1 for a cell that feeds back a memory without squashing or layer normalisation: unbounded, it
+            overflows in ordinary training. For all others ``"auto"`` is no limit. None is no limit, as in the paper.
+            The attribute holds the bound in force, a number or None.
         sigma_i2: ``s_i`` of the cells with a constant input scale, within (0, 1).
-        sigma_f2: ``s_f`` of those with a constant memory scale, within (0, 1).
-        learn_sigma: learn them, as sigmoids that start at the values given: ``s_i`` one number a layer, ``s_f`` one a
+        sigma_f2: ``s_f`` of the cells with a constant memory scale, within (0, 1).
+        learn_sigma: learn both, as sigmoids that start at the values given: ``s_i`` one number a layer, ``s_f`` one a
             unit. Cells whose scales are gates have none to learn.
-        forget_bias: what the forget gate's bias starts at; None draws it as the other biases, as ``nn.LSTM`` does.
+        forget_bias: the first value of the forget gate's bias. None draws it as the other biases, as ``nn.LSTM`` does.
         dropout: on the output of every layer but the last, one mask for all steps (locked dropout).
-        weight_dropout: on the elements of ``weight_hh``, one mask for all steps (DropConnect); without feedback on
-            those of ``weight_ih``, as in the QRNN of Merity et al. (2018).
+        weight_dropout: on the elements of ``weight_hh``, one mask for all steps (DropConnect). Without feedback it acts
+            on ``weight_ih``, as in the QRNN of Merity et al. (2018).
         bidirectional: run a second recurrence backward in time and concatenate the outputs.
         batch_first: take and give ``(B, T, ...)`` in place of ``(T, B, ...)``.
-        backend: ``"auto"`` or one of :data:`fairseq_rkm.ops.BACKENDS`: obeyed or refused, never replaced.
+        backend: ``"auto"`` or one of :data:`fairseq_rkm.ops.BACKENDS`. A named backend is used or refuses; no other
+            takes its place.
         device: where the parameters live.
         dtype: their type.
 
-    Fast backends and the reference give the same derivatives, of any order. Gradients that are to be differentiated
-    (``create_graph=True``) are computed by the reference, which is slow. So is all under ``torch.func``, and under what
-    follows PyTorch's operators one by one (FakeTensorMode, ``make_fx``, ``torch.jit.trace``, the ONNX exporters), and
-    so are tensors that are not plain ones in memory. A backend asked for by name refuses there. A recorded program has
-    as many steps as there were: one of ``torch.jit.trace`` or ONNX refuses sequences of other lengths.
+    Example:
+        >>> rnn = RKM(200, 400, num_layers=2, ngram=3, dropout=0.3)  # was nn.LSTM(200, 400, num_layers=2, dropout=0.3)
+        >>> output, state = rnn(torch.randn(35, 20, 200))  # (35, 20, 400), RKMState
+        >>> same = RKM.from_lstm(nn.LSTM(200, 400))  # the same function as the LSTM's
 
-    At padding outputs are zero, and inputs and gradients are not read: NaN and infinity there have no effect.
+    Derivatives:
+        All backends give the same derivatives, of any order. The reference, the slowest backend, computes gradients
+        that are differentiated again (``create_graph=True``). It also runs under ``torch.func``, FakeTensorMode,
+        ``make_fx``, ``torch.jit.trace`` and the ONNX exporters, and on tensors that hold no plain memory. A backend
+        named by the user refuses there. A program recorded by ``torch.jit.trace`` or for ONNX has a fixed number of
+        steps and refuses sequences of another length.
 
-    ``load_state_dict`` converts an ``nn.LSTM``'s weights (another order of gates, two biases) for ``cell="lstm"`` and
-    refuses them for other cells. Without biases names and shapes do not tell whose weights they are. An RKM without
-    biases of one, three or four gates therefore saves an empty tensor ``stacked_...`` as well, named after the order of
-    its gates, which PyTorch's modules refuse. Weights without it, saved by an earlier version, are told from PyTorch's
-    by the modules that ``state_dict()`` records beside the tensors. Where that record is lost, as in a dict made anew,
-    they are refused, in a sentence that says how to go on. From one cell of RKM to another of the same shapes weights
-    are loaded gate by gate, as they are.
+    Padding:
+        Outputs are zero at padding. Inputs and gradients are not read there: NaN and infinity have no effect.
+
+    Loading:
+        With ``cell="lstm"``, ``load_state_dict`` converts the weights of an ``nn.LSTM`` (another order of gates, two
+        biases). Other cells refuse them. Names and shapes of weights without biases do not tell their owner. An RKM
+        without biases and of one, three or four gates therefore saves an empty tensor ``stacked_...`` too, named after
+        the order of its gates. PyTorch's modules refuse this tensor. Earlier versions did not save it: the modules that
+        ``state_dict()`` records beside the tensors tell such weights from PyTorch's. A dict made anew lacks the record;
+        its weights are refused, in a sentence that says how to go on. Another RKM cell of the same shapes takes weights
+        gate by gate, as they are.
 
     Parameters, for layer k and the suffix ``""`` or ``"_reverse"``:
         ``weight_ih_l{k}`` ``(len(gates) * d, n * m)``, ``weight_hh_l{k}`` ``(len(recurrent_gates) * d, d)``,
@@ -111,7 +124,7 @@ class RKM(nn.Module):
         ``sigma_i_logit_l{k}`` ``()``.
 
     Raises:
-        RKMError: an argument outside what is said above.
+        RKMError: an argument outside its range.
     """
 
     def __init__(
@@ -171,22 +184,25 @@ class RKM(nn.Module):
         self.reset_parameters()
 
     def set_memory_clip(self, memory_clip: float | str | None) -> None:
-        """Bound the memory in another way, as the argument ``memory_clip`` says; no parameter depends on it.
+        """Change the memory's bound; no parameter depends on it.
+
+        Args:
+            memory_clip: as in the constructor.
 
         Raises:
-            RKMError: a bound that is none, or one beside layer normalisation.
+            RKMError: the bound is no positive number, or stands beside layer normalisation.
         """
         self.memory_clip = resolve_clip(memory_clip, self._cell, self.layer_norm)
         self._cell = self._cell.clipped(self.memory_clip)
 
     @property
     def gates(self) -> tuple[str, ...]:
-        """The order in which gates are stacked in ``weight_ih_l{k}`` and ``bias_l{k}``."""
+        """The order of the gates in ``weight_ih_l{k}`` and ``bias_l{k}``."""
         return self._cell.gates
 
     @property
     def recurrent_gates(self) -> tuple[str, ...]:
-        """The order in ``weight_hh_l{k}``: the gates that see ``h_{t-1}``."""
+        """The order of the gates in ``weight_hh_l{k}``: they see ``h_{t-1}``."""
         return self._cell.recurrent_gates
 
     @property
@@ -194,7 +210,7 @@ class RKM(nn.Module):
         return ("", "_reverse") if self.bidirectional else ("",)
 
     def layer_input_size(self, layer: int) -> int:
-        """The number of features that layer ``layer`` (from 0) takes in at each step."""
+        """The features of an input of layer ``layer``, counted from 0."""
         return self.input_size if layer == 0 else self.hidden_size * len(self._suffixes)
 
     def _shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
@@ -215,7 +231,7 @@ class RKM(nn.Module):
         return shapes
 
     def reset_parameters(self) -> None:
-        """Matrices and biases from U(-1/sqrt(d), 1/sqrt(d)) as ``nn.LSTM``'s; forget bias, norms and sigmas as set."""
+        """Draw matrices and biases from U(-1/sqrt(d), 1/sqrt(d)), as ``nn.LSTM``; set forget bias, norms and sigmas."""
         bound = 1 / math.sqrt(self.hidden_size)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
@@ -231,7 +247,7 @@ class RKM(nn.Module):
                     parameter.chunk(len(self.gates))[self.gates.index("forget")].fill_(self.forget_bias)
 
     def num_weights(self) -> int:
-        """Elements of the weight matrices, biases not counted: the paper's figure."""
+        """The number of elements of all weight matrices, without biases, as the paper counts."""
         return sum(p.numel() for name, p in self.named_parameters() if name.startswith("weight"))
 
     def forward(
@@ -241,16 +257,16 @@ class RKM(nn.Module):
 
         Args:
             x: ``(T, B, m)``, or ``(B, T, m)`` with ``batch_first``.
-            state: what an earlier call returned, or None for zeros. A bidirectional stack's context is the forward
-                direction's; the backward one starts without.
-            padding_mask: ``(B, T)`` bool, True at padding, on either side. There the state stands still, the output is
-                zero, and inputs count as zero in every window.
+            state: the state that an earlier call returned, or None for zeros. In a bidirectional stack the forward
+                direction takes the context; the backward one starts without.
+            padding_mask: ``(B, T)`` bool, True at padding, on either side. At padding the state stands still, the
+                output is zero, and inputs count as zero in every window.
 
         Returns:
             The last layer's output, ``(T, B, d * directions)`` or batch first, and the final state.
 
         Raises:
-            RKMError: shapes that do not fit.
+            RKMError: a shape, type or device does not fit.
         """
         if not torch.is_tensor(x) or x.dim() != 3 or x.size(2) != self.input_size:
             shape = tuple(x.shape) if torch.is_tensor(x) else type(x).__name__
@@ -260,7 +276,7 @@ class RKM(nn.Module):
             x = x.transpose(0, 1)
         autocast = _autocast_dtype(x.device)
         if autocast is not None and self.get_parameter("weight_ih_l0").dtype == torch.float64:
-            autocast = None  # which leaves float64 as it is
+            autocast = None  # autocast leaves float64 as it is
         x = x if autocast is None else x.to(autocast)
         keep = self._keep(x, padding_mask)
         hidden, memory, context = self._initial_state(x, state)
@@ -306,7 +322,7 @@ class RKM(nn.Module):
         return output.flip(0) if reverse else output, *final
 
     def _weights(self, name: str, dtype: torch.dtype | None) -> Weights:
-        """The tensors of one layer and direction; matrices and biases in ``dtype``, autocast's, if there is one."""
+        """The tensors of one layer and direction; matrices and biases in autocast's ``dtype``, if there is one."""
         own: dict[str, Tensor] = {kind: getattr(self, f"{kind}_{name}") for kind in self._kinds}
         if dtype is not None:
             own.update((kind, own[kind].to(dtype)) for kind in ("weight_ih", "weight_hh", "bias") if kind in own)
@@ -341,7 +357,7 @@ class RKM(nn.Module):
     def _initial_state(
         self, x: Tensor, state: RKMState | None
     ) -> tuple[Tensor | None, Tensor | None, list[Tensor] | None]:
-        """Hidden state, memory and context, None standing for zeros."""
+        """Hidden state, memory and context; None stands for zeros."""
         shape = (self.num_layers * len(self._suffixes), x.size(1), self.hidden_size)
         if state is None:
             return None, None, None
@@ -382,13 +398,13 @@ class RKM(nn.Module):
 
     @property
     def _mark(self) -> str:
-        """The key that tells, of weights which might be PyTorch's, that they are an RKM's."""
+        """The key of an empty tensor: it marks weights as an RKM's where names and shapes might be PyTorch's."""
         return f"stacked_{'_'.join(self.gates)}"
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *arguments: Any
     ) -> None:
-        """Load, converting what is an ``nn.LSTM``'s; ``state_dict`` is a copy, as for every module of PyTorch."""
+        """Load weights and convert an ``nn.LSTM``'s. ``state_dict`` is a copy, as for every module of PyTorch."""
         self._in_doubt = False
         own = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
         own = {name: value for name, value in own.items() if "." not in name}
@@ -419,10 +435,10 @@ class RKM(nn.Module):
 
     @classmethod
     def from_lstm(cls, lstm: nn.LSTM) -> "RKM":
-        """The same function as an ``nn.LSTM``'s, as an RKM with ``cell="lstm"``; the weights are copied.
+        """Make an RKM with ``cell="lstm"`` that computes the same function as ``lstm``; the weights are copied.
 
         Raises:
-            RKMError: an LSTM with projections, which the RKM has no counterpart of.
+            RKMError: the LSTM has projections (``proj_size``); the RKM has no counterpart.
         """
         if lstm.proj_size:
             raise RKMError(f"an LSTM with projections (proj_size={lstm.proj_size}) has no RKM counterpart")
@@ -441,10 +457,12 @@ class RKM(nn.Module):
         return rkm.train(lstm.training)
 
     def to_lstm(self) -> nn.LSTM:
-        """The same function as an ``nn.LSTM``; weights are copied. Weight dropout, which that lacks, is left behind.
+        """Make an ``nn.LSTM`` that computes the same function; the weights are copied.
+
+        ``nn.LSTM`` has no weight dropout: it is left behind.
 
         Raises:
-            RKMError: a cell, n-gram, feedback or layer norm that ``nn.LSTM`` cannot compute.
+            RKMError: ``nn.LSTM`` cannot compute this cell, n-gram, feedback, layer norm or bound.
         """
         if self.cell != "lstm" or self.ngram > 1 or not self.feedback or self.layer_norm or self.memory_clip:
             raise RKMError("only cell='lstm' with ngram 1, feedback, no layer norm and no clipping is an nn.LSTM")
@@ -474,10 +492,10 @@ class RKM(nn.Module):
 
 
 def _settle(rkm: RKM, _keys: object) -> None:
-    """When weights without biases have been loaded: convert them if they are an ``nn.LSTM``'s.
+    """Convert weights without biases, once loaded, if they are an ``nn.LSTM``'s.
 
-    What a state dict records beside its tensors is told to each module by itself. One that knows this RKM and not the
-    dropout in it was made by another module.
+    A state dict records each module beside the tensors, and each module is told of its own record alone. A record of
+    this RKM without one of its dropout comes from another module.
     """
     if not rkm._in_doubt or rkm.dropout.recorded:
         return
@@ -488,7 +506,7 @@ def _settle(rkm: RKM, _keys: object) -> None:
 
 
 def _autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The type that matrix products run in under autocast; None outside it."""
+    """The type of matrix products under autocast; None outside it."""
     available = torch.amp.is_autocast_available(device.type)
     return torch.get_autocast_dtype(device.type) if available and torch.is_autocast_enabled(device.type) else None
 

@@ -1,4 +1,4 @@
-"""One step at a time without gradients: what decoding spends its time on."""
+"""Single steps without gradients, for decoding."""
 
 import torch
 from torch import Tensor
@@ -11,16 +11,23 @@ from fairseq_rkm.ops.weights import memory_dtype
 
 
 class Stepper:
-    """A layer's weights, packed for single steps: one matrix product a step, and no more Python than that needs.
+    """A layer's weights, packed for single steps: a step costs one matrix product and little Python.
 
-    It computes what the layer does in evaluation, by the reference's equations. The weights are those of the moment
-    when it is made: make one for each sequence that is decoded.
+    A step equals one of the layer's in evaluation, by the reference's equations. The weights are packed once: make a
+    new stepper for each sequence to decode.
 
     Args:
         layer: an RKM of one layer and one direction, with causal n-grams.
 
     Raises:
         RKMError: any other RKM.
+
+    Example:
+        >>> layer = RKM(200, 400).eval()
+        >>> step = Stepper(layer)
+        >>> zeros = torch.zeros(1, 20, 400)
+        >>> with torch.no_grad():
+        ...     output, state = step(torch.randn(1, 20, 200), RKMState(zeros, zeros))  # (1, 20, 400)
     """
 
     def __init__(self, layer: RKM) -> None:
@@ -33,7 +40,7 @@ class Stepper:
         wide = memory_dtype(weights.input.dtype)
         packed = weights.input
         if weights.recurrent is not None:
-            # A gate that sees no h_{t-1} has zeros there; the others are one block, in their order (ops/cells.py).
+            # The recurrent gates are one block, in order (ops/cells.py); the other gates get zeros for h_{t-1}.
             first = layer.gates.index(layer.recurrent_gates[0]) * layer.hidden_size
             last = packed.size(0) - first - weights.recurrent.size(0)
             packed = torch.cat([packed, F.pad(weights.recurrent, (0, 0, first, last))], dim=1)
@@ -45,11 +52,11 @@ class Stepper:
         return [weight for weight in self.weights.tensors() if weight is not None]
 
     def __call__(self, x: Tensor, state: RKMState) -> tuple[Tensor, RKMState]:
-        """The output and the next state.
+        """The step's output, ``(1, B, d)``, and the next state.
 
         Args:
             x: ``(1, B, m)``, one step's input.
-            state: the layer's; a context of None is one of zeros.
+            state: the layer's state; a context of None stands for zeros.
         """
         window, context = [x[0]], state.context
         if self.ngram > 1:
