@@ -1,4 +1,4 @@
-"""Single steps of decoding replayed as CUDA graphs, one for each shape of what a step reads."""
+"""Single steps of decoding replayed as CUDA graphs, one graph for each shape of a step's inputs."""
 
 import logging
 import threading
@@ -15,16 +15,16 @@ from fairseq_rkm.modules.stepping import Stepper
 logger = logging.getLogger(__name__)
 
 MOST_GRAPHS = 16
-"""Graphs that are kept; of more the one longest unused goes."""
+"""The number of graphs kept; a further one replaces the one longest unused."""
 MOST_ELEMENTS = 1 << 25
-"""Elements that a step may read: with more the GPU takes longer than the host, which graphs spare."""
+"""The most elements of a step's inputs. Beyond, the GPU takes longer than the host, and graphs save nothing."""
 
 Step = Callable[..., tuple[Tensor, ...]]
 Kind = tuple[Hashable, ...]
 
 
 class _Recorded(NamedTuple):
-    """A graph, the tensors at which it finds its inputs and leaves its outputs, and how many rows they have."""
+    """A graph, its input and output tensors at fixed addresses, and their number of rows."""
 
     rows: int
     inputs: list[Tensor]
@@ -33,19 +33,22 @@ class _Recorded(NamedTuple):
 
 
 class DecodingGraphs:
-    """Replay a decoder's steps: what a step launches costs the host one launch, and a few for what goes in and out.
+    """Replay a decoder's steps: a step costs the host one launch, and a few to copy its inputs and outputs.
 
-    All of a step's inputs and outputs have the batch as their first dimension, and no row depends on another. So a
-    graph serves every batch of at most the rows that it was recorded with, and goes on serving one that shrinks when
-    sentences are finished; the rows beyond compute what nobody reads. A step is done once without a graph, and recorded
-    when its shapes are met again.
+    The batch is the first dimension of all of a step's inputs and outputs, and no row depends on another. A graph
+    therefore serves every batch of at most its recorded rows. It serves a batch that shrinks as sentences finish; its
+    further rows compute values that nobody reads. New shapes first run without a graph, and are recorded when met again.
 
-    Graphs outlive the sequence for which they were recorded, and read weights where those were then:
-    :meth:`hold` is to be told at the beginning of each sequence which there are now. They are of this process: a copy,
-    or what is loaded from a pickle, begins without any.
+    Graphs outlive their sequence and read the weights at fixed addresses. Call :meth:`hold` with the present weights at
+    the start of each sequence. Graphs belong to this process: a copied or unpickled object starts without any.
 
     Args:
-        record: :func:`~fairseq_rkm.graphs.recording.record`.
+        record: :func:`~fairseq_rkm.graphs.recording.record`, or a stand-in for tests.
+
+    Example:
+        >>> graphs = DecodingGraphs()
+        >>> steppers = graphs.hold([Stepper(layer) for layer in layers], [embedding.weight])  # once a sequence
+        >>> logits, hidden = graphs(step, [tokens, hidden])  # at each step; ``step`` reads ``steppers``
     """
 
     def __init__(self, record: Callable[[Run, Any], Run] = record) -> None:
@@ -61,25 +64,27 @@ class DecodingGraphs:
         return type(self), (self._record,)
 
     def available(self, like: Tensor) -> bool:
-        """Whether steps that read such a tensor can be replayed."""
+        """Whether steps with inputs like this tensor can be replayed: on a GPU, outside autocast and recordings."""
         return (
             like.is_cuda
             and not self.refused
-            and not torch.is_autocast_enabled()  # which would keep what it casts in a graph's memory
+            and not torch.is_autocast_enabled()  # its cache of cast weights would lie in a graph's memory
             and not torch.cuda.is_current_stream_capturing()
         )
 
     def hold(self, steppers: list[Stepper], others: Iterable[Tensor]) -> list[Stepper]:
-        """Begin a sequence.
+        """Begin a sequence: give the graphs the present weights.
+
+        The graphs read the steppers held before. If all weights have kept their place, shape and dtype, the new
+        steppers' weights are copied into the held ones. Otherwise all graphs are forgotten and the new steppers are
+        held. Where steps cannot be replayed, nothing is held: steps that read the steppers must run without graphs.
 
         Args:
-            steppers: of the decoder's layers, as packed now.
+            steppers: one for each layer of the decoder, packed now.
             others: all other weights that a step reads.
 
         Returns:
-            Steppers of the same weights for the steps of the sequence: those of before, into which the weights are
-            copied, or if something has moved or is of another shape or type, those given, and all graphs are forgotten.
-            Where steps cannot be replayed those given, which are not held: what reads them must be done without graphs.
+            The steppers to use in this sequence; their weights equal the given ones'.
         """
         if not self.available(steppers[0].tensors()[0]):
             return steppers
@@ -94,16 +99,16 @@ class DecodingGraphs:
             return self.steppers
 
     def __call__(self, step: Step, inputs: Sequence[Tensor], *constants: Hashable) -> tuple[Tensor, ...]:
-        """What the step returns for these inputs: replayed, or if it has to be, done.
+        """Run the step: replay its graph, or call ``step(*inputs)`` where there is none.
 
         Args:
-            step: of tensors without gradients to tensors without gradients; the same function of them, the weights and
-                the constants each time.
-            inputs: as many of them as the first has rows, or more, are what the step reads of each.
-            constants: whatever else it depends on.
+            step: a function from tensors to tensors, without gradients. It must be the same function of the inputs, the
+                weights and the constants at each call.
+            inputs: tensors with the batch first. The first one sets the number of rows; others may have more.
+            constants: everything else that the result depends on.
 
         Returns:
-            As many rows of each output as the first input has.
+            The step's outputs, each with as many rows as the first input.
         """
         if not self.available(inputs[0]) or sum(x.numel() for x in inputs) > MOST_ELEMENTS:
             return step(*inputs)
@@ -119,7 +124,7 @@ class DecodingGraphs:
     def _find(
         self, recorder: GraphRecorder, step: Step, inputs: Sequence[Tensor], constants: Kind
     ) -> Optional[_Recorded]:
-        """A graph for these inputs, or None if the step is to be done without."""
+        """The graph for these inputs; None means that the step runs without."""
         kind: Kind = (*((x.shape[1:], x.dtype) for x in inputs), *constants)
         rows = max(x.size(0) for x in inputs)
         try:
@@ -131,10 +136,10 @@ class DecodingGraphs:
 
 
 def _make(recorder: GraphRecorder, step: Step, inputs: Sequence[Tensor], rows: int) -> _Recorded:
-    """A graph of the step for so many rows."""
+    """Record a graph of the step for ``rows`` rows."""
     outputs: list[Tensor] = []
     with recorder.own_stream():
-        # Zeros, since some are numbers of rows: those beyond a batch must be of rows that there are.
+        # Some inputs are indices of rows. Zeros are valid indices in the rows beyond a batch.
         held = [x.new_zeros(rows, *x.shape[1:]) for x in inputs]
 
         def run() -> None:
@@ -144,7 +149,7 @@ def _make(recorder: GraphRecorder, step: Step, inputs: Sequence[Tensor], rows: i
 
 
 def _replay(graph: _Recorded, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Outputs of their own, which the next replay leaves alone."""
+    """Replay, and return copies of the outputs, safe from the next replay."""
     copy_all([held[: x.size(0)] for held, x in zip(graph.inputs, inputs, strict=True)], inputs)
     graph.replay()
     left = [output[: inputs[0].size(0)] for output in graph.outputs]

@@ -1,4 +1,4 @@
-"""A function of tensors whose forward and backward pass are CUDA graphs, a pair for each shape of its inputs."""
+"""A function of tensors with CUDA graphs for its forward and backward pass, a pair for each shape of its inputs."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -11,11 +11,11 @@ from fairseq_rkm.graphs.recording import GraphRecorder, Recordings, Run, copy_al
 
 Shapes = tuple[torch.Size, ...]
 MOST_SHAPES = 1000
-"""Pairs of graphs that are kept; shapes beyond them are done without."""
+"""The number of pairs kept; further shapes run without graphs."""
 
 
 class _Passes(NamedTuple):
-    """The recorded passes of one shape, and the tensors at which they find inputs and leave and find the rest."""
+    """The recorded passes of one shape, and the tensors that they read and write."""
 
     inputs: list[Tensor]
     outputs: list[Tensor]
@@ -26,17 +26,24 @@ class _Passes(NamedTuple):
 
 
 class GraphedFunction:
-    """Replay a function in training: what it launches costs the host one launch forward and one backward.
+    """Replay a function in training: it costs the host one launch forward and one backward.
 
-    A shape is met once without graphs and recorded when it is met again
-    (:class:`~fairseq_rkm.graphs.recording.Recordings`). All graphs share their memory: what a forward
-    pass keeps for its backward pass is there until the next forward pass.
+    A shape first runs without graphs and is recorded when met again
+    (:class:`~fairseq_rkm.graphs.recording.Recordings`). All graphs share their memory: a backward pass must come before
+    the next forward pass.
 
     Args:
-        function: of tensors that need no gradients, to a tuple of tensors; it must wait for nothing of the GPU's.
-        weights: all that gradients are to go to.
-        record: :func:`~fairseq_rkm.graphs.recording.record`.
-        remedy: ends the sentence of an error: how to do without graphs.
+        function: takes tensors that need no gradients, and returns a tuple of tensors. It must not wait for the GPU.
+        weights: all tensors that receive gradients.
+        record: :func:`~fairseq_rkm.graphs.recording.record`, or a stand-in for tests.
+        remedy: the end of an error's sentence; it says how to do without graphs.
+
+    Example:
+        >>> layer = nn.Linear(8, 4, device="cuda")
+        >>> graphed = GraphedFunction(lambda x: (layer(x).square().sum(),), list(layer.parameters()))
+        >>> for x in batches:
+        ...     (loss,) = graphed(x)
+        ...     loss.backward()  # into layer.weight.grad and layer.bias.grad
     """
 
     def __init__(
@@ -53,10 +60,13 @@ class GraphedFunction:
         self.forward_passes = 0
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """What the function returns; ``inputs`` must be of one type each time, and of any shapes.
+        """The function's outputs.
+
+        Args:
+            inputs: tensors of any shapes, and of the same dtypes at each call.
 
         Raises:
-            RKMError: a function that cannot be recorded.
+            RKMError: the function cannot be recorded.
         """
         shapes = tuple(x.shape for x in inputs)
         with self.recorder.own_stream():
@@ -68,7 +78,7 @@ class GraphedFunction:
 
     def _record(self, inputs: Sequence[Tensor]) -> _Passes:
         held = [x.clone() for x in inputs]
-        alive: list[Tensor] = []  # from the forward to the backward pass, and with them all that the latter needs
+        alive: list[Tensor] = []  # the outputs keep alive all that the backward pass needs
         outputs: list[Tensor] = []
         moved: list[int] = []
 

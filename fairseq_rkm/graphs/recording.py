@@ -1,7 +1,7 @@
-"""CUDA graphs: a function's launches are recorded once and then made as a whole, so that the host has less to do.
+"""CUDA graphs: a function's launches are recorded once and then replayed with one launch, to spare the host.
 
-Here stand recording, replaying, the rule of when to record, and the refusals; graphs of functions, of decoding and of
-training steps use them.
+This file holds recording, replaying, the rule of when to record, and the refusals. Graphs of functions, of decoding and
+of training steps use it.
 """
 
 from collections import OrderedDict
@@ -23,26 +23,37 @@ NEEDS_ONE_PROCESS = "is for one process"
 
 
 def refuse(asked: str, refusals: Mapping[str, bool]) -> None:
-    """Raises RKMError with the first of the reasons that apply, after the flag that asked for graphs."""
+    """Raise RKMError for the first reason that applies.
+
+    Args:
+        asked: the flag that asked for graphs; it begins the sentence.
+        refusals: whether each reason applies, by the words that end the sentence.
+    """
     for reason, applies in refusals.items():
         if applies:
             raise RKMError(f"{asked} {reason}")
 
 
 def record(run: Run, pool: Any) -> Run:
-    """Record the launches of ``run`` on this stream without making them; the result makes them, at the same addresses.
+    """Record the launches of ``run`` on the current stream; they are recorded and do not run.
+
+    Args:
+        run: a function that has run once on this stream.
+        pool: the memory pool of the graph, from ``torch.cuda.graph_pool_handle``.
+
+    Returns:
+        A function that replays the launches, at the same addresses.
 
     Raises:
-        RKMError: ``run`` asks the GPU for something, which cannot be recorded.
+        RKMError: ``run`` waits for the GPU, or does something else that cannot be recorded.
     """
-    # ``run`` has run once in the memory that PyTorch holds, and will need as much again. If that is not free, PyTorch
-    # must give back unused memory now, since it cannot while it records. torch.cuda.graph does so each time, and all of
-    # it is then allocated anew.
+    # ``run`` needs as much memory again as it took in its first run. If too little is free, PyTorch must release unused
+    # memory now: it cannot while it records. torch.cuda.graph releases it each time, and must allocate it all anew.
     if torch.cuda.mem_get_info()[0] < torch.cuda.memory_reserved():
         torch.cuda.empty_cache()
     graph = torch.cuda.CUDAGraph()
     try:
-        # Only this thread is held to what may be recorded: fairseq prepares batches in another.
+        # The rules of recording bind this thread alone: fairseq prepares batches in another.
         graph.capture_begin(pool, capture_error_mode="thread_local")
         try:
             run()
@@ -56,16 +67,16 @@ def record(run: Run, pool: Any) -> Run:
 
 
 class GraphRecorder:
-    """A stream on which to record and replay, and memory that all graphs share, since one runs at a time.
+    """A stream to record and replay on, and memory for all graphs; they share it, since one runs at a time.
 
-    A function must have run once, without a graph, on this stream before it is recorded. Then kernels have been
-    compiled, loaded and chosen; and PyTorch adds a weight's gradients up on the stream on which the weight was first
-    used, which is this one.
+    A function must run once on this stream, without a graph, before it is recorded. The first run compiles, loads and
+    chooses kernels. It also ties the weights' gradients to this stream: PyTorch adds them up where a weight was first
+    used.
 
     Args:
-        device: of all tensors; on a CPU there is no stream.
-        record: :func:`record`, or what stands in for it.
-        remedy: ends the sentence of a recording that fails.
+        device: the device of all tensors; a CPU has no stream.
+        record: :func:`record`, or a stand-in for tests.
+        remedy: the end of the sentence when a recording fails; it says how to do without.
     """
 
     def __init__(
@@ -76,7 +87,7 @@ class GraphRecorder:
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def record(self, run: Run) -> Run:
-        """A function that does the same as ``run`` at the same addresses.
+        """Record ``run``, and return a function that repeats it at the same addresses.
 
         Raises:
             RKMError: ``run`` cannot be recorded.
@@ -90,7 +101,7 @@ class GraphRecorder:
 
     @contextmanager
     def own_stream(self) -> Iterator[None]:
-        """Within, all is done on the stream of the graphs, after what is before and before what comes after."""
+        """Work within runs on the graphs' stream, after all work before it and before all work after it."""
         if self.stream is None:
             yield
             return
@@ -102,11 +113,11 @@ class GraphRecorder:
 
 
 class Recordings(Generic[Key, Recorded]):
-    """Recordings by key: a key is met once without one, and recorded when it is met again, up to a limit.
+    """Recordings by key, up to a limit: a key first runs without a recording, and is recorded when met again.
 
     Args:
-        most: recordings that are kept.
-        replace: a recording beyond takes the place of the one longest unused; otherwise its key is done without.
+        most: the number of recordings kept.
+        replace: True lets a further recording replace the one longest unused. False lets its key do without.
     """
 
     def __init__(self, most: int, replace: bool = False) -> None:
@@ -115,7 +126,7 @@ class Recordings(Generic[Key, Recorded]):
         self._made: OrderedDict[Key, tuple[int, Recorded]] = OrderedDict()
 
     def find(self, key: Key, make: Callable[[], Recorded], rows: int = 0) -> Recorded | None:
-        """The recording of a key for at least so many rows, made by ``make`` if it has to be; None to do without."""
+        """The recording of a key for at least ``rows`` rows, made by ``make`` if due. None means to do without."""
         known = self._made.get(key)
         if known is None or known[0] < rows:
             if self.met.get(key, -1) < rows:
@@ -130,7 +141,7 @@ class Recordings(Generic[Key, Recorded]):
         return known[1]
 
     def clear(self) -> None:
-        """Forget all recordings, and all keys that have been met."""
+        """Forget all recordings and all keys."""
         self._made.clear()
         self.met.clear()
 
@@ -147,10 +158,10 @@ class Recordings(Generic[Key, Recorded]):
 
 
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Any]) -> None:
-    """Copy tensors to tensors: those that are contiguous in one launch for each type."""
+    """Copy each source to its target, the contiguous ones with one launch for each dtype."""
     groups: dict[tuple[torch.dtype, bool], tuple[list[Tensor], list[Any]]] = {}
     for target, source in zip(targets, sources, strict=True):
-        # One that is not would have PyTorch copy all of its group one by one.
+        # With one tensor that is not contiguous, PyTorch would copy its whole group one by one.
         kind = target.dtype, target.is_contiguous() and source.is_contiguous()
         group = groups.setdefault(kind, ([], []))
         group[0].append(target)
