@@ -2,7 +2,7 @@
 
     python examples/translation/attention_map.py MODEL "Ein Hund läuft durch den Schnee." --out map.png
 
-MODEL is a folder that table.py left (OUT/MODEL-SEED), or any that RKMModel.from_pretrained takes.
+MODEL is a folder made by table.py (OUT/MODEL-SEED), or any folder that RKMModel.from_pretrained takes.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from fairseq_rkm.experiments.result_files import pyplot
 
 
 def draw(source: list[str], target: list[str], weights: Tensor, path: Path) -> None:
-    """The weights ``(T, S)`` as a picture, the source's tokens across and the translation's down."""
+    """Draw the weights, ``(T, S)``, into the file ``path``: the source across, the translation down."""
     plt = pyplot()
     width, height = 2.5 + 0.34 * len(source), 1.8 + 0.3 * len(target)
     figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
@@ -30,7 +30,7 @@ def draw(source: list[str], target: list[str], weights: Tensor, path: Path) -> N
 
 
 def _shown(token: str) -> str:
-    """A subword as sentencepiece writes it, its mark of a word's beginning in a character that all fonts have."""
+    """A subword with "_" at a word's beginning: fonts may lack sentencepiece's own mark."""
     return token.replace("\u2581", "_").replace("$", r"\$")
 
 

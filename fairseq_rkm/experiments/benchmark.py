@@ -1,14 +1,15 @@
-"""Time recurrences against ``torch.nn.LSTM`` in the same run, after checking that they are right.
+"""Check that recurrences are right, then time them against ``torch.nn.LSTM`` in the same run.
 
     python scripts/benchmark.py recurrence --device cuda --dtype bfloat16 --cell rkm_lstm --shape 70,20,1150,1150
     python scripts/benchmark.py train DATA --user-dir fairseq_rkm --task stateful_language_modeling --arch rkm_lm ...
 
-The first prints, for each shape T,B,m,d: medians and quartiles in milliseconds of the forward pass and of forward and
-backward; the memory that a forward pass leaves for the backward one; and the speed relative to ``nn.LSTM`` (cuDNN,
-oneDNN) of the same sizes and dtype: above 1 is faster. On a GPU, forward and backward are timed as PyTorch runs them,
-and as a CUDA graph, which leaves out the host's time to launch. A result that is wrong is an error, not a row.
+The first command prints, for each shape T,B,m,d, the milliseconds (median and quartiles) of the forward pass and of
+forward and backward. It prints the memory that a forward pass keeps for the backward pass, and the speed relative to
+``nn.LSTM`` (cuDNN, oneDNN) of the same sizes and dtype: above 1 is faster. On a GPU, forward and backward are timed
+twice: as PyTorch runs them, and as a CUDA graph, without the host's time to launch. A wrong result is an error, not a
+row.
 
-The second prints the tokens per second of whole updates.
+The second command prints the tokens per second of whole updates.
 """
 
 import argparse
@@ -30,10 +31,13 @@ from fairseq_rkm.experiments.result_files import pyplot
 
 
 def train(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The subcommand of that name: whole updates of fairseq-train.
+    """The subcommand ``train``: time whole updates of fairseq-train, and print the speed.
+
+    Returns:
+        One row: the flags, and the median and quartiles of tokens per second.
 
     Raises:
-        SystemExit: fairseq fails; the end of its output is shown.
+        SystemExit: fairseq fails; the message shows the end of its output.
     """
     with tempfile.TemporaryDirectory() as folder:
         command = [
@@ -68,7 +72,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    """The flags; those that ``train`` hands to fairseq as ``flags``."""
+    """Read the command line; ``flags`` holds the flags of ``train`` for fairseq."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("recurrence", help="one layer against nn.LSTM")

@@ -1,8 +1,8 @@
-"""Choose a continuous cache's theta and lambda on the validation set, in one pass for all of them.
+"""Choose a continuous cache's theta and lambda on the validation set; one pass tries all pairs.
 
     python examples/language_model/tune_cache.py DATA RUN/checkpoint_best.pt --size 500
 
-prints the best pairs and the flags to evaluate the test set with.
+prints the best pairs, and the flags to evaluate the test set with.
 """
 
 import argparse
@@ -23,7 +23,7 @@ LAMBDAS = (0.05, 0.08, 0.1, 0.13, 0.16, 0.2, 0.25, 0.3)
 
 
 def perplexities(decoder: Any, segments: Any, size: int, device: torch.device) -> dict[tuple[float, float], float]:
-    """The perplexity for each theta and lambda, over segments of one stream."""
+    """The perplexity of one stream, given as segments, for each pair of theta and lambda."""
     cache, memory = ContinuousCache(size, 1.0, 0.0), None
     grid = list(itertools.product(THETAS, LAMBDAS))
     total, count = torch.zeros(len(grid), dtype=torch.float64, device=device), 0
@@ -42,7 +42,7 @@ def perplexities(decoder: Any, segments: Any, size: int, device: torch.device) -
 def _mixtures(
     cache: ContinuousCache, memory: CacheMemory | None, logits: Tensor, outputs: Tensor, tokens: Tensor, target: Tensor
 ) -> tuple[Tensor, CacheMemory]:
-    """The log probability of all of a segment's words for each pair of the grid."""
+    """A segment's log probability for each pair, ``(pairs,)`` float64, and the memory for the next segment."""
     likeness, words, left = cache.recall(outputs, tokens, memory)
     model = logits.float().softmax(-1).gather(2, target.unsqueeze(-1)).squeeze(-1).double()
     same = words.unsqueeze(1) == target.unsqueeze(-1)

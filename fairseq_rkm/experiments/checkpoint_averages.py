@@ -1,4 +1,4 @@
-"""Average the weights of a run's last checkpoints: often better than any one of them, and no slower.
+"""Average the weights of a run's last checkpoints: the average is often better than each, and as fast.
 
     python scripts/average_checkpoints.py RUN --last 10 --out RUN/average.pt
     python scripts/average_checkpoints.py A.pt B.pt --out average.pt
@@ -15,7 +15,7 @@ import torch
 
 
 def last_checkpoints(folder: Path, count: int) -> list[Path]:
-    """The checkpoints of the last ``count`` epochs that a folder has, the oldest first.
+    """The checkpoints of a folder's last ``count`` epochs, the oldest first.
 
     Raises:
         SystemExit: the folder has none.
@@ -29,12 +29,13 @@ def last_checkpoints(folder: Path, count: int) -> list[Path]:
 
 
 def average(paths: list[Path]) -> dict[str, Any]:
-    """The last checkpoint with its weights replaced by the mean of all; what is no floating-point number stays.
+    """Average checkpoints, and return the last one with the mean weights and without its optimizer.
 
-    Sums run in float64, so that neither order nor number of the checkpoints shows in the rounding.
+    Weights that are no floating-point numbers stay the last one's. Sums run in float64: neither order nor number of the
+    checkpoints then shows in the rounding.
 
     Raises:
-        SystemExit: checkpoints of different models.
+        SystemExit: the checkpoints are of different models, or cannot be read.
     """
     total: dict[str, torch.Tensor] = {}
     for path in paths:
@@ -64,7 +65,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def save(state: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint; what stands there is replaced only by the whole of it."""
+    """Write a checkpoint; a file already there is replaced only by the whole new one."""
     partial = path.with_name(path.name + ".partial")
     torch.save(state, partial)
     partial.replace(path)

@@ -1,4 +1,4 @@
-"""What a figure must be read with: machine, versions, commit and command."""
+"""The circumstances of a figure: machine, versions, commit and command."""
 
 import platform
 import re
@@ -12,16 +12,16 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-"""The repository."""
+"""The repository's folder."""
 PLUGIN = ROOT / "fairseq_rkm"
-"""For ``--user-dir``."""
+"""The plugin's folder, for ``--user-dir``."""
 
 
 def circumstances(config: str | None = None) -> dict[str, Any]:
     """Machine, versions and commit of this process.
 
     Args:
-        config: the recipe's name, where it has one.
+        config: the recipe's name, or None.
     """
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     cuda = torch.cuda.is_available()
@@ -41,7 +41,7 @@ def _processor() -> str:
 
 
 def portable(flags: Iterable[object], **folders: Path) -> str:
-    """A command without this machine's paths: these folders by their names, and the repository as ``.``."""
+    """A command without this machine's paths: ``folders`` appear by their names, and the repository as ``.``."""
     named = sorted(({".": ROOT} | folders).items(), key=lambda pair: -len(str(pair[1])))
 
     def short(flag: str) -> str:

@@ -1,4 +1,4 @@
-"""What one would try first, on the same documents: TF-IDF with logistic regression, and an LSTM in plain PyTorch."""
+"""Baselines on the same documents: TF-IDF with logistic regression, and an LSTM in plain PyTorch."""
 
 import time
 from collections.abc import Iterator
@@ -20,14 +20,21 @@ LSTM_SIZE = 300
 
 
 def confusion_matrix(classes: int, labels: Tensor, predicted: Tensor) -> list[list[int]]:
-    """How many documents of class i (row) were taken for class j (column)."""
+    """Count the documents of class i (row) that were taken for class j (column); both counted from 0."""
     return (labels * classes + predicted).bincount(minlength=classes**2).view(classes, classes).tolist()
 
 
 def logistic_regression(train: Path, test: Path) -> dict[str, Any]:
-    """TF-IDF of single words and pairs, and multinomial logistic regression, on all training rows of a CSV file.
+    """Multinomial logistic regression on TF-IDF of words and pairs of words.
 
-    It has no use for validation rows, which it therefore learns from as well.
+    It needs no validation documents, and learns from all rows of the training file.
+
+    Args:
+        train: a CSV file of training documents.
+        test: a CSV file of test documents.
+
+    Returns:
+        The confusion matrix, the numbers of weights and parameters, and the seconds of training.
     """
     documents = {path: [row for row in read_rows(path) if isinstance(row, Document)] for path in (train, test)}
     classes = sorted({document.label for document in documents[train]}, key=int)
@@ -48,7 +55,7 @@ def logistic_regression(train: Path, test: Path) -> dict[str, Any]:
 
 
 class PlainLSTM(nn.Module):
-    """Embedding, ``torch.nn.LSTM``, mean over the document, linear layer: no dropout, no layer norm."""
+    """Embedding, ``torch.nn.LSTM``, mean over the document, linear layer; no dropout, no layer norm."""
 
     def __init__(self, words: int, classes: int, padding: int) -> None:
         super().__init__()
@@ -58,7 +65,7 @@ class PlainLSTM(nn.Module):
         self.padding = padding
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """``(B, T)``, padded on the right, to logits ``(B, classes)``."""
+        """Map words, ``(B, T)`` int64 and padded on the right, to logits ``(B, classes)``."""
         real = tokens.ne(self.padding).t().unsqueeze(-1)
         output, _ = self.lstm(self.embedding(tokens.t()))
         return self.output((output * real).sum(0) / real.sum(0))
@@ -75,7 +82,7 @@ class Split:
         self.labels = torch.tensor([int(stored[i][0]) - labels.nspecial for i in range(len(stored))])
 
     def batches(self, device: torch.device, draw: np.random.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Documents of about one length and their classes; with ``draw`` in random order."""
+        """Batches of documents of about one length, ``(B, T)``, and their classes, ``(B,)``; ``draw`` shuffles them."""
         sizes = self.documents.sizes.astype(np.int64)
         noise = 0 if draw is None else draw.uniform(0, 1, len(sizes))
         order = np.argsort(sizes + noise, kind="stable")
@@ -98,12 +105,12 @@ def evaluate(model: PlainLSTM, split: Split, device: torch.device) -> list[list[
 
 
 def accuracy(confusion: list[list[int]]) -> float:
-    """Of a confusion matrix, in per cent."""
+    """The accuracy that a confusion matrix shows, in per cent."""
     return 100 * sum(row[i] for i, row in enumerate(confusion)) / sum(map(sum, confusion))
 
 
 def plain_lstm(data: Path, epochs: int, seed: int, device: torch.device, lr: float = 1e-3) -> dict[str, Any]:
-    """Train with Adam, and test what was best in validation."""
+    """Train with Adam, and test the weights that were best in validation."""
     torch.manual_seed(seed)
     draw = np.random.default_rng(seed)
     train, valid, test = (Split(data, split) for split in ("train", "valid", "test"))

@@ -2,11 +2,11 @@
 
     python examples/document_classification/prepare.py --train train.csv --lowercase --out runs/news/data
 
-A row is a class and the text in one or more further fields (Zhang et al. 2015); files may end in .xz or .gz. ``--out``
-gets input0 and label (``fairseq-preprocess``), and preparation.json, which ``python -m fairseq_rkm.predict`` reads so
-that new text becomes tokens in the same way. Training and validation documents are put in order of length: with
-``fairseq-train --no-shuffle`` the documents of a batch are then about equally long, and the order of the batches is
-still drawn anew each epoch. Test documents keep the order of their file.
+A row holds a class and one or more fields of text (Zhang et al. 2015); files may end in .xz or .gz. ``--out`` gets
+input0 and label (``fairseq-preprocess``) and preparation.json. ``python -m fairseq_rkm.predict`` reads the latter and
+turns new text into tokens in the same way. Training and validation documents are sorted by length. With
+``fairseq-train --no-shuffle`` a batch's documents are then about equally long; the order of the batches is still drawn
+anew each epoch. Test documents keep their file's order.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from fairseq_rkm.data.preparation import SENTENCEPIECE_MODEL, TOKENIZERS, Prepar
 from fairseq_rkm.data.text_file import texts
 
 SHOWN = 10
-"""Broken rows of a file that an error lists."""
+"""The most broken rows of a file that an error lists."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -71,10 +71,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """All of it; ``--out`` appears only when it is whole.
+    """Read, tokenise and binarize all splits; ``--out`` appears only when it is whole.
 
     Raises:
-        RKMError: files that cannot be used, or an ``--out`` that is there already.
+        RKMError: a file cannot be used, or ``--out`` is there already.
     """
     register()
     if args.out.exists():
@@ -115,10 +115,10 @@ def _class_names(path: Path) -> list[str]:
 
 
 def read_documents(path: Path, skip_broken: bool) -> list[Document]:
-    """A file's documents; its broken rows are named.
+    """Read a file's documents, and name its broken rows.
 
     Raises:
-        RKMError: broken rows that are not to be skipped, or no documents.
+        RKMError: a row is broken and ``skip_broken`` is False, or the file has no documents.
     """
     documents: list[Document] = []
     broken: list[BrokenRow] = []
@@ -134,7 +134,7 @@ def read_documents(path: Path, skip_broken: bool) -> list[Document]:
 
 
 def report_broken(path: Path, broken: list[BrokenRow], skip: bool) -> None:
-    """Print broken rows, or raise RKMError with them."""
+    """Print broken rows if they are skipped; else raise RKMError."""
     if not broken:
         return
     listed = "".join(f"\n  line {row.line}: {row.reason}" for row in broken[:SHOWN])
@@ -146,10 +146,12 @@ def report_broken(path: Path, broken: list[BrokenRow], skip: bool) -> None:
 
 
 def classes_of(documents: list[Document], names: list[str] | None) -> list[str]:
-    """The classes as the files call them, in order: numbers by their size, 1 to K if K names are given, else by name.
+    """The classes in the files' words and in order.
+
+    Numbers are ordered by size and other classes by name. With K ``names`` the classes are 1 to K.
 
     Raises:
-        RKMError: fewer than two.
+        RKMError: there are fewer than two classes.
     """
     counts = collections.Counter(document.label for document in documents)
     if names:
@@ -161,10 +163,10 @@ def classes_of(documents: list[Document], names: list[str] | None) -> list[str]:
 
 
 def drop_unknown(documents: list[Document], classes: list[str], path: Path, skip_broken: bool) -> list[Document]:
-    """The documents of known classes.
+    """Keep the documents of known classes.
 
     Raises:
-        RKMError: others, if they are not to be skipped, or none.
+        RKMError: a class is unknown and ``skip_broken`` is False, or no document is left.
     """
     known = set(classes)
     shown = ", ".join(classes[:SHOWN]) + (", ..." if len(classes) > SHOWN else "")
@@ -184,10 +186,10 @@ def drop_unknown(documents: list[Document], classes: list[str], path: Path, skip
 
 
 def hold_out(given: dict[str, list[Document]], fraction: float, seed: int) -> dict[str, list[Document]]:
-    """Part of the training documents, drawn at random, as validation documents.
+    """Draw validation documents at random from the training documents.
 
     Raises:
-        RKMError: too few documents to divide.
+        RKMError: the training documents are too few to divide.
     """
     documents = given["train"]
     count = max(1, round(fraction * len(documents)))
@@ -205,7 +207,7 @@ def learn_pieces(preparation: Preparation, documents: list[Document], pieces: in
     """Train a SentencePiece model on the training text.
 
     Raises:
-        RKMError: more pieces than the text has, or too few for its characters.
+        RKMError: the text has fewer pieces than asked for, or more characters.
     """
     model = io.BytesIO()
     text = (preparation.normalize(document.text) for document in documents)
@@ -231,7 +233,7 @@ def tokenize(preparation: Preparation, documents: list[Document], workers: int) 
 def write_text(
     folder: Path, splits: dict[str, list[Document]], tokens: dict[str, list[str]], classes: list[str]
 ) -> None:
-    """``text/SPLIT.input0`` and ``text/SPLIT.label``, and the dictionary of labels, in which class k is ``k``."""
+    """Write ``text/SPLIT.input0``, ``text/SPLIT.label``, and a dictionary of labels that calls class k ``k``."""
     (folder / "text").mkdir()
     symbols = {label: str(k) for k, label in enumerate(classes, 1)}
     for split, documents in splits.items():
@@ -249,7 +251,7 @@ def write_text(
 
 
 def binarize(folder: Path, splits: list[str], args: argparse.Namespace) -> None:
-    """``fairseq-preprocess`` for documents and for labels; what it says is in their folders' ``preprocess.log``."""
+    """Run ``fairseq-preprocess`` on documents and labels; its output goes to ``preprocess.log`` in their folders."""
     logging.getLogger(preprocess.__name__).propagate = False
     # fairseq counts its special symbols among the words.
     most = args.max_words + Dictionary().nspecial if args.max_words > 0 else -1

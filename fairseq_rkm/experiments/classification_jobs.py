@@ -7,17 +7,17 @@ from fairseq_rkm.ops import CELLS
 PAPER_CELLS = [cell for cell in CELLS if cell != "ran"]
 BASELINES = ["logistic_regression", "torch_lstm"]
 RESULT = "result.json"
-"""What a job writes last."""
+"""The file that a job writes last."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What differs from data set to data set.
+    """The settings of one data set.
 
-    The dropouts are not the paper's: its training sets were hundreds of thousands of documents, on which it could do
-    without. The smaller the set, the more words are dropped. Of the words of DBpedia's test set one in 16 is in no
-    training document: it is read in ``pieces`` of words, so many. And most of its training documents have lost what is
-    not ASCII, but none of the test documents: there it is ``ascii``, too.
+    The paper trained on hundreds of thousands of documents and needed no dropout. These training sets are smaller, and
+    a smaller set drops more words. In DBpedia's test set, one word in 16 is in no training document: the text is
+    therefore cut into a vocabulary of ``pieces`` pieces of words. Most of its training documents have lost the
+    characters outside ASCII, and no test document has: ``ascii`` drops them everywhere.
     """
 
     epochs: int = 5
@@ -60,10 +60,10 @@ class Job:
 
     @property
     def name(self) -> str:
-        """What its folder is called."""
+        """The name of its folder."""
         return f"{self.dataset}/{self.model}-{self.ngram}gram-seed{self.seed}"
 
 
 def settings_of(dataset: str) -> Settings:
-    """A data set's settings; the defaults for one that is not known."""
+    """A data set's settings; an unknown one gets the defaults."""
     return SETTINGS.get(dataset, Settings())

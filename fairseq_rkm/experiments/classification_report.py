@@ -25,7 +25,7 @@ PAPER: dict[str, dict[str, tuple[float, float]]] = {
         "cnn": (59.77, 62.08),
     },
 }  # fmt: skip
-"""Accuracies of Table 2 (Liang et al. 2019), 1-gram and 3-gram, on the full training sets."""
+"""Accuracies in per cent of Table 2 (Liang et al. 2019), 1-gram and 3-gram, on the full training sets."""
 
 TITLES = {
     "agnews": "AG News", "dbpedia": "DBpedia", "yelp_full": "Yelp Full", "lstm": "LSTM", "rkm_lstm": "RKM-LSTM",
@@ -37,7 +37,7 @@ TITLES = {
 
 @dataclass
 class Row:
-    """The runs of a data set, model and n-gram that differ in their seed."""
+    """Runs of one data set, model and n-gram; they differ in their seed."""
 
     dataset: str
     model: str
@@ -46,34 +46,34 @@ class Row:
 
     @property
     def accuracies(self) -> list[float]:
-        """One for each seed."""
+        """The accuracy of each seed, in per cent."""
         return [run["accuracy"] for run in self.runs]
 
     @property
     def mean(self) -> float:
-        """Accuracy over the seeds."""
+        """The mean accuracy over the seeds, in per cent."""
         return statistics.fmean(self.accuracies)
 
     @property
     def paper(self) -> float | None:
-        """What the paper has for it."""
+        """The paper's accuracy, or None."""
         column = {1: 0, 3: 1}.get(self.ngram)
         cells = PAPER.get(self.dataset, {})
         return cells[self.model][column] if self.model in cells and column is not None else None
 
     @property
     def label(self) -> str:
-        """The model's name, and its n-gram where it knows any."""
+        """The model's name, and its n-gram if it has one."""
         known = TITLES.get(self.model, self.model)
         return known if self.model in {"torch_lstm", "logistic_regression"} else f"{known}, {self.ngram}-gram"
 
 
 def read_log(path: Path) -> dict[str, Any]:
-    """What fairseq-train's log (``--log-format json``) tells of validation and time; resumed runs follow each other.
+    """Read validations and times from fairseq-train's log (``--log-format json``), resumed runs included.
 
     Returns:
-        ``curve``: pairs of an epoch and the validation accuracy after it; ``training_curve``: the same while training;
-        ``seconds_per_epoch``: the mean, without validation, of epochs that were not cut off; None without any.
+        ``curve``: pairs of an epoch and the validation accuracy after it. ``training_curve``: the same for the accuracy
+        in training. ``seconds_per_epoch``: the mean of whole epochs, without validation; None if there are none.
     """
     curve, training, durations, started = {}, {}, [], None
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -96,7 +96,7 @@ def read_log(path: Path) -> dict[str, Any]:
 
 
 def rows_of(runs: list[dict[str, Any]]) -> list[Row]:
-    """Results (a ``result.json`` each) as rows in the order of the paper's table."""
+    """Group results, a ``result.json`` each, into rows in the order of the paper's table."""
     rows: dict[tuple, Row] = {}
     order = list(TITLES)
     for run in runs:
@@ -110,7 +110,7 @@ def rows_of(runs: list[dict[str, Any]]) -> list[Row]:
 
 
 def markdown(rows: list[Row]) -> str:
-    """A table for each data set, and how far its cells' order is the paper's."""
+    """A table for each data set, and a comparison of its cells' order with the paper's."""
     parts = []
     for dataset in dict.fromkeys(row.dataset for row in rows):
         of_dataset = [row for row in rows if row.dataset == dataset]
@@ -134,14 +134,14 @@ def _table(rows: list[Row]) -> list[str]:
 
 
 def _time(runs: list[dict[str, Any]]) -> str:
-    """Epochs and the mean seconds of one, or seconds in all for a model that has no epochs."""
+    """The epochs and the mean seconds of an epoch; the seconds in all for a model without epochs."""
     seconds = [run["seconds_per_epoch"] or 0 for run in runs]
     epochs = max(len(run["curve"]) for run in runs)
     return f"{epochs} x {statistics.fmean(seconds):.1f} s" if epochs else f"{statistics.fmean(seconds):.1f} s"
 
 
 def _orders(rows: list[Row]) -> list[str]:
-    """Sentences that compare the order of the cells with the paper's, for each n-gram that has at least three."""
+    """Compare the order of the cells with the paper's, a sentence for each n-gram with at least three cells."""
     from scipy.stats import spearmanr
 
     sentences = []
@@ -172,7 +172,7 @@ def caption(rows: list[Row]) -> str:
 
 
 def plot_curves(rows: list[Row], path: Path) -> None:
-    """Validation accuracy after each epoch, the mean over seeds; a data set a panel."""
+    """Draw the validation accuracy after each epoch, the mean over seeds; each data set has a panel."""
     plt = pyplot()
     drawn = [row for row in rows if any(run["curve"] for run in row.runs)]
     datasets = list(dict.fromkeys(row.dataset for row in drawn))
@@ -194,14 +194,14 @@ def plot_curves(rows: list[Row], path: Path) -> None:
 
 
 def _mean_curve(curves: list[list[list[float]]]) -> tuple[list[int], list[float]]:
-    """The mean over curves, of the epochs that all of them have."""
+    """The mean over curves, at the epochs that all have."""
     tables = [{int(epoch): value for epoch, value in curve} for curve in curves]
     epochs = sorted(set.intersection(*map(set, tables)))
     return epochs, [statistics.fmean(table[epoch] for table in tables) for epoch in epochs]
 
 
 def plot_confusion(rows: list[Row], path: Path) -> None:
-    """For each model of one data set, how the documents of a class (row) were classified, in per cent of the class."""
+    """Draw each model's confusion matrix on one data set, in per cent of a class (row)."""
     plt = pyplot()
     columns = min(4, len(rows))
     lines = -(-len(rows) // columns)
@@ -235,14 +235,14 @@ def _matrices(row: Row) -> list[list[list[int]]]:
 
 
 def plot(rows: list[Row], out: Path) -> None:
-    """All pictures: ``curves.png`` and ``confusion-DATASET.png``."""
+    """Draw all pictures: ``curves.png`` and ``confusion-DATASET.png``."""
     plot_curves(rows, out / "curves.png")
     for dataset in dict.fromkeys(row.dataset for row in rows):
         plot_confusion([row for row in rows if row.dataset == dataset], out / f"confusion-{dataset}.png")
 
 
 def write(runs: list[dict[str, Any]], out: Path) -> None:
-    """``results.md``, ``results.json`` and the pictures; print the tables."""
+    """Write ``results.md``, ``results.json`` and the pictures to the folder ``out``; print the tables."""
     rows = rows_of(runs)
     out.mkdir(parents=True, exist_ok=True)
     text = f"{markdown(rows)}\n{caption(rows)}\n"

@@ -1,11 +1,11 @@
-"""One document classifier of the table: its data prepared, itself trained and tested."""
+"""One document classifier of the table: prepare its data, train it, test it."""
 
 import argparse
 import math
 from pathlib import Path
 from typing import Any
 
-import fairseq_cli.train  # noqa: F401  before tasks are forked, so that none has to import it
+import fairseq_cli.train  # noqa: F401  imported once, before tasks are forked
 import torch
 from fairseq.data import data_utils
 
@@ -19,7 +19,7 @@ from fairseq_rkm.experiments.fairseq_command import fairseq_command
 
 
 def prepare_dataset(args: argparse.Namespace, name: str) -> None:
-    """A data set's binarized form in ``OUT/data/NAME``."""
+    """Binarize a data set into ``OUT/data/NAME``, with its own settings."""
     folder = args.data / name
     flags = ["--train", csv_file(folder, "train"), "--test", csv_file(folder, "test"), "--lowercase"]
     settings = settings_of(name)
@@ -37,10 +37,10 @@ def prepare_dataset(args: argparse.Namespace, name: str) -> None:
 
 
 def csv_file(folder: Path, split: str) -> Path:
-    """train.csv or test.csv, compressed or not.
+    """The file of a split, ``SPLIT.csv``, compressed or not.
 
     Raises:
-        RKMError: neither.
+        RKMError: there is none.
     """
     for suffix in (".csv", ".csv.xz", ".csv.gz"):
         if (folder / f"{split}{suffix}").is_file():
@@ -66,10 +66,10 @@ def run_job(args: argparse.Namespace, job: Job) -> None:
 
 
 def train_cell(args: argparse.Namespace, job: Job, folder: Path, data: Path, epochs: int) -> dict[str, Any]:
-    """``fairseq-train`` and the test set's confusion matrix.
+    """Run ``fairseq-train``, and test the last checkpoint.
 
-    Tested is what training ends with, at a rate of zero: choosing among the last epochs by one or two thousand
-    validation documents would add noise, and nothing else.
+    The learning rate ends at zero, and the last checkpoint is tested. One or two thousand validation documents are too
+    few to choose among the last epochs: a choice would only add noise.
     """
     flags = train_flags(args, job, folder, data, epochs)
     fairseq_command("train", flags, folder / "train.log", append=True)

@@ -1,8 +1,8 @@
-"""Test a classifier that was trained, and write ``RUN/result.json`` for the report.
+"""Test a trained classifier, and write ``RUN/result.json`` for the report.
 
     python -m fairseq_rkm.experiments.classification_scores RUN DATA
 
-RUN is its ``--save-dir``, with fairseq-train's output in train.log; DATA is the folder that prepare.py wrote.
+RUN is its ``--save-dir``, with fairseq-train's output in train.log. DATA is the folder written by prepare.py.
 """
 
 import argparse
@@ -42,10 +42,13 @@ def main() -> None:
 
 
 def scores(folder: Path, checkpoint: str, data: Path, cpu: bool) -> tuple[Any, dict[str, Any]]:
-    """A trained classifier, and what is to be said of it: test errors, size, and the course of its training.
+    """Load and test a trained classifier.
+
+    Returns:
+        The classifier, and its confusion matrix, size and course of training.
 
     Raises:
-        RKMError: a checkpoint or data that cannot be used, or data without a test set.
+        RKMError: the checkpoint or the data cannot be used, or the data has no test set.
     """
     classifier = RKMClassifier.from_pretrained(str(folder), checkpoint, str(data))
     if torch.cuda.is_available() and not cpu:
@@ -59,12 +62,12 @@ def scores(folder: Path, checkpoint: str, data: Path, cpu: bool) -> tuple[Any, d
 
 
 def write_result(folder: Path, about: dict[str, Any], classes: list[str], found: dict[str, Any]) -> None:
-    """``result.json``: whose it is, what was found, and the circumstances.
+    """Write ``result.json``: the run, its results, and the circumstances.
 
     Args:
-        folder: the run's.
+        folder: the run's folder.
         about: data set, model, n-gram and seed.
-        classes: their names.
+        classes: the names of the classes.
         found: the confusion matrix, sizes, and the course of training.
     """
     result = {

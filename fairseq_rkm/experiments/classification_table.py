@@ -3,10 +3,10 @@
     python examples/document_classification/table.py --data ../shared/data --out runs/table2 --jobs 8 --minutes 9
     python scripts/report.py runs/table2 --out runs/table2/report
 
-``--data`` holds a folder for each data set with train.csv and test.csv (or .csv.xz, .csv.gz), and classes.txt if there
-are names. A job trains one classifier (``fairseq-train``), counts its errors on the test set and writes result.json.
-Jobs whose result is there are skipped, and a job that was cut off goes on from its last epoch: give the same command
-again. Flags after ``--`` go to fairseq-train as they are.
+``--data`` holds a folder for each data set, with train.csv and test.csv (or .csv.xz, .csv.gz). A file classes.txt may
+name the classes. A job trains one classifier (``fairseq-train``), counts its errors on the test set and writes
+result.json. Give the same command again after an interruption: finished jobs are skipped, and a job that was cut off
+goes on from its last epoch. Flags after ``--`` go to fairseq-train as they are.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def plan(args: argparse.Namespace) -> list[Job]:
-    """All jobs, the first seeds of all data sets first. Baselines know no n-grams, and only one of them chance."""
+    """All jobs, the first seeds first. Baselines have no n-grams, and logistic regression needs one seed."""
     jobs = []
     for dataset, model, ngram in itertools.product(args.datasets, args.models, args.ngrams):
         if model in BASELINES and ngram != args.ngrams[0]:
@@ -81,7 +81,7 @@ def plan(args: argparse.Namespace) -> list[Job]:
 
 
 def outcome(folder: Path) -> str:
-    """What a finished job has reached."""
+    """The accuracy of a finished job, in words."""
     result = folder / RESULT
     return f"{json.loads(result.read_text())['accuracy']:.2f}%" if result.is_file() else "done"
 

@@ -1,12 +1,12 @@
-"""Train every cell in every architecture with its defaults, and tabulate what came of it.
+"""Train every cell in every architecture with its defaults, and tabulate the losses.
 
     python scripts/train_defaults.py --text train.txt --source train.de --target train.en --documents train.csv
 
-Language models carry their state over segments of 25 words (8 streams); translation and classification take batches of
-8 sentences or documents of at most 20 words. All know the 500 most frequent words, are of 128 units and one layer, and
-train with Adam, gradients clipped to a norm of 1. Everything else is the default of rkm_lm, rkm and rkm_classifier.
-Files may be compressed (.gz, .xz); documents are CSV rows of a class and text. The table, in Markdown, has the mean
-loss in nats of the first and the last tenth of the updates.
+Language models carry their state over segments of 25 words in 8 streams. Translation and classification take batches
+of 8 sentences or documents of at most 20 words. All models know the 500 most frequent words and have one layer of 128
+units. Adam trains them, with gradients clipped to a norm of 1. All else is the default of rkm_lm, rkm and
+rkm_classifier. Files may be compressed (.gz, .xz). Documents are CSV rows of a class and text. The table, in Markdown,
+shows the mean loss, in nats, of the first and the last tenth of the updates.
 """
 
 import argparse
@@ -37,7 +37,7 @@ WORDS, UNITS, LENGTH, STREAMS, SEGMENT, BATCH = 500, 128, 20, 8, 25, 8
 
 
 def dictionary_of(lines: Iterable[list[str]]) -> Dictionary:
-    """The most frequent words of some text; the others are unknown."""
+    """A dictionary of the text's most frequent words; all others are unknown."""
     made = Dictionary()
     for word, count in Counter(word for line in lines for word in line).most_common(WORDS):
         made.add_symbol(word, count)
@@ -45,17 +45,17 @@ def dictionary_of(lines: Iterable[list[str]]) -> Dictionary:
 
 
 def numbers(line: list[str], words: Dictionary) -> list[int]:
-    """A line's first words and the symbol of its end."""
+    """The numbers of a line's first words and of the end symbol."""
     return [words.index(word) for word in line[:LENGTH]] + [words.eos()]
 
 
 def padded(rows: list[list[int]], words: Dictionary) -> Tensor:
-    """Rows of unequal lengths as ``(B, T)``."""
+    """Rows of unequal lengths as one int64 tensor ``(B, T)``."""
     return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, words.pad())
 
 
 def language_model(lines: list[list[str]], units: int) -> tuple[Callable[..., nn.Module], Loss]:
-    """How to build an ``rkm_lm`` from flags, and its loss."""
+    """A function that builds an ``rkm_lm`` from flags, and its loss."""
     from fairseq_rkm.models.language_model import RKMLanguageModel, RKMLanguageModelConfig
 
     words = dictionary_of(lines)
@@ -79,7 +79,7 @@ def language_model(lines: list[list[str]], units: int) -> tuple[Callable[..., nn
 
 
 def translation(source: list[list[str]], target: list[list[str]], units: int) -> tuple[Callable[..., nn.Module], Loss]:
-    """How to build an ``rkm`` from flags, and its loss."""
+    """A function that builds an ``rkm`` from flags, and its loss."""
     from fairseq_rkm.models.translation import RKMConfig, RKMModel
 
     from_words, to_words = dictionary_of(source), dictionary_of(target)
@@ -103,7 +103,7 @@ def translation(source: list[list[str]], target: list[list[str]], units: int) ->
 
 
 def classification(texts: list[list[str]], classes: list[str], units: int) -> tuple[Callable[..., nn.Module], Loss]:
-    """How to build an ``rkm_classifier`` from flags, and its loss."""
+    """A function that builds an ``rkm_classifier`` from flags, and its loss."""
     from fairseq_rkm.models.classification import RKMClassifier, RKMClassifierConfig
 
     words, names = dictionary_of(texts), sorted(set(classes))
@@ -127,7 +127,7 @@ def classification(texts: list[list[str]], classes: list[str], units: int) -> tu
 
 
 def train(model: nn.Module, loss: Loss, rate: float, updates: int) -> Iterator[float]:
-    """The losses of a training with Adam; it ends at the first that is not finite."""
+    """Train with Adam and yield each update's loss; stop at the first that is not finite."""
     optimizer = torch.optim.Adam(model.parameters(), lr=rate)
     model.train()
     for update in range(updates):
@@ -142,7 +142,7 @@ def train(model: nn.Module, loss: Loss, rate: float, updates: int) -> Iterator[f
 
 
 def outcome(losses: list[float], updates: int) -> str:
-    """A cell of the table."""
+    """The text of one cell of the table."""
     if len(losses) < updates or losses[-1] != losses[-1]:
         return f"not finite at {len(losses)}"
     tenth = max(1, updates // 10)
@@ -191,7 +191,7 @@ def main() -> None:
 
 
 def open_text(path: Path) -> IO[str]:
-    """A file of text, compressed or not."""
+    """Open a file of text, compressed or not."""
     opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     return opener(path, "rt", encoding="utf-8")  # type: ignore[operator]
 

@@ -15,17 +15,17 @@ def fairseq_command(name: str, flags: Sequence[object], log: Path, append: bool 
     """Run one of fairseq's commands in this process.
 
     Args:
-        name: of its module in ``fairseq_cli``: ``train``, ``generate``, ...
+        name: the command's module in ``fairseq_cli``: ``train``, ``generate``, ...
         flags: the command's arguments.
-        log: the file that gets what it writes, to both streams.
-        append: after what the file holds.
+        log: the file for the command's output, from both streams.
+        append: keep the file's content and write after it.
 
     Raises:
-        SystemExit: the command's own, for a user's mistake.
+        SystemExit: the command ends so for a user's mistake.
     """
-    fairseq_rkm.register()  # --user-dir does so only where the package has not been imported yet
+    fairseq_rkm.register()  # --user-dir registers nothing if the package is imported already
     command = importlib.import_module(f"fairseq_cli.{name}")
-    # fairseq's own format, which fairseq_log.py reads; an import may have set up another before.
+    # fairseq_log.py reads fairseq's own format; an import may have set up another.
     logging.basicConfig(
         format="%(asctime)s | %(levelname)s | %(name)s | %(message)s", datefmt="%Y-%m-%d %H:%M:%S", level="INFO",
         stream=sys.stdout, force=True,
@@ -45,7 +45,7 @@ def _argv(arguments: list[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _output_in(log: Path, mode: str) -> Iterator[None]:
-    """What this process writes goes to a file, and afterwards where it went before."""
+    """Send this process's output to a file, and restore both streams afterwards."""
     saved = {stream: os.dup(stream) for stream in (1, 2)}
     with log.open(mode) as file:
         for stream in saved:

@@ -1,4 +1,4 @@
-"""Lines of fairseq's log, as ``--log-format json`` writes it."""
+"""Read the log that fairseq writes with ``--log-format json``."""
 
 import json
 import re
@@ -21,6 +21,6 @@ def entries(lines: Iterable[str], kind: str) -> list[dict[str, str]]:
 
 
 def time_of(line: str) -> datetime | None:
-    """When a line was written; None for a line without a time, which goes on from the line before."""
+    """The time of a line; None for a line without one: it continues the line before."""
     stamp = re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(?= \|)", line)
     return datetime.fromisoformat(stamp[0]) if stamp else None

@@ -1,9 +1,9 @@
-"""The report of language-model runs: a table, beside the paper's figures where it has some, and learning curves.
+"""The report of language-model runs: a table, the paper's figures beside it, and learning curves.
 
-A run is a folder with what ``fairseq-train --log-format json --save-dir RUN > RUN/train.log 2>&1`` left, and, if
-``fairseq-eval-lm``'s output was kept likewise, RUN/valid.log and RUN/test.log (with a continuous cache
-RUN/valid-cache.log and RUN/test-cache.log); or a RUN/run.json, which the report writes beside them and which holds all
-that is reported, so that the rest need not be kept.
+A run is a folder that ``fairseq-train --log-format json --save-dir RUN > RUN/train.log 2>&1`` filled. The outputs of
+``fairseq-eval-lm`` may stand there too: RUN/valid.log and RUN/test.log, or RUN/valid-cache.log and RUN/test-cache.log
+with a continuous cache. The report writes RUN/run.json beside them. It holds everything reported and serves as a run by
+itself: the other files need not be kept.
 """
 
 import json
@@ -36,15 +36,15 @@ PAPER = {
         "linear_kernel_gated": (84.23, 80.21),
     },
 }
-"""Table 3 of Liang et al. (2019): valid and test perplexity."""
+"""Valid and test perplexity in Table 3 of Liang et al. (2019)."""
 
 TEST_TOKENS = {82_430: "Penn Treebank", 245_569: "WikiText-2"}
-"""A corpus is known by the size of its test set."""
+"""The corpus, by the number of tokens of its test set."""
 
 
 @dataclass
 class Point:
-    """A validation."""
+    """A validation: the updates and seconds of training before it, and its perplexity."""
 
     updates: int
     seconds: float
@@ -53,7 +53,7 @@ class Point:
 
 @dataclass
 class Run:
-    """What is known of a run; None where its folder does not tell."""
+    """A run's figures; None stands for a figure that its folder lacks."""
 
     name: str
     cell: str
@@ -75,14 +75,14 @@ class Run:
 
     @property
     def paper(self) -> tuple[float, float] | None:
-        """The paper's figures for this corpus and cell, which has feedback there."""
+        """The paper's figures for this corpus and cell, both with feedback; None if there are none."""
         if "no feedback" in self.variant:
             return None
         return PAPER.get(self.corpus or "", {}).get(self.cell)
 
     @property
     def label(self) -> str:
-        """The cell and what is done to it."""
+        """The cell and its variant."""
         return f"{self.cell}, {self.variant}" if self.variant else self.cell
 
 
@@ -90,7 +90,7 @@ def read_run(path: Path) -> Run:
     """Read a run's folder, or its run.json.
 
     Raises:
-        SystemExit: no log or no checkpoint there, or a file that is not a run's.
+        SystemExit: the log or the checkpoint is missing, or the file is not a run's.
     """
     if path.suffix == ".json":
         return _from_json(path)
@@ -132,9 +132,9 @@ def read_run(path: Path) -> Run:
 
 
 def read_log(text: str) -> tuple[list[dict[str, str]], list[Point], float]:
-    """The training intervals of a log, its validations, and the seconds that training and validating took.
+    """Read a log's training intervals and validations, and the seconds of both together.
 
-    Time is counted from where fairseq is ready to train; a resumed run's sessions are added up.
+    Time starts when fairseq is ready to train. The sessions of a resumed run add up.
     """
     training: list[dict[str, str]] = []
     curve: list[Point] = []
@@ -176,7 +176,7 @@ def _variant(flags: dict[str, Any]) -> str:
 
 
 def _clip(flags: dict[str, Any]) -> float | None:
-    """The bound of the memory. Where a log has none, presets of ``rkm_lm`` had their own, and the others none."""
+    """The memory's bound. Older runs did not note it: presets of ``rkm_lm`` had one, and the others none."""
     setting = flags.get("memory_clip")
     if setting is None and str(flags.get("_name")).startswith("rkm_lm_"):
         setting = "auto"
@@ -187,7 +187,7 @@ def _clip(flags: dict[str, Any]) -> float | None:
 
 
 def _evaluation(log: Path) -> tuple[int, float | None]:
-    """The tokens that fairseq-eval-lm scored, and their perplexity."""
+    """The number of tokens that fairseq-eval-lm scored, and their perplexity; 0 and None without a log."""
     text = log.read_text(encoding="utf-8") if log.is_file() else ""
     tokens = re.findall(r"Evaluated ([\d,]+) tokens", text)
     perplexity = re.findall(r"Perplexity: ([\d.]+)", text)
@@ -203,7 +203,7 @@ def _minutes(seconds: float | None) -> str:
 
 
 def markdown(runs: list[Run]) -> str:
-    """The runs as a table, columns that nothing is known for left out; after several seeds their mean and spread."""
+    """The runs as a table without empty columns; a mean and spread follow runs that differ in their seed."""
     columns: list[tuple[str, Any]] = [
         ("cell", lambda r: r.label),
         ("weights", lambda r: f"{r.weights:,}"),
@@ -225,7 +225,7 @@ def markdown(runs: list[Run]) -> str:
     for _, group in groupby(runs, key=_row):
         members = list(group)
         rows += ["| " + " | ".join(text(run) for _, text in columns) + " |" for run in members]
-        # Runs of one seed differ in something that the table does not show, and have no mean.
+        # Runs of one seed differ in something outside the table: they have no mean.
         if len({run.seed for run in members}) == len(members) > 1:
             summary = {
                 "cell": f"{members[0].label}, mean (spread)",
@@ -239,7 +239,7 @@ def markdown(runs: list[Run]) -> str:
 
 
 def _row(run: Run) -> tuple[str, ...]:
-    """What runs that differ in their seed alone have in common."""
+    """A key that is equal for runs that differ in their seed alone."""
     return run.corpus or "", str(run.circumstances.get("config")), run.label, str(run.weights)
 
 
@@ -249,7 +249,7 @@ def _spread(values: list[float | None]) -> str:
 
 
 def caption(runs: list[Run]) -> str:
-    """Machine, commit and seeds, once where the runs agree."""
+    """Machine, commit and seeds, each named once for all runs that agree."""
     lines: dict[str, list[Run]] = {}
     for run in runs:
         about = run.circumstances
@@ -264,7 +264,7 @@ def caption(runs: list[Run]) -> str:
 
 
 def plot(runs: list[Run], path: Path) -> None:
-    """Validation perplexity over updates and over time."""
+    """Draw the validation perplexity over updates and over time into the file ``path``."""
     plt = pyplot()
     colours = plt.get_cmap("tab20" if len(runs) > 10 else "tab10")
     figure, (by_update, by_time) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
@@ -287,10 +287,10 @@ def plot(runs: list[Run], path: Path) -> None:
 
 
 def write(paths: list[Path], out: Path) -> str:
-    """``results.md``, ``results.json`` and ``curves.png`` of runs, and a run.json in each run's folder.
+    """Write ``results.md``, ``results.json`` and ``curves.png`` of runs, and a run.json in each run's folder.
 
     Returns:
-        The table and its caption, which are also printed.
+        The table and its caption; they are printed too.
 
     Raises:
         SystemExit: as :func:`read_run`.

@@ -1,12 +1,12 @@
-r"""Train a table of language models: cells x corpora x seeds, each as train.sh does, over all GPUs.
+r"""Train a table of language models, cells x corpora x seeds, over all GPUs; train.sh trains each.
 
     python examples/language_model/table.py ptb_fast=runs/ptb wikitext2_fast=runs/wt2 --out runs/table3 \
         -- common.bf16=true task.cuda_graphs=true
     python scripts/report.py runs/table3/*-*-*/run.json --out runs/table3/report
 
-Each CONFIG=DATA is a file of config/ without its ending and what prepare.sh wrote. What follows ``--`` changes the
-configuration of all runs, as it does for train.sh. A run whose run.json is there is done; one that was cut off, by
-``--minutes`` or otherwise, goes on from its last checkpoint: give the same command again.
+CONFIG is a file of config/ without its ending, and DATA a folder written by prepare.sh. Changes after ``--`` go to the
+configuration of all runs, as with train.sh. Give the same command again after an interruption, by ``--minutes`` or
+otherwise: a run with a run.json is done, and a run that was cut off goes on from its last checkpoint.
 """
 
 import argparse
@@ -30,7 +30,7 @@ TABLE_3 = ("rkm_lstm", "lstm", "rkm_cifg", "linear_kernel_gated")
 
 
 class Row(NamedTuple):
-    """One run."""
+    """One run of the table."""
 
     config: str
     data: Path
@@ -68,7 +68,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def plan(args: argparse.Namespace) -> list[Row]:
-    """All runs, the first seed of each first."""
+    """All runs, the first seeds first."""
     return [
         Row(config, Path(data).resolve(), cell, seed)
         for seed in args.seeds
@@ -78,10 +78,10 @@ def plan(args: argparse.Namespace) -> list[Row]:
 
 
 def train(row: Row, out: Path, changes: list[str]) -> None:
-    """Run train.sh, and end with it or let it end with this process."""
+    """Run train.sh; it and this process end together."""
     command = ["bash", "examples/language_model/train.sh", row.config, str(row.data), str(out / row.name)]
     command += [f"model.cell={row.cell}", f"common.seed={row.seed}", *changes]
-    # All that train.sh starts, from its first moment on, is in a group that ends as a whole.
+    # A group of its own holds all processes that train.sh starts, and ends as a whole.
     os.setsid()
 
     def stop(*_: Any) -> None:
@@ -96,13 +96,13 @@ def train(row: Row, out: Path, changes: list[str]) -> None:
 
 
 def outcome(folder: Path) -> str:
-    """What a finished run has reached."""
+    """The perplexity of a finished run, in words."""
     run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     return f"valid {run['valid_perplexity']}, test {run['test_perplexity']}"
 
 
 def progress(folder: Path) -> str:
-    """Where a run in training is."""
+    """The state of a run in training, in words."""
     log = folder / "train.log"
     if not log.is_file():
         return ""

@@ -1,10 +1,10 @@
-"""Write a corpus that every Python carries: the language reference in ``pydoc_data.topics``, about 50,000 words.
+"""Write a corpus from Python itself: the language reference in ``pydoc_data.topics``, about 50,000 words.
 
     python scripts/python_reference_corpus.py FOLDER
 
 writes train.txt, valid.txt and test.txt, a sentence a line, tokenised with sacremoses and lower-cased. Topics repeat
-each other's paragraphs: each sentence is kept once, so that none of the test text stands in the training text. The
-same Python gives the same bytes.
+each other's paragraphs. Each sentence is kept once: no test sentence stands in the training text. The same Python
+version writes the same bytes.
 """
 
 import argparse
@@ -17,14 +17,14 @@ from pydoc_data.topics import topics
 from sacremoses import MosesTokenizer
 
 HELD_OUT = {0: "valid", 1: "test"}
-"""Of every ten topics, in alphabetical order, the first goes to valid and the second to test."""
+"""Of every ten topics in alphabetical order, the first goes to valid and the second to test."""
 
 NOT_PROSE = re.compile(r"::=|>>>|^\W*$|\*{4}|={4}|-{4}")
 """Grammar productions, interpreter sessions, and underlines of headings."""
 
 
 IDENTIFIERS = [r"[\w.]*_[\w.]*"]
-"""What the tokeniser must leave in one piece."""
+"""Words that the tokeniser must leave in one piece."""
 
 
 def sentences(text: str) -> Iterator[str]:

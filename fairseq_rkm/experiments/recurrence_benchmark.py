@@ -1,4 +1,4 @@
-"""Recurrences timed against ``torch.nn.LSTM``, after checking that they are right."""
+"""Check recurrences against the reference, then time them against ``torch.nn.LSTM``."""
 
 import argparse
 import statistics
@@ -14,7 +14,7 @@ from fairseq_rkm import CELLS, RKM, RKMError
 from fairseq_rkm.experiments.result_files import pyplot
 
 TOLERANCES = {torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""``||given - wanted|| / ||wanted||`` against the float64 reference; float32's leaves room for TF32."""
+"""The largest ``||given - wanted|| / ||wanted||`` allowed, by dtype; float32's leaves room for TF32."""
 
 
 def error_of(rkm: RKM, x: Tensor) -> float:
@@ -45,13 +45,13 @@ def _outcome(rkm: RKM, x: Tensor) -> list[Tensor]:
 
 
 CALLS = 8
-"""Calls on a GPU that follow each other unwaited-for, as in training, and count as one measurement of their mean."""
+"""The calls of one measurement on a GPU, launched without waiting, as in training; their mean counts."""
 TURNS = 20
-"""In as many at most are contenders timed, so that what else a machine has to do meets all of them."""
+"""The number of turns of each contender, at most: other work of the machine then meets all alike."""
 
 
 def timed(runs: list[Callable[[], Any]], device: str, seconds: float) -> list[list[float]]:
-    """Milliseconds of a call of each, repeatedly: for ``seconds`` each, at least 5 times, after warming up."""
+    """Time each function for ``seconds``, at least 5 times, after warming up; the milliseconds of every call."""
     times: list[list[float]] = [[] for _ in runs]
     for run in runs:
         for _ in range(5):
@@ -59,7 +59,7 @@ def timed(runs: list[Callable[[], Any]], device: str, seconds: float) -> list[li
     stop = time.perf_counter() + seconds * len(runs)
     while len(times[-1]) < 5 or time.perf_counter() < stop:
         for run, own in zip(runs, times, strict=True):
-            run()  # finds the caches as another has left them
+            run()  # not timed: another contender has filled the caches
             turn = time.perf_counter() + seconds / TURNS
             own.append(once(run, device))
             while time.perf_counter() < turn:
@@ -68,7 +68,7 @@ def timed(runs: list[Callable[[], Any]], device: str, seconds: float) -> list[li
 
 
 def once(run: Callable[[], Any], device: str) -> float:
-    """Milliseconds of a call; on a GPU of one among :data:`CALLS`."""
+    """The milliseconds of a call; on a GPU the mean of :data:`CALLS` calls."""
     if device == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -83,7 +83,7 @@ def once(run: Callable[[], Any], device: str) -> float:
 
 
 def graphed(module: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], Any]:
-    """Forward and backward as a CUDA graph: the work of the GPU, without the host's time to launch it."""
+    """Forward and backward as a CUDA graph: the GPU's work without the host's time to launch it."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -100,7 +100,7 @@ def graphed(module: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], Any]:
 
 
 def kept_memory(module: nn.Module, x: Tensor) -> int | None:
-    """Bytes that a forward pass keeps for the backward one, its output included; None on CPU."""
+    """The bytes that a forward pass keeps for the backward pass, with its output; None on a CPU."""
     if x.device.type != "cuda":
         return None
     torch.cuda.synchronize()
@@ -113,8 +113,8 @@ def kept_memory(module: nn.Module, x: Tensor) -> int | None:
 
 
 def runs_of(module: nn.Module, x: Tensor) -> dict[str, Callable[[], Any]]:
-    """What is timed of a module."""
-    inputs = x.detach()  # nn.LSTM takes another way for inputs that want a gradient, even where there is none
+    """The functions to time for a module, by name."""
+    inputs = x.detach()  # nn.LSTM runs other code for inputs that require gradients, even without one to compute
 
     def forward() -> None:
         with torch.no_grad():
@@ -131,7 +131,7 @@ def runs_of(module: nn.Module, x: Tensor) -> dict[str, Callable[[], Any]]:
 
 
 def measure(modules: list[nn.Module], x: Tensor, seconds: float) -> list[dict[str, Any]]:
-    """Memory and times of modules."""
+    """The memory and times of modules, a row each."""
     results: list[dict[str, Any]] = [{"kept_bytes": kept_memory(module, x)} for module in modules]
     runs = [runs_of(module, x) for module in modules]
     for kind in runs[0]:
@@ -145,7 +145,7 @@ def benchmark_shape(shape: tuple[int, int, int, int], args: argparse.Namespace) 
     """``nn.LSTM`` and each cell at one shape.
 
     Raises:
-        SystemExit: a cell whose result is wrong.
+        SystemExit: a cell's result is wrong.
     """
     steps, batch, m, d = shape
     dtype = getattr(torch, args.dtype)
@@ -183,7 +183,7 @@ def benchmark_shape(shape: tuple[int, int, int, int], args: argparse.Namespace) 
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """How many times as fast as ``nn.LSTM`` each row is."""
+    """Draw each row's speed relative to ``nn.LSTM`` into the file ``path``."""
     plt = pyplot()
     shown = [row for row in rows if "error" in row]
     names = [
@@ -230,7 +230,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def shape_of(text: str) -> tuple[int, ...]:
-    """``"70,20,1150,1150"`` as numbers."""
+    """Read a shape T,B,m,d: ``"70,20,1150,1150"`` is ``(70, 20, 1150, 1150)``."""
     numbers = tuple(int(field) for field in text.split(","))
     if len(numbers) != 4 or min(numbers) < 1:
         raise argparse.ArgumentTypeError(f"a shape is T,B,m,d, four positive numbers, not {text!r}")
@@ -238,7 +238,7 @@ def shape_of(text: str) -> tuple[int, ...]:
 
 
 def recurrence(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The subcommand of that name."""
+    """The subcommand ``recurrence``: measure all cells at all shapes, and print the table."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("benchmark: no CUDA device here; use --device cpu")
     if args.device == "cpu" and args.threads:

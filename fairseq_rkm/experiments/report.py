@@ -2,19 +2,19 @@
 
     python scripts/report.py RUN [RUN ...] --out FOLDER
 
-A RUN is a folder of one of three kinds, or holds such folders; all are of one kind.
+A RUN is a folder of one of three kinds, or holds folders of runs. All are of one kind.
 
-    a language model    what fairseq-train and fairseq-eval-lm left there (README.md, "Language models"), or a run.json
+    a language model    run.json, or the output of fairseq-train and fairseq-eval-lm (docs/language_models.md)
     a classifier        result.json of examples/document_classification/table.py
-    a translation       result.json of examples/translation/table.py, and speed.json; with --samples DATA, results.md
-                        has sentences of the first test set of DATA (prepare.py's) as each model translates them
+    a translation       result.json of examples/translation/table.py, and speed.json. With --samples DATA, results.md
+                        shows sentences of the first test set of DATA (prepare.py's) as each model translates them
 
-Writes FOLDER/results.md and results.json, and where matplotlib is installed pictures: learning curves, confusion
-matrices, BLEU. Prints the table.
+The command writes FOLDER/results.md and results.json, and prints the table. Where matplotlib is installed, it draws
+learning curves, confusion matrices or BLEU.
 
     python scripts/report.py --circumstances RUN --config NAME
 
-before training notes in RUN/circumstances.json on which machine and commit the run is made, and what it is called.
+notes a run's machine, commit and name in RUN/circumstances.json; call it before training.
 """
 
 import argparse
@@ -66,10 +66,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def read_results(folders: Iterable[Path]) -> list[dict[str, Any]]:
-    """All ``result.json`` in folders and below them, with the ``speed.json`` beside them, or None, as ``speed``.
+    """Read every ``result.json`` in and below folders; ``speed`` holds the ``speed.json`` beside it, or None.
 
     Raises:
-        SystemExit: a damaged file.
+        SystemExit: a file is damaged.
     """
     results = []
     for path in sorted({path for folder in folders for path in folder.rglob("result.json")}):

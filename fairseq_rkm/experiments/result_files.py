@@ -1,4 +1,4 @@
-"""What a run or a report leaves: JSON files that are whole or not there, and pictures where matplotlib is."""
+"""Files of runs and reports: JSON files, written whole or not at all, and pictures, where matplotlib is installed."""
 
 import json
 import sys
@@ -33,10 +33,10 @@ def pyplot() -> Any:
 
 
 def draw(picture: Callable[..., None], *arguments: Any) -> bool:
-    """Draw a picture that belongs to a report, which is of use without it.
+    """Draw a picture of a report; the report is of use without it.
 
     Returns:
-        False without matplotlib, after a sentence that says so.
+        Whether it was drawn. Without matplotlib a sentence says so on stderr.
     """
     try:
         picture(*arguments)

@@ -1,6 +1,6 @@
-"""Several tasks at a time, each in a process of its own, shared out over GPUs, until they are done or time is up.
+"""Run several tasks at a time over the GPUs, each in a process of its own, until all are done or time is up.
 
-A task runs fairseq's commands in its own process (``fairseq_command.py``): so they end with the task.
+A task runs fairseq's commands in its own process (``fairseq_command.py``): they end with the task.
 """
 
 import multiprocessing
@@ -21,14 +21,14 @@ PROGRESS_SECONDS = 20
 
 
 def split_command_line(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """A command line's own part, and what follows ``--``, which is for another command."""
+    """Split a command line at ``--``: the part before it, and the part after it, for another command."""
     given = list(arguments)
     end = given.index("--") if "--" in given else len(given)
     return given[:end], given[end + 1 :]
 
 
 class Task(NamedTuple):
-    """A function to call, and what its log is called."""
+    """A function to call, its arguments, and the name of its log."""
 
     name: str
     function: Callable[..., None]
@@ -36,7 +36,7 @@ class Task(NamedTuple):
 
 
 class Running(NamedTuple):
-    """A task's process, the GPU that it has in sight, and when it began."""
+    """A task's process, the GPU that it sees, and its start in seconds of ``time.monotonic()``."""
 
     task: Task
     process: Any
@@ -45,13 +45,13 @@ class Running(NamedTuple):
 
 
 def hide_gpus() -> str | None:
-    """Hide this process's GPUs from itself, before anything is imported that looks at them (fairseq does).
+    """Hide the GPUs from this process; call it before importing fairseq, which looks at them.
 
-    A process that has looked at its GPUs cannot be forked into others that use them. PyTorch must not even count them
-    with CUDA, which would remember, across forks, that there were none.
+    A process that has looked at its GPUs cannot be forked into processes that use them. PyTorch must not even count
+    them with CUDA: CUDA would remember, across forks, that there were none.
 
     Returns:
-        What ``CUDA_VISIBLE_DEVICES`` was, for :func:`gpus`.
+        The former value of ``CUDA_VISIBLE_DEVICES``, for :func:`gpus`.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
@@ -59,7 +59,7 @@ def hide_gpus() -> str | None:
 
 
 def gpus(visible: str | None) -> list[str | None]:
-    """What ``CUDA_VISIBLE_DEVICES`` may be for a task; one None on a machine without GPUs."""
+    """The values of ``CUDA_VISIBLE_DEVICES`` for tasks, one a GPU; one None on a machine without GPUs."""
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     if visible is not None:
         environment["CUDA_VISIBLE_DEVICES"] = visible
@@ -70,12 +70,12 @@ def gpus(visible: str | None) -> list[str | None]:
 
 
 def share_processors(jobs: int) -> None:
-    """Keep each of several tasks from taking all processors; what the user's environment says stands."""
+    """Give each of ``jobs`` tasks its share of the processors; a setting in the user's environment stands."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
 
 
 def not_done(tasks: Sequence[Task], out: Path, result: str, kind: str, jobs: int) -> list[Task]:
-    """The tasks that have left no ``out/NAME/RESULT`` yet; a line says how many have."""
+    """The tasks without an ``out/NAME/RESULT``; a printed line counts the finished ones."""
     waiting = [task for task in tasks if not (out / task.name / result).is_file()]
     print(f"{len(tasks) - len(waiting)} of {len(tasks)} {kind} are done; {jobs} at a time now", flush=True)
     return waiting
@@ -85,22 +85,24 @@ def run_all(
     tasks: Sequence[Task], out: Path, jobs: int, devices: Sequence[str | None], deadline: float,
     outcome: Callable[[Path], str], progress: Callable[[Path], str] | None = None,
 ) -> list[str]:  # fmt: skip
-    """Run tasks, a line for each that ends and now and then one for all; what still runs at the deadline is stopped.
+    """Run tasks until all have ended; at the deadline, stop the running ones.
+
+    A line tells of each task that ends, and every 20 seconds of all that run.
 
     Args:
-        tasks: in the order in which they begin.
+        tasks: the tasks; they begin in this order.
         out: a task's output goes to ``out/NAME.log``.
-        jobs: how many run at a time.
-        devices: shared out among these; several tasks may have the same.
-        deadline: as ``time.monotonic()`` counts.
-        outcome: what to say of a task that succeeded, from ``out/NAME``.
-        progress: what to say of one that runs, every 20 seconds; nothing if empty.
+        jobs: the number of tasks that run at a time.
+        devices: values of ``CUDA_VISIBLE_DEVICES`` to share out; several tasks may have the same.
+        deadline: in seconds of ``time.monotonic()``.
+        outcome: makes the words for a finished task from ``out/NAME``.
+        progress: makes the words for a running task; an empty text says nothing.
 
     Returns:
-        The names of those that failed.
+        The names of the failed tasks.
     """
     pool = _Pool(tasks, out, [devices[i % len(devices)] for i in range(jobs)], outcome, progress)
-    # To be told to end is to be interrupted: what runs is stopped.
+    # SIGTERM ends this process through ``finally``: running tasks are stopped.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     try:
         while left := len(pool.running) + len(pool.waiting):
@@ -118,7 +120,7 @@ def run_all(
 
 
 class _Pool:
-    """What :func:`run_all` keeps: the tasks that wait, the processes that run, and the GPUs that are free."""
+    """The state of :func:`run_all`: waiting tasks, running processes and free GPUs."""
 
     def __init__(
         self, tasks: Sequence[Task], out: Path, devices: list[str | None], outcome: Callable[[Path], str],
@@ -128,7 +130,7 @@ class _Pool:
         self.count, self.told = len(tasks), time.monotonic()
         self.running: list[Running] = []
         self.failed: list[str] = []
-        # Forks of this process have its imports, fairseq's five seconds among them.
+        # A fork has the imports of this process and saves the five seconds of fairseq's.
         self.context = multiprocessing.get_context("fork")
 
     def start(self) -> None:
@@ -140,7 +142,7 @@ class _Pool:
             self.running.append(Running(task, process, gpu, time.monotonic()))
 
     def tell_progress(self) -> None:
-        """Now and then, a line that says where each running task is."""
+        """Every 20 seconds, print a line with the state of each running task."""
         if not self.progress or time.monotonic() - self.told <= PROGRESS_SECONDS:
             return
         self.told = time.monotonic()
@@ -149,7 +151,7 @@ class _Pool:
             print("  " + "; ".join(told_of), flush=True)
 
     def collect(self) -> None:
-        """A line for each task that has ended, whose place is free again."""
+        """Print a line for each ended task, and free its place."""
         for ended in [one for one in self.running if not one.process.is_alive()]:
             self.running.remove(ended)
             self.free.append(ended.gpu)
@@ -161,7 +163,7 @@ class _Pool:
             print(f"{place} {name}: {said}, {time.monotonic() - ended.start:.0f} s", flush=True)
 
     def stop(self) -> None:
-        """End what runs."""
+        """Stop all running tasks."""
         for one in self.running:
             one.process.terminate()
             one.process.join()
@@ -171,23 +173,23 @@ def run_table(
     tasks: Sequence[Task], result: str, kind: str, out: Path, jobs: int, devices: Sequence[str | None], deadline: float,
     outcome: Callable[[Path], str], progress: Callable[[Path], str],
 ) -> None:  # fmt: skip
-    """Run those of a table's tasks that have left no ``out/NAME/RESULT`` yet: :func:`not_done`, :func:`run_all`.
+    """Run a table's unfinished tasks: :func:`not_done`, then :func:`run_all`.
 
     Raises:
-        SystemExit: some failed.
+        SystemExit: a task failed.
     """
     waiting = not_done(tasks, out, result, kind, jobs)
     exit_if_failed(run_all(waiting, out, jobs, devices, deadline, outcome, progress), out)
 
 
 def exit_if_failed(failed: Sequence[str], out: Path) -> None:
-    """End with a failure, if any of :func:`run_all`'s tasks failed, that names them and their logs."""
+    """Raise SystemExit with the names and logs of failed tasks, if there are any."""
     if failed:
         sys.exit("failed: " + ", ".join(f"{name} (see {out / name}.log)" for name in failed))
 
 
 def _call(task: Task, log: Path, gpu: str | None) -> None:
-    """Call a task's function with all output in its log and one GPU in sight."""
+    """Call a task's function; its output goes to the log, and it sees one GPU."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file:

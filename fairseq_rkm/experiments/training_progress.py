@@ -1,8 +1,8 @@
-"""Read fairseq's output (``--log-format json``), keep it all in a file and print one short line an interval.
+"""Read fairseq's output (``--log-format json``), keep all of it in a file, and print one short line an interval.
 
     fairseq-train ... --log-format json | python scripts/progress.py run/train.log --updates 1200
 
-If fairseq fails, the end of its output is printed, so that nothing need be looked up.
+If fairseq fails, the end of its output is printed.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from fairseq_rkm.experiments.fairseq_log import parse_line
 
 
 def describe(kind: str, entry: dict[str, str], updates: int) -> str | None:
-    """One line about a training interval or a validation; None for what need not be shown."""
+    """One line about a training interval or a validation; None for all other entries."""
     if kind == "train_inner":
         done = int(entry["num_updates"])
         share = f"{100 * done / updates:3.0f}%" if updates else f"update {done:,}"
@@ -26,7 +26,7 @@ def describe(kind: str, entry: dict[str, str], updates: int) -> str | None:
 
 
 def _figure(entry: dict[str, str], prefix: str, width: int) -> str:
-    """A classifier's accuracy, or a language model's perplexity."""
+    """The first of accuracy, perplexity and loss that the entry has, as text."""
     for name, title in (("accuracy", "accuracy"), ("ppl", "perplexity"), ("loss", "loss")):
         if prefix + name in entry:
             return f"{title} {entry[prefix + name]:>{width}}"

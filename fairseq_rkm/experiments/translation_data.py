@@ -1,18 +1,19 @@
-"""Raw parallel text to what fairseq trains on: tokenised, cut into subwords, binarised.
+"""Prepare raw parallel text for fairseq: tokenise it, cut it into subwords, binarise it.
 
     python examples/translation/prepare.py TEXT -s de -t en --out DATA
 
-TEXT holds train.de, train.en and so on, a sentence a line, plain or as .gz or .xz: a training set, a validation set
-(valid, val or dev) and test sets (all whose names begin with test), or what --train, --valid and --test name. DATA gets
+TEXT holds train.de, train.en and so on, a sentence a line, plain or as .gz or .xz. There is a training set, a
+validation set (valid, val or dev) and one or more test sets (test...). --train, --valid and --test give other names.
+DATA gets
 
     bin/                        binarised splits train, valid, test (test1, ... of further --test), and dict.*.txt
     sentencepiece.bpe.model     one for both languages, learnt on train
     text/                       the splits in subwords
     raw/                        valid and the test sets as they were
-    data.json                   the languages, and which file became which split; written last
+    data.json                   the languages, and the file of each split; written last
 
-Tokenisation is fairseq's own (--tokenizer moses, --bpe sentencepiece), so that fairseq-interactive with these flags
-takes raw text. Nothing is done twice: a second call with the same arguments and text returns at once.
+fairseq itself tokenises (--tokenizer moses, --bpe sentencepiece): fairseq-interactive with these flags takes raw text.
+A second call with the same arguments and text returns at once.
 """
 
 import argparse
@@ -49,10 +50,10 @@ def find(folder: Path, name: str) -> Path:
 
 
 def read_lines(path: Path) -> list[str]:
-    """A file's lines, spaces in them made single.
+    """A file's lines, with single spaces.
 
     Raises:
-        SystemExit: a damaged file, or one that is not UTF-8.
+        SystemExit: the file is damaged or not UTF-8.
     """
     try:
         with OPENERS.get(path.suffix, open)(path, "rb") as lines:
@@ -67,13 +68,13 @@ def read_pairs(folder: Path, split: str, languages: tuple[str, str], keep_empty:
     """The pairs of a split.
 
     Args:
-        folder: with a file for each split and language.
-        split: its name there.
+        folder: holds a file for each split and language.
+        split: the split's name in the folder.
         languages: source and target.
-        keep_empty: refuse pairs of which a side is empty, rather than leave them out.
+        keep_empty: refuse pairs with an empty side; otherwise leave them out.
 
     Raises:
-        SystemExit: files of different lengths, empty ones, or an empty line that is not to be left out.
+        SystemExit: the files differ in length or are empty, or a side is empty and ``keep_empty`` refuses it.
     """
     paths = [find(folder, f"{split}.{language}") for language in languages]
     source, target = map(read_lines, paths)
@@ -91,7 +92,7 @@ def read_pairs(folder: Path, split: str, languages: tuple[str, str], keep_empty:
 
 
 def tokenise(pairs: list[tuple[str, str]], languages: tuple[str, str], name: str) -> list[tuple[str, str]]:
-    """The pairs through fairseq's moses tokeniser."""
+    """Tokenise the pairs with fairseq's moses tokeniser; ``name`` stands in the printed progress."""
     moses = [MosesTokenizer(MosesTokenizerConfig(source_lang=language)) for language in languages]
     done = []
     for number, pair in enumerate(pairs, 1):
@@ -102,10 +103,10 @@ def tokenise(pairs: list[tuple[str, str]], languages: tuple[str, str], name: str
 
 
 def learn_pieces(lines: Iterator[str], size: int, prefix: Path) -> sentencepiece.SentencePieceProcessor:
-    """A BPE model of both languages, saved as ``prefix.model``.
+    """Learn a BPE model of both languages, and save it as ``prefix.model``.
 
     Raises:
-        SystemExit: more pieces than the text has, or fewer than its characters.
+        SystemExit: the text has fewer pieces than ``size``, or more characters.
     """
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -119,7 +120,7 @@ def learn_pieces(lines: Iterator[str], size: int, prefix: Path) -> sentencepiece
 
 
 def _other_size(size: int, complaint: str) -> str:
-    """Sentencepiece's complaint about a vocabulary's size, with a size that suits the text."""
+    """Explain sentencepiece's complaint about a vocabulary's size, and name a size that suits the text."""
     flag = "--vocabulary (for run.sh VOCABULARY)"
     if most := re.search(r"value <= (\d+)", complaint):
         return f"the training text is too small for a vocabulary of {size:,} subwords: give {flag} {most[1]} or fewer"
@@ -129,7 +130,7 @@ def _other_size(size: int, complaint: str) -> str:
 
 
 def write_lines(path: Path, lines: list[str]) -> None:
-    """A sentence a line."""
+    """Write a file, a sentence a line, and its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
@@ -138,7 +139,7 @@ def name_splits(args: argparse.Namespace) -> dict[str, str]:
     """The files' names by split: train, valid, test, test1, ...
 
     Raises:
-        SystemExit: no test set.
+        SystemExit: there is no test set.
     """
     endings = tuple(f".{args.target_lang}{suffix}" for suffix in OPENERS)
     there = {path.name.removesuffix(end) for path in args.text.glob("*") for end in endings if path.name.endswith(end)}
@@ -150,7 +151,7 @@ def name_splits(args: argparse.Namespace) -> dict[str, str]:
 
 
 def prepare(args: argparse.Namespace, files: dict[str, str]) -> None:
-    """Do all of it but data.json."""
+    """Write everything but data.json."""
     languages = (args.source_lang, args.target_lang)
     splits = {
         split: read_pairs(args.text, name, languages, keep_empty=split.startswith("test"))
@@ -173,10 +174,10 @@ def prepare(args: argparse.Namespace, files: dict[str, str]) -> None:
 
 
 def binarise(out: Path, languages: tuple[str, str], tests: list[str]) -> None:
-    """fairseq-preprocess with one dictionary for both languages.
+    """Run fairseq-preprocess with one dictionary for both languages.
 
     Raises:
-        SystemExit: it failed; with what it said.
+        SystemExit: it failed; the message holds the end of its output.
     """
     print("fairseq-preprocess")
     text = out / "text"
@@ -191,7 +192,7 @@ def binarise(out: Path, languages: tuple[str, str], tests: list[str]) -> None:
 
 
 def fingerprint(args: argparse.Namespace, files: dict[str, str]) -> str:
-    """Of the vocabulary's size and the raw files."""
+    """A digest of the vocabulary's size and the raw files; equal ones need no second preparation."""
     digest = hashlib.sha256(f"{args.vocabulary} {files}".encode())
     for name in files.values():
         for language in (args.source_lang, args.target_lang):

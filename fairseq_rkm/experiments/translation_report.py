@@ -1,4 +1,4 @@
-"""The report of translation models: a row for each model and pair of languages, the mean over its seeds."""
+"""The report of translation models: each model and pair of languages has a row, the mean over its seeds."""
 
 import json
 import statistics
@@ -11,7 +11,7 @@ from fairseq_rkm.experiments.result_files import draw, pyplot, write_json
 
 
 def group(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each model and pair of languages, the best BLEU on the first test set first."""
+    """Group runs by model and pair of languages; the best BLEU on the first test set comes first."""
     keys = sorted({(run["languages"], run["model"]) for run in runs})
     rows = []
     for languages, model in keys:
@@ -42,13 +42,13 @@ def _median(speeds: list[dict[str, Any]], name: str) -> float | None:
 
 
 def spread(values: list[float]) -> str:
-    """Mean, and standard deviation if there are several."""
+    """The mean, and the standard deviation of several values, as text."""
     deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.2f}{deviation}"
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The table; a figure that was not measured leaves its place empty."""
+    """The table; a figure that was not measured has an empty place."""
     tests = list(rows[0]["bleu"])
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "languages": lambda row: row["languages"],
@@ -78,13 +78,13 @@ def samples(data: Path, out: Path, models: list[str], count: int = 5) -> str:
     """Sentences spread over the first test set: source, reference, and the translations of the models' first seeds.
 
     Args:
-        data: ``translation_data``'s folder.
+        data: the folder that ``translation_data`` wrote.
         out: the folder of the runs.
-        models: in order.
-        count: how many sentences.
+        models: their names, in order.
+        count: the number of sentences.
 
     Raises:
-        SystemExit: a file that is not there.
+        SystemExit: a file is missing.
     """
     try:
         languages = json.loads((data / "data.json").read_text(encoding="utf-8"))["languages"]
@@ -105,7 +105,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def caption(runs: list[dict[str, Any]]) -> str:
-    """What the figures must be read with."""
+    """The circumstances of the figures, in words."""
     about = sorted({f"{c['hardware']}, torch {c['torch']}, commit {c['commit']}" for c in _circumstances(runs)})
     signatures = sorted({run["signature"] for run in runs})
     return f"sacrebleu {'; '.join(signatures)}. {'; '.join(about)}."
@@ -116,7 +116,7 @@ def _circumstances(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """BLEU on the first test set, a point for each seed."""
+    """Draw BLEU on the first test set into the file ``path``, a point for each seed."""
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(7, 1 + 0.35 * len(rows)), layout="constrained")
     labels = [f"{row['model']}, {row['languages']}" for row in rows]
@@ -132,15 +132,15 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def write(runs: list[dict[str, Any]], out: Path, sampled: tuple[Path, Path] | None = None) -> None:
-    """``results.md``, ``results.json`` and ``bleu.png``; print the table.
+    """Write ``results.md``, ``results.json`` and ``bleu.png``; print the table.
 
     Args:
-        runs: a ``result.json`` each, with ``speed``: its ``speed.json``, or None.
-        out: a folder.
-        sampled: the data's folder and that of the runs, to have sample translations in ``results.md``.
+        runs: a ``result.json`` each; ``speed`` holds its ``speed.json``, or None.
+        out: the folder to write to.
+        sampled: the folders of the data and of the runs, for sample translations in ``results.md``; None for none.
 
     Raises:
-        SystemExit: no samples there.
+        SystemExit: a file of the samples is missing.
     """
     rows = group(runs)
     out.mkdir(parents=True, exist_ok=True)

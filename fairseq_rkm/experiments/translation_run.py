@@ -1,4 +1,4 @@
-"""One translation model of the table: trained, averaged, its translations scored, its speed measured."""
+"""One translation model of the table: train, average, translate, score, and measure speed."""
 
 import argparse
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import fairseq_cli.generate
-import fairseq_cli.train  # noqa: F401  before tasks are forked, so that none has to import them
+import fairseq_cli.train  # noqa: F401  imported once, before tasks are forked
 import sacrebleu
 import torch
 
@@ -24,7 +24,7 @@ from fairseq_rkm.experiments.translation_models import COMMON, MODELS, ON_CPU, O
 
 @dataclass
 class Run:
-    """One model and seed."""
+    """The run of one model and seed."""
 
     args: argparse.Namespace
     model: str
@@ -41,11 +41,11 @@ class Run:
 
     @property
     def result(self) -> Path:
-        """What :meth:`measure`, or with ``--speed`` :meth:`time`, writes last."""
+        """The file that :meth:`measure` writes last, or :meth:`time` with ``--speed``."""
         return self.folder / ("speed.json" if self.args.speed else "result.json")
 
     def flags(self) -> list[str]:
-        """fairseq-train's."""
+        """The flags for fairseq-train."""
         on_gpu = torch.cuda.is_available()
         text = f"{COMMON} {MODELS[self.model]} {ON_GPU if on_gpu else ON_CPU}".format(
             seed=self.seed, plugin=PLUGIN, graphs="--cuda-graphs" if on_gpu else ""
@@ -80,9 +80,9 @@ class Run:
         done.touch()
 
     def _choose(self) -> tuple[dict[str, float], str]:
-        """Make model.pt of the better of the best checkpoint and the average; BLEU on the validation set of both."""
+        """Compare the best checkpoint with the average by validation BLEU, and copy the better to model.pt."""
         if not list(self.folder.glob("checkpoint[0-9]*.pt")):
-            (self.folder / "trained").unlink()  # so that the command, given more, trains
+            (self.folder / "trained").unlink()  # a further call then trains on
             minutes = self.args.minutes
             raise SystemExit(
                 f"table: {self.folder.name} has no whole epoch after {minutes:g} minutes: allow more of them, as "
@@ -101,7 +101,7 @@ class Run:
         return valid, chosen
 
     def _translate(self, checkpoint: Path, split: str) -> dict[str, Any]:
-        """Translate a split: BLEU against the raw references, its signature, and sentences/s."""
+        """Translate a split; BLEU against the raw references, and its signature."""
         output = self.generate(checkpoint, split, self.folder / f"{split}.log")
         found = dict(re.findall(r"^D-(\d+)\t\S+\t(.*)$", output, re.M))
         translations = [found[str(i)] for i in range(len(found))]
@@ -122,7 +122,7 @@ class Run:
             self.source, "--target-lang", self.target, "--path", checkpoint, "--gen-subset", split, "--batch-size", 128,
             "--beam", 5, "--max-len-a", 1.2, "--max-len-b", 10, "--required-batch-size-multiple", 1, "--tokenizer",
             "moses", "--bpe", "sentencepiece", "--sentencepiece-model", self.pieces, "--num-workers", 0,
-            "--scoring", "sacrebleu",  # not counted here; fairseq's own scorer wants its C extension
+            "--scoring", "sacrebleu",  # sacrebleu scores above; fairseq's own scorer needs its C extension
         ]  # fmt: skip
         fairseq_command("generate", flags, log)
         return log.read_text(encoding="utf-8")
@@ -148,7 +148,7 @@ class Run:
         }
 
     def time(self) -> None:
-        """Tokens/s in training and sentences/s in generation, alone on the machine."""
+        """Measure tokens/s in training and sentences/s in generation; nothing else should run on the machine."""
         if not (self.folder / "model.pt").is_file():
             raise SystemExit(f"table: no {self.folder}/model.pt: train {self.model} first (without --speed)")
         log, updates = self.folder / "speed.log", self.args.speed_updates
@@ -157,7 +157,7 @@ class Run:
         shutil.rmtree(self.folder / "speed", ignore_errors=True)
         intervals = entries(log.read_text(encoding="utf-8").splitlines(), "train_inner")
         rates = [float(entry["wps"]) for entry in intervals[len(intervals) // 3 :]]
-        # A GPU has done with a test set before it is warm.
+        # A test set is too short to warm a GPU up.
         split = "train" if torch.cuda.is_available() else "test"
         output = self.generate(self.folder / "model.pt", split, self.folder / f"speed_{split}.log")
         sentences = re.search(r"\(([\d.]+) sentences/s", output)
@@ -171,5 +171,5 @@ class Run:
 
 
 def training_seconds(epochs: list[dict[str, str]]) -> float:
-    """Of all epochs together, whatever interruptions there were between them."""
+    """The seconds of training in all epochs, without interruptions."""
     return sum(float(entry["train_train_wall"]) for entry in epochs)

@@ -4,14 +4,15 @@
     python examples/translation/table.py DATA --out OUT --models all --seeds 1 2 3 --jobs 4 --time-limit 9
     python examples/translation/table.py DATA --out OUT --models all --speed      after the above
 
-DATA is what prepare.py wrote. Every model has the same data, vocabulary and time: at most --minutes of training, or
-until the validation loss has not improved for --patience epochs. Of the best checkpoint and the average of the last
---average ones, the better on the validation set (BLEU) translates the test sets. OUT/MODEL-SEED gets model.pt with all
-that RKMModel.from_pretrained needs, the logs, the translations and result.json.
+DATA is the folder written by prepare.py. Every model has the same data, vocabulary and time. Training ends after
+--minutes, or when the validation loss has not improved for --patience epochs. Two candidates are compared on the
+validation set by BLEU: the best checkpoint, and the average of the last --average ones. The better translates the test
+sets. OUT/MODEL-SEED gets model.pt with all files for RKMModel.from_pretrained, the logs, the translations and
+result.json.
 
-What is done is not done again: the same command goes on where it was stopped. --jobs models are trained at once, spread
-over the GPUs that there are; --speed then measures tokens/s and sentences/s (of the training set's sentences on a GPU,
-of the first test set's on a CPU) one model at a time, into OUT/MODEL-SEED/speed.json.
+The same command goes on where it was stopped. --jobs models are trained at once, over all GPUs. --speed then measures
+one model at a time and writes tokens/s and sentences/s to OUT/MODEL-SEED/speed.json. A GPU translates the training
+set's sentences, a CPU the first test set's.
 """
 
 import argparse
@@ -70,7 +71,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def outcome(folder: Path) -> str:
-    """What a finished run has reached."""
+    """The BLEU of a finished run, in words."""
     result = folder / "result.json"
     if not result.is_file():
         return "done"
@@ -78,7 +79,7 @@ def outcome(folder: Path) -> str:
 
 
 def progress(folder: Path) -> str:
-    """Where a run in training is."""
+    """The state of a run in training, in words."""
     log = folder / "train.log"
     if not log.is_file():
         return ""

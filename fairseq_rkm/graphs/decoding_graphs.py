@@ -36,8 +36,8 @@ class DecodingGraphs:
     """Replay a decoder's steps: a step costs the host one launch, and a few to copy its inputs and outputs.
 
     The batch is the first dimension of all of a step's inputs and outputs, and no row depends on another. A graph
-    therefore serves every batch of at most its recorded rows. It serves a batch that shrinks as sentences finish; its
-    further rows compute values that nobody reads. New shapes first run without a graph, and are recorded when met again.
+    therefore serves every batch of at most its recorded rows, and one that shrinks as sentences finish. Further rows
+    are not read. New shapes first run without a graph, and are recorded when met again.
 
     Graphs outlive their sequence and read the weights at fixed addresses. Call :meth:`hold` with the present weights at
     the start of each sequence. Graphs belong to this process: a copied or unpickled object starts without any.
