@@ -1,4 +1,4 @@
-"""Average checkpoints: ``--help`` says how."""
+"""Average checkpoints; ``--help`` explains."""
 
 from fairseq_rkm.experiments.checkpoint_averages import main
 

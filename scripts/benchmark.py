@@ -1,4 +1,4 @@
-"""Time recurrences and updates: ``--help`` says how."""
+"""Time recurrences and updates; ``--help`` explains."""
 
 from fairseq_rkm.experiments.benchmark import main
 

@@ -1,4 +1,4 @@
-"""Show how far fairseq's training is: ``--help`` says how."""
+"""Show the progress of fairseq's training; ``--help`` explains."""
 
 from fairseq_rkm.experiments.training_progress import main
 

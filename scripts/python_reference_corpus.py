@@ -1,4 +1,4 @@
-"""Write a small corpus: ``--help`` says how."""
+"""Write a small corpus; ``--help`` explains."""
 
 from fairseq_rkm.experiments.python_reference_corpus import main
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Train and evaluate three language models of the same width and compare them, through fairseq's own commands.
+# Train, evaluate and compare three language models of the same width with fairseq's own commands.
 #   bash scripts/quickstart.sh        on the Python language reference: 3 to 5 minutes on 2 CPU cores
 #   bash scripts/quickstart.sh DIR    on DIR/train.txt, DIR/valid.txt and DIR/test.txt (or .txt.xz), tokenised, a
 #                                     sentence a line
-# An interrupted run goes on where it stopped. UPDATES sets the length of training (default 1000 updates a model).
+# An interrupted run goes on where it stopped. UPDATES sets the updates of each model (default 1000).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 say() { printf '\n== %s\n' "$*"; }

@@ -1,4 +1,4 @@
-"""Tabulate runs: ``--help`` says how."""
+"""Tabulate runs; ``--help`` explains."""
 
 from fairseq_rkm.experiments.report import main
 

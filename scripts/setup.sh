@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Make .venv with PyTorch, fairseq and this package; a second call finds it done and returns at once.
+# Make .venv with PyTorch, fairseq and this package. A second call returns at once.
 #   PYTHON=python3.12 bash scripts/setup.sh       another Python (3.11, 3.12, 3.13)
-#   TORCH='torch==2.11.0' bash scripts/setup.sh   another PyTorch; one already installed is kept otherwise
+#   TORCH='torch==2.11.0' bash scripts/setup.sh   another PyTorch; without TORCH, an installed one is kept
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -18,8 +18,8 @@ command -v "$python" > /dev/null || { say "no $python here: set PYTHON" >&2; exi
 command -v c++ > /dev/null || command -v g++ > /dev/null ||
   { say "fairseq is built from source and needs a C++ compiler: install g++" >&2; exit 1; }
 
-# Without a GPU the build for CPUs will do: 200 MB in place of several GB. Package indexes that list one are asked first,
-# then PyTorch's own; where neither has it, the package index's build comes.
+# A machine without a GPU gets the build for CPUs: 200 MB in place of several GB. pip asks its own package index first,
+# then PyTorch's. If neither has that build, the default build of its own index is installed.
 install_torch() {
   if [ "$(uname -sm)" = 'Linux x86_64' ] && [ ! -e /dev/nvidiactl ] && [ ! -e /proc/driver/nvidia/version ]; then
     say "installing $1 for CPUs"
@@ -33,7 +33,7 @@ install_torch() {
 torch_version() { .venv/bin/python -c 'from importlib.metadata import version; print(version("torch"))' 2> /dev/null; }
 
 if [ ! -x .venv/bin/python ]; then
-  # A PyTorch that this Python already has (a GPU machine's image, say) is kept by letting .venv see it.
+  # This Python may have a PyTorch already, as in a GPU machine's image. .venv then sees and keeps it.
   site=(); "$python" -c 'import torch' 2> /dev/null && site=(--system-site-packages)
   say "making .venv with $("$python" --version)${site:+, which sees the PyTorch that is installed}"
   "$python" -m venv "${site[@]}" .venv
@@ -45,12 +45,12 @@ elif ! torch_version > /dev/null; then
   install_torch torch==2.13.0
 fi
 say "PyTorch $(torch_version)"
-# fairseq's torchaudio would bring a newer PyTorch along.
+# fairseq pulls torchaudio, and torchaudio a newer PyTorch. The constraint keeps the installed one.
 constraints=.venv/constraints.txt
 printf 'torch==%s\n' "$(torch_version)" > "$constraints"
 say "installing what builds fairseq"
 pip install -q 'setuptools<81' wheel cython numpy
-# An isolated build would fetch a second PyTorch, and fairseq's CUDA sources do not compile under CUDA 13.
+# An isolated build would fetch a second PyTorch. CUDA_HOME is unset: fairseq's CUDA sources fail under CUDA 13.
 say "building fairseq and installing the rest (about 3 minutes the first time)"
 env -u CUDA_HOME "$PWD/.venv/bin/python" -m pip --disable-pip-version-check install -q --no-build-isolation \
   -c "$constraints" -e '.[dev]'

@@ -1,4 +1,4 @@
-"""Train every cell with its defaults: ``--help`` says how."""
+"""Train every cell with its defaults; ``--help`` explains."""
 
 from fairseq_rkm.experiments.default_training import main
 

@@ -1,4 +1,4 @@
-"""Prepare labelled documents: ``--help`` says how."""
+"""Prepare labelled documents: ``--help`` explains."""
 
 from fairseq_rkm.experiments.classification_data import main
 

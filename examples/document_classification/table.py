@@ -1,4 +1,4 @@
-"""Train a table of document classifiers: ``--help`` says how."""
+"""Train a table of document classifiers: ``--help`` explains."""
 
 from fairseq_rkm.experiments.classification_table import main
 

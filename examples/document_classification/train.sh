@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Train, test and tabulate one classifier.
 #   bash examples/document_classification/train.sh CONFIG DATA RUN [KEY=VALUE ...]
-# CONFIG is a file of config/ without its ending, DATA what prepare.py wrote, RUN a folder for the results. What follows
-# changes the configuration; a key that the file lacks begins with +:
+# CONFIG is a file of config/ without its ending, DATA the folder written by prepare.py, RUN a folder for the results.
+# Each KEY=VALUE changes the configuration; a key that the file lacks begins with +:
 #   bash examples/document_classification/train.sh agnews runs/documents/data runs/documents/run task.num_classes=5 \
 #       model.cell=rkm_cifg
-# A run that was interrupted goes on where it stopped.
+# An interrupted run goes on where it stopped.
 set -euo pipefail
 fail() { printf 'train: %s\n' "$*" >&2; exit 1; }
 [ $# -ge 3 ] || fail "give a configuration, the data's folder and the run's"

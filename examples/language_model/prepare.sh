@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Words to numbers, for a folder with train.txt, valid.txt and test.txt (or .txt.xz), tokenised, a sentence a line.
+# Turn words into numbers: train.txt, valid.txt and test.txt (or .txt.xz) of a folder, tokenised, a sentence a line.
 #   bash examples/language_model/prepare.sh TEXT DATA
-# All words of train.txt are kept; each line, blank ones too, ends with one end-of-sentence symbol.
+# All words of train.txt are kept. Each line, even a blank one, ends with one end-of-sentence symbol.
 set -euo pipefail
 fail() { printf 'prepare: %s\n' "$*" >&2; exit 1; }
 [ $# = 2 ] || fail "give two folders: the text's, and the one to write"
@@ -24,13 +24,13 @@ for split in train valid test; do
 done
 python3 -m fairseq_rkm.data.text_file "$whole"/{train,valid,test}.txt 2> "$whole/log" ||
   fail "$(sed "s|^error: ||; s|$whole|$text|" "$whole/log")"
-# fairseq's own default would pad the dictionary to a multiple of 8.
+# Without --padding-factor 1 fairseq pads the dictionary to a multiple of 8.
 fairseq-preprocess --only-source --trainpref "$whole/train.txt" --validpref "$whole/valid.txt" \
   --testpref "$whole/test.txt" --padding-factor 1 --destdir "$whole/data" > "$whole/log" 2>&1 ||
   { tail -5 "$whole/log" >&2; fail "fairseq-preprocess failed"; }
 mkdir -p "$data"
 cp "$whole/log" "$data/preprocess.log"
-# The file that says that all is there comes last.
+# test.bin is moved last: its presence means that all files are there.
 mv "$whole"/data/dict.txt "$whole"/data/{train,valid}.{bin,idx} "$whole"/data/test.idx "$data/"
 mv "$whole"/data/test.bin "$data/"
 sed -n 's/.*\[None\] //p' "$data/preprocess.log" | sed 's|^/.*/||' | sort -u

@@ -1,4 +1,4 @@
-"""Train a table of language models: ``--help`` says how."""
+"""Train a table of language models: ``--help`` explains."""
 
 from fairseq_rkm.experiments.language_model_table import main
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Train, evaluate and tabulate one row of the table.
 #   bash examples/language_model/train.sh CONFIG DATA RUN [KEY=VALUE ...]
-# CONFIG is a file of config/ without its ending, DATA what prepare.sh wrote, RUN a folder for the results. What follows
-# changes the configuration; a key that the file lacks begins with +:
+# CONFIG is a file of config/ without its ending, DATA the folder written by prepare.sh, RUN a folder for the results.
+# Each KEY=VALUE changes the configuration; a key that the file lacks begins with +:
 #   bash examples/language_model/train.sh ptb_fast runs/ptb runs/ptb-rkm_lstm-1 model.cell=rkm_lstm \
 #       common.seed=1 common.bf16=true
-# A run that was interrupted goes on where it stopped. RUN/run.json is all that is kept of it in results/.
+# An interrupted run goes on where it stopped. results/ keeps RUN/run.json alone.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 fail() { printf 'train: %s\n' "$*" >&2; exit 1; }
@@ -17,7 +17,7 @@ here=examples/language_model
 [ -f "$data/test.bin" ] || fail "no data in $data: bash $here/prepare.sh TEXT $data"
 if [ -x .venv/bin/fairseq-hydra-train ]; then PATH=$PWD/.venv/bin:$PATH; fi
 export PYTHONWARNINGS=ignore
-# Float32 matrix products of a GPU in TF32, as cuDNN's and this package's recurrences are by default.
+# GPUs multiply float32 matrices in TF32, as recurrences of cuDNN and of this package do by default.
 export TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=${TORCH_ALLOW_TF32_CUBLAS_OVERRIDE:-1}
 mkdir -p "$run"
 

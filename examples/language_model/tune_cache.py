@@ -1,4 +1,4 @@
-"""Choose a continuous cache's numbers: ``--help`` says how."""
+"""Choose a continuous cache's numbers: ``--help`` explains."""
 
 from fairseq_rkm.experiments.cache_tuning import main
 

@@ -1,4 +1,4 @@
-"""Draw where a model looked: ``--help`` says how."""
+"""Draw a translation's attention; ``--help`` explains."""
 
 from fairseq_rkm.experiments.attention_map import main
 

@@ -1,4 +1,4 @@
-"""Prepare parallel text: ``--help`` says how."""
+"""Prepare parallel text: ``--help`` explains."""
 
 from fairseq_rkm.experiments.translation_data import main
 

@@ -2,8 +2,8 @@
 # From raw parallel text to BLEU: prepare the text, train, average the last checkpoints, translate the test sets, score.
 #   bash examples/translation/run.sh TEXT de en                   TEXT holds train.de, train.en, valid.de, ..., test.en
 #   bash examples/translation/run.sh TEXT de en --models all --seeds 1 2 3 --jobs 4      more goes to table.py
-# VOCABULARY sets the number of subwords (default 8000), FOLDER where all of it goes (default runs/translation/de-en),
-# PYTHON an interpreter that has all that is needed (default .venv's, which is made if need be).
+# VOCABULARY sets the number of subwords (default 8000), FOLDER the place for all files (default
+# runs/translation/de-en), PYTHON an interpreter with this package (default .venv's, made if it is missing).
 # An interrupted run goes on where it stopped.
 set -euo pipefail
 [ $# -ge 3 ] || { sed -n '2,7s/^# //p' "$0" >&2; exit 1; }

@@ -1,4 +1,4 @@
-"""Train and score translation models: ``--help`` says how."""
+"""Train and score translation models: ``--help`` explains."""
 
 from fairseq_rkm.experiments.translation_table import main
 
