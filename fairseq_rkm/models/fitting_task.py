@@ -1,4 +1,4 @@
-"""Which of this package's architectures is for which of fairseq's tasks."""
+"""The fairseq tasks of each architecture of this package."""
 
 from typing import Any
 
@@ -10,11 +10,11 @@ from fairseq.tasks.translation import TranslationTask
 from fairseq_rkm.errors import RKMError
 
 ARCHITECTURES = {LanguageModelingTask: "rkm_lm", TranslationTask: "rkm", SentencePredictionTask: "rkm_classifier"}
-"""For each kind of task; one of another kind may go with any."""
+"""The architecture for each kind of task; other tasks may take any."""
 
 
 def check_task(arch: str, task: Any) -> None:
-    """Raises RKMError if a task is of a kind that another architecture is for."""
+    """Raise RKMError if the task's kind belongs to another architecture."""
     for kind, fitting in ARCHITECTURES.items():
         if isinstance(task, kind) and arch != fitting:
             name = next((name for name, known in TASK_REGISTRY.items() if known is type(task)), type(task).__name__)

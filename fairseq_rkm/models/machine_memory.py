@@ -1,4 +1,4 @@
-"""Weights that do not fit into the machine are refused before memory is taken for them."""
+"""Refuse weights too large for the machine before taking memory for them."""
 
 import os
 
@@ -6,14 +6,14 @@ from fairseq_rkm.errors import RKMError
 
 
 def check_machine_memory(numbers: int, what: str) -> None:
-    """Refuse more weights than this machine's memory holds: the system would end the process without a word.
+    """Refuse more weights than this machine's memory holds; the system would end the process without a word.
 
     Args:
-        numbers: how many float32 numbers there are to be.
-        what: these are, with the sizes that make them so many.
+        numbers: the number of float32 weights.
+        what: the weights and their sizes, as the error's subject.
 
     Raises:
-        RKMError: they need more bytes than there is memory.
+        RKMError: the weights need more bytes than the memory has.
     """
     wanted, total = 4 * numbers, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if wanted > total:

@@ -1,4 +1,4 @@
-"""The flags that all RKM models share, and the module that they describe."""
+"""The flags that all RKM models share, and the module built from them."""
 
 from dataclasses import dataclass, field
 from typing import Any, Optional
@@ -15,12 +15,12 @@ NGRAM_PADDING_CHOICES = ChoiceEnum(list(NGRAM_PADDINGS))
 BACKEND_CHOICES = ChoiceEnum(["auto", *BACKENDS])
 
 NO_LIMIT = 10**9
-"""Positions that a recurrence can take: as many as there are."""
+"""The most positions of a recurrence: no limit."""
 
 
 @dataclass
 class RKMOptions(FairseqDataclass):
-    """Which recurrence, and how to compute it."""
+    """The flags of a recurrence and its backend."""
 
     cell: CELL_CHOICES = field(default="rkm_lstm", metadata={"help": "recurrent cell"})
     ngram: int = field(default=1, metadata={"help": "number of inputs that a step sees"})
@@ -49,10 +49,16 @@ class RKMOptions(FairseqDataclass):
 
 
 def build_rkm(options: RKMOptions, input_size: int, hidden_size: int, **arguments: Any) -> RKM:
-    """An RKM of the given sizes as the flags say; further arguments are the module's own, and override the flags.
+    """Build an RKM of these sizes from the flags.
+
+    Args:
+        options: the flags.
+        input_size: m.
+        hidden_size: d.
+        arguments: arguments of :class:`~fairseq_rkm.modules.RKM`; they override the flags.
 
     Raises:
-        RKMError: weights that this machine's memory does not hold, and as the module.
+        RKMError: this machine's memory does not hold the weights, or the module refuses an argument.
     """
     flags = {
         "cell": str(options.cell),
@@ -79,7 +85,7 @@ def _count_weights(
     input_size: int, hidden_size: int, cell: str, ngram: int, feedback: Any = None, num_layers: int = 1,
     bidirectional: bool = False, **_others: Any,
 ) -> int:  # fmt: skip
-    """Numbers in the matrices of the module with these arguments."""
+    """The number of weights in the matrices of the module with these arguments."""
     resolved, directions = resolve_cell(cell, feedback), 2 if bidirectional else 1
     gates, recurrent = len(resolved.gates), len(resolved.recurrent_gates) if resolved.has_feedback else 0
     inputs = ngram * (input_size + (num_layers - 1) * hidden_size * directions)
@@ -87,5 +93,5 @@ def _count_weights(
 
 
 def first_given(value: Any, default: Any) -> Any:
-    """A flag's value, or another flag's if it is not given."""
+    """A flag's value, or the default if it is None."""
     return default if value is None else value

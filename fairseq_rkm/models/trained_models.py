@@ -1,4 +1,4 @@
-"""Trained models for use from Python, on fairseq's hub interface."""
+"""Load trained models for use from Python, with fairseq's hub interface."""
 
 import os
 from pathlib import Path
@@ -15,17 +15,17 @@ def load(wanted: Wanted, folder: str, checkpoint_file: str, data: str, **kwargs:
     """Load models and their task as fairseq's ``hub_utils.from_pretrained`` does.
 
     Args:
-        wanted: the classes that the models and their task must be of; nothing else is built.
-        folder: that ``checkpoint_file`` is in, or an archive of it or its URL.
-        checkpoint_file: a checkpoint, or several separated by colons: an ensemble.
+        wanted: the classes of the models and their task; nothing else is built.
+        folder: the folder of ``checkpoint_file``, or an archive of the folder, or the archive's URL.
+        checkpoint_file: a checkpoint, or several separated by colons for an ensemble.
         data: the folder of the dictionaries; ``"."`` is the models' own.
-        kwargs: fairseq's options where they differ from training's.
+        kwargs: fairseq's options that differ from training's.
 
     Returns:
         ``args``, ``task`` and ``models``.
 
     Raises:
-        RKMError: no checkpoint there, one that is damaged or carries code, or one of another kind of model.
+        RKMError: the checkpoint is missing or damaged, carries code, or is of another kind of model.
     """
     fairseq_rkm.register()
     if "://" not in folder:

@@ -1,4 +1,4 @@
-"""The layers at a model's two ends, which all word-level models share: words to vectors, vectors to words' scores."""
+"""The first and last layers of all word-level models: words to vectors, and vectors to words' scores."""
 
 from dataclasses import dataclass, field
 from typing import Any, Optional
@@ -19,16 +19,16 @@ from fairseq_rkm.models.machine_memory import check_machine_memory
 def build_embedding(
     dictionary: Dictionary, size: int, path: Optional[str] = None, freeze: bool = False
 ) -> nn.Embedding:
-    """Word vectors ``(V, size)``, from U(-0.1, 0.1) or a file; padding's is zero.
+    """Build an embedding, ``(V, size)``, from U(-0.1, 0.1) or a file; the vector of padding is zero.
 
     Args:
-        dictionary: fairseq's.
-        size: of a vector.
-        path: word vectors in text format, or None.
-        freeze: do not train them.
+        dictionary: fairseq's dictionary of V symbols.
+        size: the numbers of a vector.
+        path: a file of word vectors in text format, or None.
+        freeze: do not train the vectors.
 
     Raises:
-        RKMError: a file that is missing or does not fit.
+        RKMError: the file is missing or does not fit.
     """
     check_machine_memory(len(dictionary) * size, f"embeddings of {len(dictionary):,} words and size {size:,}")
     embedding = nn.Embedding(len(dictionary), size, padding_idx=dictionary.pad())
@@ -55,7 +55,7 @@ class SoftmaxOptions(FairseqDataclass):
 
 
 def check_softmax(cfg: SoftmaxOptions) -> None:
-    """Raises RKMError unless an adaptive softmax and a criterion that trains it come together."""
+    """Raise RKMError unless an adaptive softmax and its criterion come together."""
     if cfg.criterion_name == "adaptive_loss" and not cfg.adaptive_softmax_cutoff:
         raise RKMError("--criterion adaptive_loss needs --adaptive-softmax-cutoff")
     criterion = CRITERION_REGISTRY.get(cfg.criterion_name)
@@ -68,16 +68,16 @@ def check_softmax(cfg: SoftmaxOptions) -> None:
 
 
 def build_softmax(cfg: Any, features: int, types: int, tied: Optional[nn.Embedding] = None) -> nn.Module:
-    """What turns features into scores of words: an adaptive softmax if ``cfg`` asks for one, else a linear layer.
+    """Build the layer from features to words' scores: an adaptive softmax if ``cfg`` asks for one, else a linear layer.
 
     Args:
-        cfg: :class:`SoftmaxOptions`, or what has their names.
-        features: size of the features.
-        types: size of the vocabulary.
-        tied: an embedding ``(types, features)`` whose weight the linear layer takes, or None.
+        cfg: :class:`SoftmaxOptions`, or an object with its attributes.
+        features: the size of the features.
+        types: the size of the vocabulary.
+        tied: an embedding, ``(types, features)``, to share the weight with; None for a weight of its own.
 
     Raises:
-        RKMError: cutoffs that are no increasing whole numbers below ``types``.
+        RKMError: the cutoffs are not increasing whole numbers below ``types``.
     """
     if cfg.adaptive_softmax_cutoff:
         return AdaptiveSoftmax(
@@ -94,10 +94,10 @@ def build_softmax(cfg: Any, features: int, types: int, tied: Optional[nn.Embeddi
 
 
 def parse_cutoffs(text: str, types: int) -> list[int]:
-    """``"2000,10000"`` as ``[2000, 10000]``.
+    """Read cutoffs: ``"2000,10000"`` is ``[2000, 10000]``.
 
     Raises:
-        RKMError: anything but increasing whole numbers between 0 and the number of types.
+        RKMError: the cutoffs are not increasing whole numbers between 0 and ``types``.
     """
     fields = text.strip("[]() ").split(",")
     if not all(f.strip().isdecimal() for f in fields):

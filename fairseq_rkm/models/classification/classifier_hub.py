@@ -16,11 +16,11 @@ from fairseq_rkm.data.preparation import PREPARATION_FILE, Preparation
 from fairseq_rkm.errors import RKMError
 
 MAX_TOKENS = 16384
-"""Tokens of a batch, padding included: what bounds the memory that long documents take."""
+"""The most tokens of a batch, padding included; it bounds the memory for long documents."""
 
 
 class Prediction(NamedTuple):
-    """A document's likeliest class."""
+    """A document's likeliest class and its probability."""
 
     label: str
     probability: float
@@ -31,10 +31,10 @@ class ClassifierHubInterface(nn.Module):
 
     Args:
         task: fairseq's ``sentence_prediction``.
-        model: with a head of the name that the task has.
+        model: a classifier with the task's head.
 
     Raises:
-        RKMError: no ``preparation.json`` with the task's data, or one of another number of classes.
+        RKMError: the task's data lack a ``preparation.json``, or it has another number of classes.
     """
 
     def __init__(self, task: Any, model: nn.Module) -> None:
@@ -54,11 +54,11 @@ class ClassifierHubInterface(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The model's device."""
         return next(self.model.parameters()).device
 
     def encode(self, text: str) -> Tensor:
-        """A document's tokens, ``(length,)`` int64, the end-of-sentence symbol the last."""
+        """A document's tokens, ``(length,)`` int64; the end-of-sentence symbol comes last."""
         dictionary = self.task.source_dictionary
         return dictionary.encode_line(self.preparation.tokens(text), add_if_not_exist=False).long()
 
@@ -66,11 +66,11 @@ class ClassifierHubInterface(nn.Module):
         """The likeliest class of each text.
 
         Args:
-            texts: any number, of any length; an empty one too is a document.
-            batch_size: at most so many at a time; the results do not depend on it.
+            texts: any number of texts, of any length; an empty text is a document too.
+            batch_size: the most texts at a time; the results do not depend on it.
 
         Raises:
-            RKMError: one string in place of a list of them, or a batch size below 1.
+            RKMError: ``texts`` is one string, or ``batch_size`` is below 1.
         """
         if isinstance(texts, str):
             raise RKMError("predict takes a list of texts: [text] for one")
@@ -80,7 +80,7 @@ class ClassifierHubInterface(nn.Module):
 
     @torch.inference_mode()
     def probabilities(self, documents: Sequence[Tensor], batch_size: int = 64) -> Tensor:
-        """The probabilities of all classes, ``(documents, classes)`` float32 on the CPU, of encoded documents."""
+        """The classes' probabilities of encoded documents, ``(documents, classes)`` float32 on the CPU."""
         if batch_size < 1:
             raise RKMError(f"the batch size must be at least 1, not {batch_size}")
         results = torch.empty(len(documents), len(self.classes))
@@ -96,10 +96,10 @@ class ClassifierHubInterface(nn.Module):
 
     @torch.inference_mode()
     def confusion(self, split: str, batch_size: int = 64) -> Tensor:
-        """How many documents of a binarized split of class i were taken for class j: ``(classes, classes)`` int64.
+        """Count a binarized split's documents of class i taken for class j: ``(classes, classes)`` int64.
 
         Raises:
-            RKMError: a split that is missing, empty or without labels.
+            RKMError: the split is missing, empty or without labels.
         """
         dataset = self.task.load_dataset(split)
         (lengths,) = dataset.sizes

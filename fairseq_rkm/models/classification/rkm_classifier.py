@@ -1,4 +1,4 @@
-"""``rkm_classifier``: a document classifier: an embedding, RKM layers, pooling and a two-layer classifier."""
+"""``rkm_classifier`` classifies documents: an embedding, RKM layers, pooling and a two-layer classifier."""
 
 import logging
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class RKMClassifierConfig(RKMOptions):
-    """Flags of ``--arch rkm_classifier``; the defaults are those of the paper's Table 2."""
+    """Flags of ``--arch rkm_classifier``; Table 2 of the paper has the same defaults."""
 
     ngram_padding: NGRAM_PADDING_CHOICES = field(
         default="same", metadata={"help": "whether an n-gram ends at its step or is centred there (odd n)"}
@@ -60,18 +60,18 @@ class RKMClassifierConfig(RKMOptions):
 class RKMClassifier(BaseFairseqModel):
     """A classifier of documents for fairseq's task and criterion ``sentence_prediction``.
 
-    The task adds the classifier's head once it has built the rest (:meth:`register_classification_head`).
+    The task builds the model, then adds its head (:meth:`register_classification_head`).
     """
 
     memory_clip_before = "none"
-    """What an absent or null ``memory_clip`` meant in the configuration of a checkpoint made before ``auto``."""
+    """The meaning of an absent or null ``memory_clip`` in a checkpoint from before ``auto``."""
 
     @classmethod
     def build_model(cls, cfg: RKMClassifierConfig, task: Any) -> "RKMClassifier":
         """Build the model for a task's dictionary.
 
         Raises:
-            RKMError: flags that contradict each other, word vectors that do not fit, or a task for another model.
+            RKMError: flags contradict each other, word vectors do not fit, or the task is for another model.
         """
         check_task("rkm_classifier", task)
         check_flags(cfg)
@@ -96,7 +96,7 @@ class RKMClassifier(BaseFairseqModel):
         self.classification_heads = nn.ModuleDict()
 
     def register_classification_head(self, name: str, num_classes: int, **_kwargs: Any) -> None:
-        """Add a classifier under a name; the task does, with ``--num-classes``."""
+        """Add a classifier under a name; the task calls this with ``--num-classes``."""
         features = self.rkm.hidden_size * (2 if self.rkm.bidirectional else 1)
         hidden, p = self.cfg.classifier_hidden_size, self.cfg.dropout
         self.classification_heads[name] = nn.Sequential(
@@ -115,13 +115,13 @@ class RKMClassifier(BaseFairseqModel):
 
         Args:
             src_tokens: ``(B, T)`` int64, padded on either side.
-            src_lengths: not needed: padding is told by its symbol.
-            features_only: as the criterion has it; a head's name decides.
+            src_lengths: not read: the padding symbol tells padding.
+            features_only: not read: a head's name decides.
             classification_head_name: the head to use.
 
         Returns:
-            ``(B, classes)`` logits, or without a head ``(B, d * directions)`` pooled outputs, and an empty dictionary
-            of extras.
+            Logits, ``(B, classes)``, or without a head pooled outputs, ``(B, d * directions)``; and fairseq's extras,
+            an empty dictionary.
         """
         features = self.extract_features(src_tokens)
         if classification_head_name is None:
@@ -129,14 +129,14 @@ class RKMClassifier(BaseFairseqModel):
         return self.classification_heads[classification_head_name](features), {}
 
     def extract_features(self, src_tokens: Tensor) -> Tensor:
-        """One vector a document, ``(B, d * directions)``: the recurrence's outputs, pooled."""
+        """The recurrence's pooled outputs, one vector a document, ``(B, d * directions)``."""
         mask = src_tokens.eq(self.padding_idx)
         x = dropped_embedding(self.embed_tokens, src_tokens.t(), self.dropout_words, self.training)
         output, state = self.rkm(self.dropout_input(x), padding_mask=mask)
         return pool(self.pooling, output, state.hidden, mask)
 
     def upgrade_state_dict_named(self, state_dict: dict, name: str) -> None:
-        """Refuse a checkpoint of another dictionary before its weights are looked at."""
+        """Refuse a checkpoint of another dictionary before reading its weights."""
         prefix = f"{name}." if name else ""
         check_fingerprint(state_dict, prefix, self, self.dictionary)
 
@@ -148,19 +148,21 @@ class RKMClassifier(BaseFairseqModel):
         data_name_or_path: Optional[str] = None,
         **overrides: Any,
     ) -> Any:
-        """A trained classifier of raw text, a
+        """Load a trained classifier of raw text, a
         :class:`~fairseq_rkm.models.classification.classifier_hub.ClassifierHubInterface`.
 
+        >>> model = RKMClassifier.from_pretrained("runs/documents/run")
+        >>> model.predict(["Stocks fell on Wall Street"])[0].label
+
         Args:
-            model_name_or_path: folder of the checkpoint (``--save-dir``).
-            checkpoint_file: its name.
-            data_name_or_path: folder of the prepared data, of which ``preparation.json``, ``input0/dict.txt`` and
-                ``label/dict.txt`` are read. By default the checkpoint's folder if these are there, else where
-                training had it.
-            overrides: of the checkpoint's configuration, as fairseq's hub has them.
+            model_name_or_path: the checkpoint's folder (``--save-dir``).
+            checkpoint_file: the checkpoint's name.
+            data_name_or_path: the folder of the prepared data, for ``preparation.json``, ``input0/dict.txt`` and
+                ``label/dict.txt``. The default is the checkpoint's folder if it holds them, else the training's.
+            overrides: changes to the checkpoint's configuration, as for fairseq's hub.
 
         Raises:
-            RKMError: a file that is missing, broken or of another model.
+            RKMError: a file is missing, broken or of another model.
         """
         from fairseq_rkm.models.classification.classifier_hub import load_classifier
 
@@ -169,14 +171,14 @@ class RKMClassifier(BaseFairseqModel):
 
 
 def has_layer_norm(cfg: RKMClassifierConfig) -> bool:
-    """Whether the memory is normalised: unless it is clipped, or the flags or ``layer_norm: false`` say otherwise."""
+    """Whether the memory is normalised: yes, unless it is clipped or ``layer_norm: false`` or a flag turns it off."""
     if cfg.layer_norm is None:
         return not cfg.no_layer_norm and not is_bound(cfg.memory_clip)
     return cfg.layer_norm and not cfg.no_layer_norm
 
 
 def check_flags(cfg: RKMClassifierConfig) -> None:
-    """Raises RKMError for flags that cannot be had, before anything is built."""
+    """Raise RKMError for impossible flags, before anything is built."""
     if cfg.layer_norm and cfg.no_layer_norm:
         raise RKMError("--layer-norm and --no-layer-norm exclude each other")
     if str(cfg.ngram_padding) == "same" and cfg.ngram % 2 == 0:

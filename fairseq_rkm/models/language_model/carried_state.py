@@ -1,4 +1,4 @@
-"""State that a model carries from one segment of a stream to the next (truncated backpropagation through time)."""
+"""State carried from one segment of a stream to the next (truncated backpropagation through time)."""
 
 from typing import Generic, TypeVar
 
@@ -8,11 +8,10 @@ State = TypeVar("State")
 
 
 class CarriedState(Generic[State]):
-    """What segment k - 1 left for segment k.
+    """The state after segment k - 1, for segment k.
 
-    It is keyed by the segment's number, so that a stream's first segment starts afresh wherever it comes, and a
-    segment that is run twice (an overflow under mixed precision, a retry after running out of memory) starts twice
-    from the same state.
+    The segment's number is its key. Segment 0 starts afresh at any time. A segment run twice, after an overflow in
+    mixed precision or a lack of memory, starts twice from the same state.
     """
 
     def __init__(self) -> None:
@@ -24,7 +23,7 @@ class CarriedState(Generic[State]):
         """The state to start a segment from; None for zeros.
 
         Raises:
-            RKMError: a segment that neither starts a stream nor follows or repeats the last one.
+            RKMError: the segment neither starts a stream nor follows or repeats the last one.
         """
         if segment == 0:
             return None
@@ -38,9 +37,9 @@ class CarriedState(Generic[State]):
         )
 
     def after(self, segment: int, entered: State | None, left: State) -> None:
-        """Record what a segment started from and what it left, both cut from the graph."""
+        """Record the states before and after a segment, both cut from the graph."""
         self.segment, self.entered, self.left = segment, entered, left
 
     def restore(self, segment: int, left: State) -> None:
-        """Go on as if ``segment`` had just been run."""
+        """Go on as if ``segment`` had just ended in the state ``left``."""
         self.after(segment, None, left)

@@ -1,4 +1,4 @@
-"""The network of ``rkm_lm``: an embedding, a stack of RKM layers and a softmax; its state, carried or step by step."""
+"""The network of ``rkm_lm``: an embedding, a stack of RKM layers and a softmax, with the state of its three modes."""
 
 from itertools import pairwise
 from typing import Any, Optional
@@ -21,11 +21,11 @@ States = list[RKMState]
 
 
 class RKMLanguageModelDecoder(FairseqIncrementalDecoder):
-    """The language model's network, as the flags of ``--arch rkm_lm`` describe it.
+    """The language model's network, built from the flags of ``--arch rkm_lm``.
 
-    It runs in one of three ways: over whole sequences from a zero state; step by step, with fairseq's incremental
-    state; or over segments of a stream, the state carried from one to the next (see
-    :mod:`fairseq_rkm.models.language_model.carried_state`), training and evaluation each with its own.
+    It has three modes. It runs over whole sequences from a zero state. It runs step by step with fairseq's incremental
+    state. Or it runs over segments of a stream and carries the state from one to the next
+    (:mod:`fairseq_rkm.models.language_model.carried_state`); training and evaluation each carry their own.
     """
 
     def __init__(self, cfg: Any, dictionary: Dictionary, output_dictionary: Dictionary) -> None:
@@ -70,18 +70,18 @@ class RKMLanguageModelDecoder(FairseqIncrementalDecoder):
         """Predict each next word.
 
         Args:
-            prev_output_tokens: ``(B, T)`` int64. With an incremental state that holds the earlier ones, only the last
-                is read.
-            encoder_out: none in a language model.
+            prev_output_tokens: ``(B, T)`` int64. An incremental state holds the earlier tokens: only the last is then
+                read.
+            encoder_out: None in a language model.
             incremental_state: fairseq's, for decoding step by step.
-            src_lengths: not needed: padding is told by its symbol.
+            src_lengths: not read: the padding symbol tells padding.
             segment: the number of this segment in its streams, counted from 0, for carried state.
             features_only: stop before the softmax.
 
         Returns:
-            ``(B, T, V)`` logits (log probabilities, with a cache), or ``(B, T, d)`` features with an adaptive softmax
-            or ``features_only``, and fairseq's dictionary of extras: that there is no attention, and the last layer's
-            output, ``(T, B, d)``, as ``features`` after its dropout and ``raw_features`` before.
+            Logits, ``(B, T, V)``; a cache makes them log probabilities. An adaptive softmax or ``features_only`` gives
+            features, ``(B, T, d)``. Fairseq's extras follow: ``attn`` is None, and ``features`` and ``raw_features``
+            are the last layer's output, ``(T, B, d)``, after and before its dropout.
         """
         states, tokens, mask = None, prev_output_tokens, None
         if incremental_state is not None:
@@ -109,10 +109,10 @@ class RKMLanguageModelDecoder(FairseqIncrementalDecoder):
         return logits, extra
 
     def use_cache(self, cache: ContinuousCache) -> None:
-        """Evaluate with a continuous cache from here on: what it gives are the mixture's log probabilities.
+        """Evaluate with a continuous cache from now on; the outputs are the mixture's log probabilities.
 
         Raises:
-            RKMError: a model with an adaptive softmax, whose probabilities come with the loss.
+            RKMError: the model has an adaptive softmax: its probabilities come with the loss.
         """
         if self.adaptive_softmax is not None:
             raise RKMError("--cache-size is for models with a plain softmax, and this one has an adaptive one")
@@ -127,7 +127,7 @@ class RKMLanguageModelDecoder(FairseqIncrementalDecoder):
         return mixed
 
     def _run(self, tokens: Tensor, states: Optional[States], mask: Optional[Tensor]) -> tuple[Tensor, States]:
-        """The last layer's output ``(T, B, d)`` for tokens ``(B, T)``, and the state that they leave."""
+        """The last layer's output, ``(T, B, d)``, for tokens ``(B, T)``, and the next state."""
         x = dropped_embedding(self.embed_tokens, tokens.t(), self.dropout_words, self.training)
         x = self.dropout_input(x)
         new_states = []
@@ -139,7 +139,7 @@ class RKMLanguageModelDecoder(FairseqIncrementalDecoder):
         return x, new_states
 
     def output_layer(self, features: Tensor) -> Tensor:
-        """Logits; with an adaptive softmax the features as they are, since that comes with the loss."""
+        """Logits; an adaptive softmax comes with the loss, and the features stay as they are."""
         return features if self.output_projection is None else self.output_projection(features)
 
     def extract_features(self, prev_output_tokens: Tensor, **kwargs: Any) -> tuple[Tensor, dict]:
@@ -147,7 +147,7 @@ class RKMLanguageModelDecoder(FairseqIncrementalDecoder):
         return self.forward(prev_output_tokens, features_only=True, **kwargs)
 
     def reorder_incremental_state(self, incremental_state: dict, new_order: Tensor) -> None:
-        """Follow the beams: all of the state, n-gram contexts included."""
+        """Reorder all of the state, n-gram contexts included, as the beams are."""
         states = self.get_incremental_state(incremental_state, "states")
         if states is not None:
             self.set_incremental_state(incremental_state, "states", [s.index_select(new_order) for s in states])
@@ -157,12 +157,12 @@ class RKMLanguageModelDecoder(FairseqIncrementalDecoder):
         return NO_LIMIT
 
     def upgrade_state_dict_named(self, state_dict: dict, name: str) -> None:
-        """Refuse a checkpoint of another dictionary before its weights are looked at."""
+        """Refuse a checkpoint of another dictionary before reading its weights."""
         check_fingerprint(state_dict, f"{name}.", self, self.dictionary)
 
 
 def check_streams(states: States, tokens: Tensor) -> States:
-    """Carried states on the tokens' device; RKMError if they are of another number of streams."""
+    """Move carried states to the tokens' device; raise RKMError if the number of streams differs."""
     carried = states[0].hidden.size(1)
     if carried != tokens.size(0):
         raise RKMError(f"the carried state is of {carried} streams, this batch of {tokens.size(0)}: keep --batch-size")

@@ -1,8 +1,8 @@
 """Shapes and dropouts of ``rkm_lm`` for the standard corpora.
 
-They are models of their own names with other defaults, rather than fairseq's named architectures, so that ``--arch
-rkm_lm_ptb`` and a hydra configuration's ``model: {_name: rkm_lm_ptb}`` mean the same. What trains them (optimizer,
-schedule, criterion) is not a model's: ``examples/language_model`` has it.
+A preset is a model of its own name with other defaults, not one of fairseq's named architectures: ``--arch rkm_lm_ptb``
+and a hydra configuration's ``model: {_name: rkm_lm_ptb}`` then mean the same. ``examples/language_model`` holds the
+recipes to train them: optimizer, schedule, criterion.
 """
 
 from argparse import ArgumentParser
@@ -23,7 +23,7 @@ class Preset(RKMLanguageModel):
 
     @classmethod
     def add_args(cls, parser: ArgumentParser) -> None:
-        """The flags of ``rkm_lm``: those of a preset's own dataclass would turn its switches off when given."""
+        """Add the flags of ``rkm_lm``; made from a preset's own dataclass, its switches would turn off when given."""
         gen_parser_from_dataclass(parser, RKMLanguageModelConfig(), delete_default=True)
 
     @classmethod
@@ -31,7 +31,7 @@ class Preset(RKMLanguageModel):
         """Build the model.
 
         Raises:
-            RKMError: as for ``rkm_lm``, and a bound of null, which in a preset once meant the preset's own.
+            RKMError: as for ``rkm_lm``; also for a bound of null: in a preset it once meant the preset's own.
         """
         if cfg.memory_clip is None:
             raise RKMError("model.memory_clip is null: say auto for the preset's bound, none for no bound, or a number")
@@ -40,7 +40,7 @@ class Preset(RKMLanguageModel):
 
 @dataclass
 class PTBConfig(RKMLanguageModelConfig):
-    """Penn Treebank, as AWD-LSTM (Merity et al. 2018): 24.2 M parameters with an LSTM."""
+    """Penn Treebank with AWD-LSTM's sizes (Merity et al. 2018): 24.2 M parameters with an LSTM."""
 
     decoder_embed_dim: int = 400
     decoder_hidden_size: int = 1150
@@ -56,7 +56,7 @@ class PTBConfig(RKMLanguageModelConfig):
 
 @dataclass
 class WikiText2Config(PTBConfig):
-    """WikiText-2, as AWD-LSTM: 33.6 M parameters with an LSTM."""
+    """WikiText-2 with AWD-LSTM's sizes: 33.6 M parameters with an LSTM."""
 
     dropout_hidden: float = 0.2
     dropout_input: float = 0.65
@@ -64,7 +64,7 @@ class WikiText2Config(PTBConfig):
 
 @dataclass
 class WikiText103Config(RKMLanguageModelConfig):
-    """WikiText-103, in the shape of Merity et al. (2018b), *Language Modeling at Multiple Scales*, for their QRNN."""
+    """WikiText-103 with the sizes of the QRNN of Merity et al. (2018b), *Language Modeling at Multiple Scales*."""
 
     decoder_embed_dim: int = 400
     decoder_hidden_size: int = 2500
@@ -78,7 +78,7 @@ class WikiText103Config(RKMLanguageModelConfig):
 
 @dataclass
 class PTBFastConfig(PTBConfig):
-    """Penn Treebank for AdamW in one cycle of 175 epochs, in which it would overfit with the dropouts above."""
+    """Penn Treebank for AdamW in one cycle of 175 epochs; with the dropouts above it would overfit."""
 
     dropout: float = 0.45
     dropout_hidden: float = 0.3
@@ -87,7 +87,7 @@ class PTBFastConfig(PTBConfig):
 
 @dataclass
 class WikiText2FastConfig(WikiText2Config):
-    """WikiText-2 for AdamW in one cycle of 156 epochs, in which it would underfit with the dropouts above."""
+    """WikiText-2 for AdamW in one cycle of 156 epochs; with the dropouts above it would underfit."""
 
     dropout_input: float = 0.5
 

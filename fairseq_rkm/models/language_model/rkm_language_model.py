@@ -1,4 +1,4 @@
-"""``rkm_lm``: a word-level language model, an embedding, a stack of RKM layers and a softmax."""
+"""``rkm_lm``: a word-level language model of an embedding, a stack of RKM layers and a softmax."""
 
 from dataclasses import dataclass, field
 from typing import Any, Optional
@@ -40,17 +40,17 @@ class RKMLanguageModelConfig(SoftmaxOptions, RKMOptions):
 
 @register_model("rkm_lm", dataclass=RKMLanguageModelConfig)
 class RKMLanguageModel(FairseqLanguageModel):
-    """A language model whose recurrence is any cell of Liang et al. (2019)."""
+    """A language model with any cell of Liang et al. (2019)."""
 
     memory_clip_before = "none"
-    """What an absent or null ``memory_clip`` meant in the configuration of a checkpoint made before ``auto``."""
+    """The meaning of an absent or null ``memory_clip`` in a checkpoint from before ``auto``."""
 
     @classmethod
     def build_model(cls, cfg: RKMLanguageModelConfig, task: Any) -> "RKMLanguageModel":
         """Build the model for a task's dictionaries.
 
         Raises:
-            RKMError: flags that contradict each other or do not fit the dictionaries, or a task for another model.
+            RKMError: flags contradict each other or do not fit the dictionaries, or the task is for another model.
         """
         check_task("rkm_lm", task)
         check_flags(cfg, len(task.source_dictionary), len(task.target_dictionary))
@@ -61,21 +61,21 @@ class RKMLanguageModel(FairseqLanguageModel):
         cls, model_name_or_path: str, checkpoint_file: str = "checkpoint_best.pt", data_name_or_path: str = ".",
         **kwargs: Any,
     ) -> GeneratorHubInterface:  # fmt: skip
-        """Load a trained language model, whose ``sample`` continues text and whose ``score`` weighs it.
+        """Load a trained language model; its ``sample`` continues text, and its ``score`` weighs it.
 
         >>> model = RKMLanguageModel.from_pretrained("run", data_name_or_path="data")
         >>> model.sample("the following example", beam=1, sampling=True, sampling_topp=0.8, max_len_b=30)
         >>> model.score("the following example")["positional_scores"]  # the logarithm of each word's probability
 
         Args:
-            model_name_or_path: the folder that ``checkpoint_file`` is in, or an archive of it or its URL.
-            checkpoint_file: a checkpoint, or several separated by colons: an ensemble.
+            model_name_or_path: the folder of ``checkpoint_file``, or an archive of the folder, or the archive's URL.
+            checkpoint_file: a checkpoint, or several separated by colons for an ensemble.
             data_name_or_path: the folder of dict.txt; ``"."`` is the model's own.
-            kwargs: fairseq's options where they differ from training's: ``bpe="sentencepiece"``, ...
+            kwargs: fairseq's options that differ from training's: ``bpe="sentencepiece"``, ...
 
         Raises:
-            RKMError: no checkpoint or dictionary there, a checkpoint that is damaged, carries code or is of another
-                kind of model, or another dictionary than the model's.
+            RKMError: the checkpoint or the dictionary is missing; the checkpoint is damaged, carries code or is of
+                another kind of model; or the dictionary is not the model's.
         """
         wanted = Wanted(FairseqLanguageModel, (LanguageModelingTask,), "continue text")
         loaded = trained_models.load(wanted, model_name_or_path, checkpoint_file, data_name_or_path, **kwargs)
@@ -83,7 +83,7 @@ class RKMLanguageModel(FairseqLanguageModel):
 
 
 def check_flags(cfg: RKMLanguageModelConfig, source_types: int, target_types: int) -> None:
-    """Raises RKMError for flags that cannot be had together, before anything is built."""
+    """Raise RKMError for flags that exclude each other, before anything is built."""
     if str(cfg.ngram_padding) == "same" and cfg.ngram > 1:
         raise RKMError("--ngram-padding same looks ahead; a language model needs causal")
     if cfg.share_decoder_input_output_embed:

@@ -1,4 +1,4 @@
-"""What a beam search has found, followed back from where each hypothesis ends."""
+"""The hypotheses of a beam search, followed back from their ends."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,16 +9,16 @@ from torch import Tensor
 
 
 class Choices(NamedTuple):
-    """What one step of a beam search chose, for B sentences of K beams each.
+    """The choices of one step of a beam search, for B sentences of K beams each.
 
     Attributes:
-        tokens: ``(B, K)`` int64, the tokens with which the next step's beams continue.
-        scores: ``(B, K)`` float32, those beams' log-probabilities.
-        parents: ``(B, K)`` int64, this step's beams that they continue.
-        ended: ``(B, K)`` bool, whether the candidate of this rank is the end of a hypothesis.
-        ended_scores: ``(B, K)`` float32, such hypotheses' log-probabilities.
-        ended_parents: ``(B, K)`` int64, this step's beams that they end.
-        attention: ``(B, K, S)``, where this step's beams looked.
+        tokens: ``(B, K)`` int64, the token that each beam of the next step starts with.
+        scores: ``(B, K)`` float32, the log-probability of each beam of the next step.
+        parents: ``(B, K)`` int64, the beam of this step that each beam of the next one continues.
+        ended: ``(B, K)`` bool, whether the candidate of each rank ends a hypothesis.
+        ended_scores: ``(B, K)`` float32, the log-probability of each ended hypothesis.
+        ended_parents: ``(B, K)`` int64, the beam of this step that each ended hypothesis came from.
+        attention: ``(B, K, S)``, the attention weights of this step's beams.
     """
 
     tokens: Tensor
@@ -33,25 +33,25 @@ class Choices(NamedTuple):
 def follow_back(
     steps: Sequence[Choices], eos: int, normalize: bool = True, length_penalty: float = 1.0
 ) -> list[list[dict[str, Tensor]]]:
-    """The hypotheses of each sentence, the first K that ended and of these the best first, as fairseq has them.
+    """The first K hypotheses of each sentence to end, the best first, in fairseq's form.
 
     Args:
-        steps: of a search, each as of one step.
-        eos: the symbol with which hypotheses end.
+        steps: the choices of all steps of a search, in order.
+        eos: the symbol that ends a hypothesis.
         normalize: divide a hypothesis' score by its length to the power of ``length_penalty``.
-        length_penalty: that power.
+        length_penalty: the power.
 
     Returns:
-        For each sentence a list of ``tokens`` ``(T,)`` int64, ``score``, ``positional_scores`` ``(T,)``, ``attention``
-        ``(S, T)``, and ``alignment``, which is empty; T with the symbol for the end. A sentence none of whose
-        hypotheses has ended has an empty list.
+        A list for each sentence, with a dictionary for each hypothesis: ``tokens``, ``(T,)`` int64; ``score``;
+        ``positional_scores``, ``(T,)``; ``attention``, ``(S, T)``; ``alignment``, empty. T counts the end symbol. A
+        sentence without an ended hypothesis has an empty list.
     """
     *decisions, looked = (torch.stack(values) for values in zip(*steps, strict=True))
     tokens, scores, parents, ended, ended_scores, ended_parents = (values.cpu().numpy() for values in decisions)
     ends = _find_ends(ended, ended_scores, ended_parents, normalize, length_penalty)
     words, sums, path = _walk(tokens, scores, parents, ends, eos)
 
-    # All hypotheses one after another, to be cut into pieces.
+    # All hypotheses stand one after another and are cut apart below.
     lengths = ends.step + 1
     number = np.repeat(np.arange(len(lengths)), lengths)
     step = np.arange(len(number)) - np.repeat(lengths.cumsum() - lengths, lengths)
@@ -76,7 +76,7 @@ def follow_back(
 
 
 class _Ends(NamedTuple):
-    """Of N hypotheses, sentence by sentence and the best of each first: arrays ``(N,)``."""
+    """The ends of N hypotheses as arrays ``(N,)``, sentence by sentence, the best of each first."""
 
     sentence: np.ndarray
     step: np.ndarray
@@ -88,7 +88,7 @@ class _Ends(NamedTuple):
 def _find_ends(
     ended: np.ndarray, scores: np.ndarray, parents: np.ndarray, normalize: bool, length_penalty: float
 ) -> _Ends:
-    """The first K of each sentence, from arrays ``(steps, B, K)``."""
+    """The first K ends of each sentence, from arrays ``(steps, B, K)``."""
     count, sentences, beams = ended.shape
     in_turn = ended.transpose(1, 0, 2).reshape(sentences, count * beams)
     sentence, place = (in_turn & (in_turn.cumsum(axis=1) <= beams)).nonzero()
@@ -104,7 +104,7 @@ def _find_ends(
 def _walk(
     tokens: np.ndarray, scores: np.ndarray, parents: np.ndarray, ends: _Ends, eos: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Each hypothesis' token, log-probability up to it, and beam at each step: ``(steps, N)``, to its end."""
+    """The token, the log-probability so far and the beam of each hypothesis at each step, ``(steps, N)`` each."""
     shape = len(tokens), len(ends.step)
     words, sums, path = np.empty(shape, tokens.dtype), np.empty(shape, scores.dtype), np.empty(shape, parents.dtype)
     beam = ends.beam

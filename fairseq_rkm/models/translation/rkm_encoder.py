@@ -13,11 +13,11 @@ from fairseq_rkm.models.recurrence_options import NO_LIMIT, build_rkm, first_giv
 from fairseq_rkm.modules import dropped_embedding
 
 EncoderOut = dict[str, list[Tensor]]
-"""What :meth:`RKMEncoder.forward` returns; all lists of tensors, as fairseq's generators want it.
+"""The result of :meth:`RKMEncoder.forward`: lists of tensors, as fairseq's generators need them.
 
 ``encoder_out``: one tensor ``(S, B, e)``; ``encoder_padding_mask``: one ``(B, S)`` bool, True at padding;
-``encoder_hiddens`` and ``encoder_memories``: one ``(layers, B, e)`` each, the last real steps' h and c, the directions
-side by side.
+``encoder_hiddens`` and ``encoder_memories``: one ``(layers, B, e)`` each, h and c of the last real step, with the
+directions side by side.
 """
 
 
@@ -54,7 +54,7 @@ class RKMEncoder(FairseqEncoder):
 
         Args:
             src_tokens: ``(B, S)`` int64, padded on the left or the right.
-            src_lengths: not needed: padding is told by its symbol.
+            src_lengths: not read: the padding symbol tells padding.
         """
         mask = src_tokens.eq(self.padding_idx)
         x = self.dropout_in(dropped_embedding(self.embed_tokens, src_tokens.t(), self.dropout_words, self.training))
@@ -72,21 +72,21 @@ class RKMEncoder(FairseqEncoder):
         }
 
     def reorder_encoder_out(self, encoder_out: EncoderOut, new_order: Tensor) -> EncoderOut:
-        """The output for a batch made of these rows of this one."""
+        """The output of these rows of the batch."""
         return {
             name: [tensor.index_select(tensor.dim() - 2, new_order) for tensor in tensors]
             for name, tensors in encoder_out.items()
         }
 
     def max_positions(self) -> int:
-        """A recurrence has no limit; the task has."""
+        """A recurrence has no limit; the task sets one."""
         return NO_LIMIT
 
     def upgrade_state_dict_named(self, state_dict: dict, name: str) -> None:
-        """Refuse a checkpoint of another dictionary before its weights are looked at."""
+        """Refuse a checkpoint of another dictionary before reading its weights."""
         check_fingerprint(state_dict, f"{name}.", self, self.dictionary)
 
 
 def _side_by_side(state: Tensor) -> Tensor:
-    """``(directions, B, d)`` as ``(B, directions * d)``."""
+    """Reshape ``(directions, B, d)`` to ``(B, directions * d)``."""
     return torch.cat(list(state), dim=-1)

@@ -1,4 +1,4 @@
-"""fairseq's beam search for ``rkm`` on a GPU, with all of a step in one CUDA graph."""
+"""fairseq's beam search for ``rkm`` on a GPU, each step one CUDA graph."""
 
 import math
 from typing import Any, NamedTuple, Optional
@@ -13,20 +13,20 @@ from fairseq_rkm.models.translation.hypotheses import Choices, follow_back
 from fairseq_rkm.models.translation.translation_decoder import DecoderState, RKMTranslationDecoder
 
 ASKING_STEPS = 4
-"""Steps after which the GPU is asked whether all sentences are done; at each such question it waits for the host."""
+"""The number of steps between two questions to the GPU whether all sentences are done; it waits at each."""
 
 Hypotheses = list[list[dict[str, Tensor]]]
 
 
 class Beams(NamedTuple):
-    """What a step reads of B sentences' search beside the decoder's state.
+    """The search's state before a step, beside the decoder's, for B sentences of K beams.
 
     Attributes:
-        tokens: ``(B, K)`` int64, each beam's last.
+        tokens: ``(B, K)`` int64, each beam's last token.
         scores: ``(B, K)`` float32, each beam's log-probability.
-        found: ``(B,)`` int64, hypotheses that have ended.
-        step: ``(B,)`` int64, counted from 0.
-        last: ``(B,)`` int64, the step at which all hypotheses end.
+        found: ``(B,)`` int64, the number of ended hypotheses.
+        step: ``(B,)`` int64, the step, counted from 0.
+        last: ``(B,)`` int64, the step that ends all hypotheses.
     """
 
     tokens: Tensor
@@ -37,19 +37,19 @@ class Beams(NamedTuple):
 
 
 class RKMGenerator(SequenceGenerator):
-    """The hypotheses of fairseq's ``SequenceGenerator``, sooner; built as that is.
+    """A faster ``SequenceGenerator`` of fairseq, with the same arguments and the same hypotheses.
 
-    At each step fairseq launches some sixty small operations for the search, asks the GPU which hypotheses have ended,
-    notes each of them, and takes the sentences that are done out of the batch; the host has more to do than the GPU.
-    Here a step is one function of tensors, which the decoder's graphs replay. Sentences that are done stay in the
-    batch, what each step chose is kept, and the hypotheses are followed back at the end.
+    At each step fairseq launches some sixty small operations for the search, asks the GPU for ended hypotheses, notes
+    each, and takes finished sentences out of the batch. The host then has more work than the GPU. Here a step is one
+    function of tensors, and the decoder's graphs replay it. Finished sentences stay in the batch. Each step's choices
+    are kept, and the hypotheses are followed back at the end.
 
-    So it is for plain beam search with one ``rkm`` that is on a GPU. For all else (other searches, prefixes,
-    constraints, ensembles, an adaptive softmax, ...) this is fairseq's generator.
+    Steps are replayed for plain beam search with one ``rkm`` on a GPU. All else (other searches, prefixes, constraints,
+    ensembles, an adaptive softmax, ...) runs fairseq's own code.
 
     Raises:
-        RKMError: where steps are replayed, a sentence whose translations all have no probability, as of a model whose
-            scores are not finite.
+        RKMError: steps are replayed, and no translation of a sentence has a probability; the model's scores may not be
+            finite.
     """
 
     def _generate(
@@ -75,7 +75,7 @@ class RKMGenerator(SequenceGenerator):
         return hypotheses
 
     def _is_plain(self) -> bool:
-        """Whether this is beam search whose steps can be replayed, with the usual 2 K candidates."""
+        """Whether the steps can be replayed: beam search with the usual 2 K candidates."""
         decoder = getattr(self.model.single_model, "decoder", None)
         additions = self.lm_model, self.repeat_ngram_blocker, self.token_indices_to_suppress
         return (
@@ -90,7 +90,7 @@ class RKMGenerator(SequenceGenerator):
         )
 
     def _search(self, net_input: dict[str, Tensor], most: int, first: int) -> list[Choices]:
-        """What each step chooses, until every sentence has its hypotheses or after ``most`` tokens."""
+        """The choices of each step, until every sentence has its hypotheses, or for ``most`` tokens."""
         decoder = self.model.single_model.decoder
         (encoder_out,) = self.model.forward_encoder(net_input)
         states, padding_mask = encoder_out["encoder_out"][0], encoder_out["encoder_padding_mask"][0]
@@ -100,7 +100,7 @@ class RKMGenerator(SequenceGenerator):
         beams, choices = self._begin(padding_mask, most, first), []
 
         def step(*given: Tensor) -> tuple[Tensor, ...]:
-            """Of all of the above, the sentences first."""
+            """One step on all the tensors above, with the sentences first."""
             now, (states, padding_mask, *rows) = Beams(*given[: len(Beams._fields)]), given[len(Beams._fields) :]
             state = initial.with_rows(row.flatten(0, 1) for row in rows)
             return self._step(
@@ -118,7 +118,7 @@ class RKMGenerator(SequenceGenerator):
         return choices
 
     def _begin(self, like: Tensor, most: int, first: int) -> Beams:
-        """Every sentence has one beam: the others continue nothing."""
+        """The state before the first step: one beam of each sentence counts, the others continue nothing."""
         shape = like.size(0), self.beam_size
         scores = torch.full(shape, -math.inf, device=like.device)
         scores[:, 0] = 0
@@ -126,12 +126,12 @@ class RKMGenerator(SequenceGenerator):
         return Beams(torch.full(shape, first, device=like.device), scores, zeros, zeros, zeros + most)
 
     def _step(self, beams: Beams, features: Tensor, attention: Tensor, state: DecoderState) -> tuple[Tensor, ...]:
-        """What is chosen, hypotheses found, steps done, and the state's rows in the order of the next step's beams."""
+        """The choices, ``found``, ``step``, and the state's rows in the order of the next beams."""
         sums = self._log_probabilities(features, beams) + beams.scores.unsqueeze(-1)
         candidates, places = sums.flatten(1).topk(2 * self.beam_size)
         parents, words = places // self.vocab_size, places % self.vocab_size
         ends = words.eq(self.eos) & candidates.ne(-math.inf)
-        # The best that do not end go on. Of 2 K candidates at most K end, one of each beam.
+        # The best candidates that do not end go on. Of 2 K candidates at most K end, one of each beam.
         on = ends.byte().sort(dim=1, stable=True).indices[:, : self.beam_size]
         best = slice(None), slice(self.beam_size)
         chosen = Choices(
@@ -144,7 +144,7 @@ class RKMGenerator(SequenceGenerator):
         return *chosen, beams.found + chosen.ended.sum(dim=1), beams.step + 1, *rows
 
     def _log_probabilities(self, features: Tensor, beams: Beams) -> Tensor:
-        """``(B, K, V)`` float32, of each beam's next token; -inf for what must not come next."""
+        """The log-probabilities of each beam's next token, ``(B, K, V)`` float32; -inf for a forbidden token."""
         model = self.model.single_model
         logits = model.decoder.output_layer(features) / self.temperature
         lprobs = model.get_normalized_probs((logits, None), log_probs=True, sample=None)
@@ -160,4 +160,4 @@ class RKMGenerator(SequenceGenerator):
 
 
 class RKMGeneratorWithAlignment(SequenceGeneratorWithAlignment, RKMGenerator):
-    """The same for ``--print-alignment`` and ``--replace-unk``."""
+    """The generator for ``--print-alignment`` and ``--replace-unk``."""

@@ -90,15 +90,15 @@ class RKMConfig(SoftmaxOptions, RKMOptions):
 
 @register_model("rkm", dataclass=RKMConfig)
 class RKMModel(FairseqEncoderDecoderModel):
-    """A sequence-to-sequence model whose recurrences are any cells of Liang et al. (2019).
+    """A sequence-to-sequence model with any cells of Liang et al. (2019).
 
-    With ``--cuda-graphs`` training replays all of it but the softmax (see :mod:`fairseq_rkm.graphs.graphed_function`).
+    With ``--cuda-graphs`` training replays all but the softmax (:mod:`fairseq_rkm.graphs.graphed_function`).
     """
 
     generator_classes = RKMGenerator, RKMGeneratorWithAlignment
-    """What translates with it: without and with ``--print-alignment``."""
+    """The generators, without and with ``--print-alignment``."""
     memory_clip_before = "none"
-    """What an absent or null ``memory_clip`` meant in the configuration of a checkpoint made before ``auto``."""
+    """The meaning of an absent or null ``memory_clip`` in a checkpoint from before ``auto``."""
     cuda_graphs = False
     graphs: Optional[GraphedFunction] = None
 
@@ -107,7 +107,7 @@ class RKMModel(FairseqEncoderDecoderModel):
         """Build the model for a task's dictionaries.
 
         Raises:
-            RKMError: flags that contradict each other or do not fit the dictionaries, or a task for another model.
+            RKMError: flags contradict each other or do not fit the dictionaries, or the task is for another model.
         """
         check_task("rkm", task)
         source, target = task.source_dictionary, task.target_dictionary
@@ -129,10 +129,19 @@ class RKMModel(FairseqEncoderDecoderModel):
     def forward(
         self, src_tokens: Tensor, src_lengths: Tensor, prev_output_tokens: Tensor, **kwargs: Any
     ) -> tuple[Tensor, dict]:
-        """Scores of each next token, as fairseq's models give them.
+        """Score each next token.
+
+        Args:
+            src_tokens: ``(B, S)`` int64.
+            src_lengths: ``(B,)`` int64.
+            prev_output_tokens: ``(B, T)`` int64.
+            kwargs: as for the decoder.
+
+        Returns:
+            As :meth:`~fairseq_rkm.models.translation.translation_decoder.RKMTranslationDecoder.forward`.
 
         Raises:
-            RKMError: ``--cuda-graphs`` where there can be none.
+            RKMError: ``--cuda-graphs`` is given and cannot work here.
         """
         if not (self.cuda_graphs and self.training and torch.is_grad_enabled()) or kwargs:
             outcome: tuple[Tensor, dict] = super().forward(src_tokens, src_lengths, prev_output_tokens, **kwargs)
@@ -145,7 +154,7 @@ class RKMModel(FairseqEncoderDecoderModel):
         return self.decoder.output_layer(features), {"attn": [weights]}
 
     def _features(self, src_tokens: Tensor, prev_output_tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """What the softmax reads, ``(B, T, d)``, and the attention's weights, ``(B, T, S)``."""
+        """The features for the softmax, ``(B, T, d)``, and the attention weights, ``(B, T, S)``."""
         features, extra = self.decoder.extract_features(prev_output_tokens, self.encoder(src_tokens))
         return features, extra["attn"][0]
 
@@ -156,16 +165,16 @@ class RKMModel(FairseqEncoderDecoderModel):
         """Load a trained model for use from Python.
 
         Args:
-            model_name_or_path: the folder that ``checkpoint_file`` is in, or an archive of it or its URL.
-            checkpoint_file: a checkpoint, or several separated by colons: an ensemble.
+            model_name_or_path: the folder of ``checkpoint_file``, or an archive of the folder, or the archive's URL.
+            checkpoint_file: a checkpoint, or several separated by colons for an ensemble.
             data_name_or_path: the folder of the dictionaries; ``"."`` is the model's own.
-            kwargs: fairseq's options where they differ from training's: ``bpe="sentencepiece"``,
-                ``sentencepiece_model=...`` (``sentencepiece.bpe.model`` is found if it stands in the model's folder),
-                ``tokenizer="moses"``, ``source_lang=...``.
+            kwargs: fairseq's options that differ from training's: ``tokenizer="moses"``, ``bpe="sentencepiece"``,
+                ``source_lang=...``, ``sentencepiece_model=...``. The default of the last is ``sentencepiece.bpe.model``
+                in the model's folder.
 
         Raises:
-            RKMError: no checkpoint there, one that is damaged, carries code or does not translate, or files that do not
-                fit together.
+            RKMError: the checkpoint is missing or damaged, carries code or does not translate; or files do not fit
+                together.
         """
         wanted = Wanted(FairseqEncoderDecoderModel, (TranslationTask,), "translate")
         loaded = trained_models.load(wanted, model_name_or_path, checkpoint_file, data_name_or_path, **kwargs)
@@ -175,7 +184,7 @@ class RKMModel(FairseqEncoderDecoderModel):
 
 
 def check_graphs(tokens: Tensor) -> None:
-    """Raises RKMError where passes cannot be recorded: they must need nothing but what one GPU computes."""
+    """Raise RKMError where passes cannot be recorded: they need a GPU, one process and no autocast."""
     refusals = {
         NEEDS_GPU: not tokens.is_cuda,
         NEEDS_ONE_PROCESS: torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1,
@@ -189,7 +198,7 @@ def check_graphs(tokens: Tensor) -> None:
 def initialize(model: RKMModel) -> None:
     """Draw the weights of recurrences, attention and bridges from U(-0.1, 0.1), as Luong et al. (2015), section 4.1.
 
-    Attention is found sooner than from the smaller weights that a wide layer begins with by itself.
+    A wide layer's own first weights are smaller. With the larger ones, training finds attention sooner.
     """
     decoder = model.decoder
     for part in (model.encoder.layers, decoder.layers, decoder.attention, decoder.bridges):
@@ -199,14 +208,14 @@ def initialize(model: RKMModel) -> None:
 
 
 def check_flags(cfg: RKMConfig, joined: bool) -> None:
-    """Refuse flags that cannot be had together, before anything is built.
+    """Refuse flags that exclude each other, before anything is built.
 
     Args:
         cfg: the flags.
         joined: whether source and target have one dictionary.
 
     Raises:
-        RKMError: what is wrong with them.
+        RKMError: flags exclude each other; the message names them.
     """
     for name in ("encoder_layers", "decoder_layers", "encoder_embed_dim", "decoder_embed_dim"):
         if getattr(cfg, name) < 1:

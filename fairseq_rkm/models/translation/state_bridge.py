@@ -1,4 +1,4 @@
-"""Where a decoder layer of ``rkm`` starts: from what an encoder layer ended with."""
+"""The initial state of a decoder layer of ``rkm``, from an encoder layer's final state."""
 
 from torch import Tensor, nn
 
@@ -8,13 +8,13 @@ from fairseq_rkm.ops.weights import memory_dtype
 
 
 class StateBridge(nn.Module):
-    """A decoder layer's initial state from an encoder layer's final one: an affine map of h, and one of c.
+    """Map an encoder layer's final state to a decoder layer's initial state: h and c each through an affine map.
 
-    A layer without feedback reads no h and one without memory no c; those are zeros without a map.
+    A layer without feedback reads no h, and a layer without memory no c. These are then zeros and have no map.
 
     Args:
-        source_size: e.
-        layer: the decoder's.
+        source_size: e, the size of the encoder's h and c.
+        layer: the decoder's layer.
     """
 
     def __init__(self, source_size: int, layer: RKM) -> None:
@@ -26,7 +26,7 @@ class StateBridge(nn.Module):
         self.cell = nn.Linear(source_size, self.size) if CELLS[layer.cell].has_memory else None
 
     def forward(self, hidden: Tensor, memory: Tensor) -> RKMState:
-        """``hidden``, ``memory``: h and c, ``(B, e)``; the state's tensors are ``(1, B, d)``."""
+        """Map ``hidden`` and ``memory``, ``(B, e)`` each, to a state of ``(1, B, d)`` tensors."""
         mapped = [
             hidden.new_zeros(hidden.size(0), self.size) if map_ is None else map_(value.to(hidden.dtype))
             for map_, value in ((self.hidden, hidden), (self.cell, memory))

@@ -1,4 +1,4 @@
-"""The decoder of ``rkm``: a stack of causal RKM layers of which one attends to the source."""
+"""The decoder of ``rkm``: a stack of causal RKM layers, with attention after one of them."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Optional, cast
@@ -18,52 +18,53 @@ from fairseq_rkm.models.word_layers import build_softmax
 from fairseq_rkm.modules import RKM, GlobalAttention, RKMState, Stepper, dropped_embedding
 
 Layers = Iterable[Callable[..., tuple[Tensor, RKMState]]]
-"""The decoder's layers, or what stands in for them."""
+"""The decoder's layers, or steppers in their place."""
 Source = tuple[Tensor, Tensor]
-"""The encoder's states ``(S, B, e)`` and their padding mask ``(B, S)``."""
+"""The encoder's states, ``(S, B, e)``, and their padding mask, ``(B, S)``."""
 
 
 class DecoderState(NamedTuple):
-    """What one step of the decoder leaves for the next.
+    """The decoder's state between two steps.
 
     Attributes:
         layers: each layer's state, its n-gram context included.
-        fed: with input feeding the last attentional vector, ``(B, d)``; without, ``(B, 0)``.
+        fed: the last attentional vector, ``(B, d)``, with input feeding; ``(B, 0)`` without.
     """
 
     layers: list[RKMState]
     fed: Tensor
 
     def index_select(self, rows: Tensor) -> "DecoderState":
-        """The state of a batch made of these rows of this one: how beams are reordered."""
+        """The states of these rows of the batch, ``(rows,)`` int64: beams are reordered so."""
         return self.with_rows(row.index_select(0, rows) for row in self.rows())
 
     def rows(self) -> list[Tensor]:
-        """All of its tensors, the batch first."""
+        """All tensors of the state, with the batch first."""
         return [tensor.transpose(0, 1) for layer in self.layers for tensor in layer.tensors()] + [self.fed]
 
     def with_rows(self, rows: Iterable[Tensor]) -> "DecoderState":
-        """The state that has these tensors as :meth:`rows`."""
+        """The state made of these tensors; the inverse of :meth:`rows`."""
         given = iter(rows)
         return DecoderState([layer.map(lambda _: next(given).transpose(0, 1)) for layer in self.layers], next(given))
 
 
 class RKMTranslationDecoder(FairseqIncrementalDecoder):
-    """Target tokens and source states to scores of the next token.
+    """Score the next token from target tokens and source states.
 
-    One layer's output queries the source (:class:`~fairseq_rkm.modules.GlobalAttention`), and the attentional vector is
-    what the layers above it, or the softmax, read. With ``attention_layer`` 0, attention after the last layer, and
-    ``input_feeding`` this is the model of Luong et al. (2015), sections 3.1 and 3.3. Without input feeding it is their
-    model without its section 3.3: no layer's recurrence reads what later attention found, so that a whole target is one
-    pass of each layer and one product over all of its queries, in place of a step at a time. What input feeding is for,
-    to tell the decoder which source words it has been at, an ``attention_layer`` below the last gives back: the layers
-    above are recurrences over attentional vectors, and a pass each still.
+    One layer's output queries the source (:class:`~fairseq_rkm.modules.GlobalAttention`). The layers above it, or the
+    softmax, read the attentional vector. ``attention_layer`` 0 puts attention after the last layer. With
+    ``input_feeding`` too, this is the model of Luong et al. (2015), sections 3.1 and 3.3.
+
+    Without input feeding no recurrence reads later attention. A whole target is then one pass of each layer and one
+    product over all queries, in place of single steps. Input feeding tells the decoder the source words that it has
+    attended to. An ``attention_layer`` below the last does so too: the layers above are recurrences over attentional
+    vectors, and still take one pass each.
 
     Args:
         cfg: the flags of ``--arch rkm``.
         dictionary: the target's.
         embed_tokens: the target's embedding.
-        source_size: e, of the encoder's states.
+        source_size: e, the size of the encoder's states.
     """
 
     def __init__(self, cfg: Any, dictionary: Dictionary, embed_tokens: nn.Embedding, source_size: int) -> None:
@@ -110,15 +111,15 @@ class RKMTranslationDecoder(FairseqIncrementalDecoder):
         """Predict each next token.
 
         Args:
-            prev_output_tokens: ``(B, T)`` int64, padded on either side. With an incremental state that holds the
-                earlier ones, only the last is read.
-            encoder_out: of :class:`~fairseq_rkm.models.translation.rkm_encoder.RKMEncoder`.
+            prev_output_tokens: ``(B, T)`` int64, padded on either side. An incremental state holds the earlier tokens:
+                only the last is then read.
+            encoder_out: the output of :class:`~fairseq_rkm.models.translation.rkm_encoder.RKMEncoder`.
             incremental_state: fairseq's, for decoding step by step.
             features_only: stop before the softmax.
 
         Returns:
-            ``(B, T, V)`` scores, or ``(B, T, d)`` features with an adaptive softmax or ``features_only``, and
-            ``{"attn": [weights]}``, the attention's weights ``(B, T, S)``.
+            Scores, ``(B, T, V)``; an adaptive softmax or ``features_only`` gives features, ``(B, T, d)``. Fairseq's
+            extras follow: ``{"attn": [weights]}``, the attention weights, ``(B, T, S)``.
         """
         state, order, tokens = None, None, prev_output_tokens
         if incremental_state is not None:
@@ -139,7 +140,7 @@ class RKMTranslationDecoder(FairseqIncrementalDecoder):
         return (features if features_only else self.output_layer(features)), {"attn": [weights]}
 
     def initial_state(self, encoder_out: EncoderOut) -> DecoderState:
-        """Each layer's from the encoder layer beside it, both counted from the top."""
+        """The state before the first token; each layer's comes from the encoder layer beside it, seen from the top."""
         (hiddens,), (memories,) = encoder_out["encoder_hiddens"], encoder_out["encoder_memories"]
         ahead = hiddens.size(0) - len(self.layers)
         beside = [max(0, i + ahead) for i in range(len(self.layers))]
@@ -147,25 +148,25 @@ class RKMTranslationDecoder(FairseqIncrementalDecoder):
         return DecoderState(states, states[0].hidden.new_zeros(hiddens.size(1), self.fed_size))
 
     def _can_step(self) -> bool:
-        """Whether single steps need not go through the layers, as gradients and a chosen backend do."""
+        """Whether steppers may take the place of layers: without gradients, and with ``backend="auto"`` everywhere."""
         return not torch.is_grad_enabled() and all(layer.backend == "auto" for layer in self.layers)
 
     def can_replay(self) -> bool:
-        """Whether single steps can be replayed as CUDA graphs: on a GPU, and no step draws dropout of its own."""
+        """Whether single steps can be replayed as CUDA graphs: on a GPU, without dropout drawn in a step."""
         dropouts = self.dropout_in, self.dropout_out
         drawing = any(dropout.training or dropout.apply_during_inference for dropout in dropouts)
         return self._can_step() and not drawing and self.graphs.available(self.embed_tokens.weight)
 
     def pack(self) -> list[Stepper]:
-        """The layers for the single steps of one sequence: their weights of now, packed, where graphs look for them."""
+        """Pack the layers' present weights for the single steps of one sequence, where graphs look for them."""
         return self.graphs.hold([Stepper(cast(RKM, layer)) for layer in self.layers], self.parameters())
 
     def _step(
         self, incremental_state: dict, tokens: Tensor, source: Source, state: DecoderState, order: Optional[Tensor]
     ) -> tuple[Tensor, Tensor, DecoderState]:
-        """As :meth:`run` for the state in another order, with weights that are packed once for a sequence.
+        """As :meth:`run`, for the state reordered by ``order``, with weights packed once a sequence.
 
-        On a GPU the step is replayed, the reordering with it.
+        On a GPU the step and the reordering are replayed.
         """
         steppers = self.get_incremental_state(incremental_state, "steppers")
         if steppers is None:
@@ -191,7 +192,7 @@ class RKMTranslationDecoder(FairseqIncrementalDecoder):
     def run(
         self, layers: Layers, tokens: Tensor, source: Source, state: DecoderState
     ) -> tuple[Tensor, Tensor, DecoderState]:
-        """Features ``(B, T, d)``, attention weights ``(B, T, S)`` and the next state."""
+        """Features, ``(B, T, d)``, attention weights, ``(B, T, S)``, and the next state."""
         mask = tokens.eq(self.padding_idx) if tokens.size(1) > 1 else None
         x = self.dropout_in(dropped_embedding(self.embed_tokens, tokens.t(), self.dropout_words, self.training))
         run = self._run_fed if self.fed_size else self._run_layers
@@ -201,7 +202,7 @@ class RKMTranslationDecoder(FairseqIncrementalDecoder):
     def _run_layers(
         self, layers: Layers, x: Tensor, source: Source, state: DecoderState, mask: Optional[Tensor]
     ) -> tuple[Tensor, Tensor, DecoderState]:
-        """Features ``(T, B, d)``, attention weights ``(B, T, S)`` and the next state; each layer in one pass."""
+        """Features, ``(T, B, d)``, attention weights, ``(B, T, S)``, and the next state; each layer takes one pass."""
         states, fed = [], state.fed
         for number, layer in enumerate(layers, 1):
             before = state.layers[number - 1]
@@ -217,7 +218,7 @@ class RKMTranslationDecoder(FairseqIncrementalDecoder):
     def _run_fed(
         self, layers: Layers, x: Tensor, source: Source, state: DecoderState, mask: Optional[Tensor]
     ) -> tuple[Tensor, Tensor, DecoderState]:
-        """As :meth:`_run_layers`, a step at a time, each reading the last's attentional vector (Luong et al., 3.3)."""
+        """As :meth:`_run_layers`, step by step; each step reads the last attentional vector (Luong et al., 3.3)."""
         features, weights = [], []
         for t in range(x.size(0)):
             padding = None if mask is None else mask[:, t : t + 1]
@@ -231,7 +232,7 @@ class RKMTranslationDecoder(FairseqIncrementalDecoder):
         return torch.cat(features), torch.cat(weights, dim=1), state
 
     def output_layer(self, features: Tensor) -> Tensor:
-        """Scores; with an adaptive softmax the features as they are, since that comes with the loss."""
+        """Scores; an adaptive softmax comes with the loss, and the features stay as they are."""
         return features if self.output_projection is None else self.output_projection(features)
 
     def extract_features(
@@ -241,7 +242,7 @@ class RKMTranslationDecoder(FairseqIncrementalDecoder):
         return self.forward(prev_output_tokens, encoder_out, features_only=True, **kwargs)
 
     def reorder_incremental_state(self, incremental_state: dict, new_order: Tensor) -> None:
-        """Follow the beams: the next step reads all of the state, n-gram contexts and the fed vector, in this order."""
+        """Note the beams' new order; the next step reads all of the state in it."""
         if self.get_incremental_state(incremental_state, "state") is None:
             return
         order = self.get_incremental_state(incremental_state, "order")
@@ -249,13 +250,13 @@ class RKMTranslationDecoder(FairseqIncrementalDecoder):
         self.set_incremental_state(incremental_state, "order", order)
 
     def reorder_incremental_state_scripting(self, incremental_state: dict, new_order: Tensor) -> None:
-        """As fairseq's, without its walk over all submodules at every step: none of them has a state of its own."""
+        """As fairseq's, without its walk over all submodules at every step: none has a state of its own."""
         self.reorder_incremental_state(incremental_state, new_order)
 
     def max_positions(self) -> int:
-        """A recurrence has no limit; the task has."""
+        """A recurrence has no limit; the task sets one."""
         return NO_LIMIT
 
     def upgrade_state_dict_named(self, state_dict: dict, name: str) -> None:
-        """Refuse a checkpoint of another dictionary before its weights are looked at."""
+        """Refuse a checkpoint of another dictionary before reading its weights."""
         check_fingerprint(state_dict, f"{name}.", self, self.dictionary)

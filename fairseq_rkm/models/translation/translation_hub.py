@@ -1,4 +1,4 @@
-"""A trained translation model for use from Python, on fairseq's hub interface."""
+"""A trained translation model for use from Python, with fairseq's hub interface."""
 
 from typing import Any, Union
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class TranslationHub(GeneratorHubInterface):
-    """What ``RKMModel.from_pretrained`` returns; all else as in fairseq's class.
+    """The result of ``RKMModel.from_pretrained``; methods not listed here are fairseq's.
 
     >>> model.translate("Zwei junge Männer")
     >>> model.translate(["Eins", "Zwei"], beam=10, lenpen=1.2)  # any of fairseq-generate's options
@@ -17,10 +17,10 @@ class TranslationHub(GeneratorHubInterface):
     def sample(
         self, sentences: Union[str, list[str]], beam: int = 1, verbose: bool = False, **kwargs: Any
     ) -> Union[str, list[str]]:
-        """Translations in the order of the sentences; an empty sentence's is empty.
+        """Translate sentences, in their order; an empty sentence's translation is empty.
 
         Raises:
-            RKMError: a sentence of more tokens than ``max_source_positions``.
+            RKMError: a sentence has more tokens than ``max_source_positions``.
         """
         if isinstance(sentences, str):
             return self.sample([sentences], beam, verbose, **kwargs)[0]
@@ -29,11 +29,11 @@ class TranslationHub(GeneratorHubInterface):
         return [next(translations) if sentence.strip() else "" for sentence in sentences]
 
     def attention(self, sentence: str, beam: int = 5, **kwargs: Any) -> tuple[list[str], list[str], Tensor]:
-        """Where the model looked as it translated.
+        """Translate a sentence, and return the attention weights too.
 
         Returns:
-            The source's S tokens and the translation's T, both with the end-of-sentence symbol, and the weights
-            ``(T, S)``, on the CPU: what each of the T had of each of the S. An ensemble's are averages.
+            The source's S tokens, the translation's T tokens, and the weights, ``(T, S)`` on the CPU. Both sequences
+            end with the end-of-sentence symbol. An ensemble's weights are averages.
         """
         source = self.encode(sentence)
         best = self.generate(source, beam=beam, **kwargs)[0]

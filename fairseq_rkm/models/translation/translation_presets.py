@@ -5,12 +5,12 @@ from typing import Any
 
 from fairseq.models import register_model_architecture
 
-import fairseq_rkm.models.translation.rkm_model  # noqa: F401  registers rkm, of which these are presets
+import fairseq_rkm.models.translation.rkm_model  # noqa: F401  registers rkm; these are its presets
 from fairseq_rkm.ops.cells import is_bound
 
 
 def _fill(args: argparse.Namespace, **values: Any) -> None:
-    """Set the flags that the user has not given."""
+    """Set the flags that the user left out."""
     for name, value in values.items():
         setattr(args, name, getattr(args, name, value))
 
@@ -29,7 +29,7 @@ def rkm_tiny(args: argparse.Namespace) -> None:
 def rkm_iwslt_de_en(args: argparse.Namespace) -> None:
     """For corpora of some 30,000 to 300,000 sentence pairs with a subword vocabulary of some 10,000.
 
-    The memory is clipped unless it is normalised, which is worse here: examples/translation/README.md.
+    The memory is clipped unless it is normalised. Normalising is worse here: examples/translation/README.md.
     """
     _fill(
         args, ngram_padding="same", encoder_ngram=None if hasattr(args, "ngram") else 3,
