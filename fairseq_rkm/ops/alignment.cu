@@ -1,5 +1,5 @@
-// Copy matrices to rows of whole 16 bytes, or back: up to three at once, so that a layer takes one launch each way. On the
-// way there, what persistent.cu publishes in is marked as missing.
+// Copy matrices to rows of whole 16 bytes, or back. A launch takes up to three: a layer needs one launch each way. On
+// the way there, it also marks all values of persistent.cu's workspace as missing.
 //
 // ops/alignment.py compiles this with ELEMENT, the bytes of an element, as a macro.
 
@@ -35,7 +35,7 @@ __device__ __forceinline__ void align(const Stored* from, uint4* to, u64 rows, u
     }
 }
 
-// The other way: what fills the rows up is left out.
+// The other way: the filling of the rows is left out.
 __device__ __forceinline__ void unalign(const uint4* from, Stored* to, u64 rows, u32 size) {
     if (!to) return;
     const u32 width = (size + LANE_ELEMENTS - 1) / LANE_ELEMENTS;

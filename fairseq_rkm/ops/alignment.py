@@ -1,8 +1,9 @@
-"""Rows that begin where fast matrix products want them.
+"""Align the rows of matrices for fast products.
 
-On GPUs they are to be whole 16 bytes long, in all of a product's matrices: without, a product takes three times as long
-on an H200. On CPUs the result's are to be whole 32 bytes: without, MKL takes 1.4 times as long. What is not aligned is
-copied for the product's time only, on a GPU all matrices of a pass in one launch (``alignment.cu``).
+On GPUs, rows of a product's matrices should all be a multiple of 16 bytes long. Otherwise the product takes three
+times as long on an H200. On CPUs, the result's rows should be a multiple of 32 bytes. Otherwise MKL takes 1.4 times as
+long. Other matrices are copied for the time of the product; on a GPU, one launch copies all of a pass
+(``alignment.cu``).
 """
 
 import functools
@@ -18,11 +19,11 @@ from fairseq_rkm.ops.compilation import nvrtc
 GPU_BYTES, CPU_BYTES = 16, 32
 SOURCE = Path(__file__).with_suffix(".cu")
 AT_ONCE, THREADS, BLOCKS_EACH = 3, 256, 4
-"""Matrices and threads of a launch, and its blocks for each multiprocessor, which are all resident at once."""
+"""The matrices of a launch, the threads of a block, and the blocks of a multiprocessor; all are resident at once."""
 
 
 def align_rows(*matrices: Tensor) -> list[Tensor]:
-    """Each matrix with zero columns up to aligned rows: itself if it has them.
+    """Pad each matrix with zero columns up to aligned rows; aligned ones are returned themselves.
 
     Args:
         matrices: ``(..., n)`` of one dtype and device.
@@ -54,7 +55,7 @@ def _align_rows(matrices: Sequence[Tensor], workspace: Tensor | None) -> list[Te
 
 
 def unalign_rows(matrices: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
-    """What :func:`align_rows` was given, from its results and the numbers of columns; on a GPU contiguous."""
+    """Undo :func:`align_rows`: cut each result to its number of columns; on a GPU contiguous."""
     if not matrices or not matrices[0][0].is_cuda or nvrtc.available() is not None:
         return [m if m.size(-1) == size else m[..., :size] for m, size in matrices]
     results = [m if m.size(-1) == size else m.new_empty(*m.shape[:-1], size) for m, size in matrices]
@@ -65,11 +66,11 @@ def unalign_rows(matrices: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
 
 
 def align(inputs: Tensor, weight: Tensor, *others: Tensor) -> list[Tensor]:
-    """:func:`align_rows` of extended inputs ``(T + n - 1, B, m)``, of each input's part of their weight, and of others.
+    """Align extended inputs, ``(T + n - 1, B, m)``, each input's part of their weight, and others.
 
     Args:
-        inputs: m columns.
-        weight: ``(G, n * m)``; the result is ``(G, n * m')``, m' being m rounded up.
+        inputs: of m columns.
+        weight: ``(G, n * m)``; the result is ``(G, n * m')``, with m' for m rounded up.
         others: ``(..., n)``.
     """
     return _align((inputs, weight, *others), None)
@@ -90,9 +91,9 @@ def _align(matrices: Sequence[Tensor], workspace: Tensor | None) -> list[Tensor]
 
 
 def _launch(name: str, copies: list[tuple[Tensor, Tensor, int]], *more: Tensor | int | None) -> None:
-    """Copy each first tensor to the second, as many of their columns as the number says; ``more`` arguments follow."""
+    """Copy so many columns of each first tensor to the second; the kernel gets the arguments ``more`` too."""
     arguments: list[Tensor | int | None] = []
-    sources = [source.contiguous() for source, _, _ in copies]  # which lives until the launch
+    sources = [source.contiguous() for source, _, _ in copies]  # kept alive until the launch
     for source, (_, result, size) in zip(sources, copies, strict=True):
         arguments += [source, result, source.numel() // source.size(-1), size]
     arguments += [None, None, 0, 0] * (AT_ONCE - len(copies))

@@ -1,6 +1,6 @@
 """The cells of Liang et al. (2019), stated once, as data.
 
-Every way to compute a cell, every model flag and every test reads this table; none of them repeats it.
+Every backend, model flag and test reads this table; none repeats it.
 
 With pre-activations ``a^g_t = W^g X_t + U^g h_{t-1} + b^g`` a cell is::
 
@@ -8,7 +8,7 @@ With pre-activations ``a^g_t = W^g X_t + U^g h_{t-1} + b^g`` a cell is::
     memory        c_t  = i_t * c~_t + f_t * c_{t-1}
     output        h_t  = o_t * squash(c_t)
 
-where each of ``i_t``, ``f_t`` and ``o_t`` is a gate (a sigmoid), the complement of another gate, a constant, or absent.
+Each of ``i_t``, ``f_t`` and ``o_t`` is a gate (a sigmoid), the complement of another gate, a constant, or absent.
 """
 
 import functools
@@ -20,7 +20,7 @@ from fairseq_rkm.errors import RKMError
 CANDIDATE, INPUT, FORGET, OUTPUT = "candidate", "input", "forget", "output"
 
 AUTO_CLIP = 1.0
-"""The bound that ``memory_clip="auto"`` gives a memory that nothing else bounds: where a tanh would end."""
+"""The bound of ``memory_clip="auto"`` for a memory without another bound; a tanh has the same."""
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,16 @@ class Cell:
     """One row of the table.
 
     Attributes:
-        name: what users type.
+        name: the name that users type.
         title: the paper's name.
-        gates: the pre-activations, in the order in which their weights are stacked. The candidate comes first and the
-            output gate last, so that the gates that act on the memory, the sigmoids, and the recurrent gates are each
-            one contiguous block.
-        recurrent_gates: those that see ``h_{t-1}``; empty for a cell without feedback.
+        gates: the pre-activations, in the order of their stacked weights. The candidate comes first and the output gate
+            last. The gates that act on the memory, the sigmoids, and the recurrent gates then each form one block.
+        recurrent_gates: the gates that see ``h_{t-1}``; empty for a cell without feedback.
         has_memory: whether ``c_{t-1}`` enters ``c_t``.
         squash_candidate: whether ``c~_t`` passes through tanh.
         squash_output: whether ``c_t`` passes through tanh on its way to the output.
-        source: where the equation stands.
-        clip: the largest ``|c_t|``, beyond which the memory is clipped; None for no limit, as in the paper.
+        source: the publication and section of the equation.
+        clip: the largest ``|c_t|``; the memory is clipped to it. None is no limit, as in the paper.
     """
 
     name: str
@@ -52,7 +51,7 @@ class Cell:
     clip: float | None = None
 
     def __hash__(self) -> int:
-        return hash(self.name)  # cells are keys of plans and kernels, which every call looks up
+        return hash(self.name)  # every call looks up plans and kernels by their cell
 
     @property
     def has_feedback(self) -> bool:
@@ -60,7 +59,7 @@ class Cell:
 
     @property
     def feeds_back_unbounded(self) -> bool:
-        """Whether ``h_{t-1}`` enters ``c_t`` and grows as ``c_{t-1}`` does: ``c_t`` may then grow exponentially.
+        """Whether ``c_t`` may grow exponentially: ``h_{t-1}`` enters it and grows with ``c_{t-1}``.
 
         Without feedback, ``f_t < 1`` keeps ``c_t`` in proportion to the inputs.
         """
@@ -95,13 +94,13 @@ class Cell:
     def output_is_gate(self) -> bool:
         return OUTPUT in self.gates
 
-    @functools.cache  # noqa: B019 - of the few cells that there are; a single step asks each time
+    @functools.cache  # noqa: B019 - there are few cells, and each single step asks
     def without_feedback(self) -> "Cell":
         """The same cell with ``U`` dropped: its gates see ``X_t`` alone."""
         return replace(self, recurrent_gates=())
 
     def clipped(self, clip: float | None) -> "Cell":
-        """The same cell with ``c_t <- min(max(c_t, -clip), clip)`` (Sak et al. 2014), which bounds what is fed back."""
+        """The same cell with ``c_t <- min(max(c_t, -clip), clip)`` (Sak et al. 2014); this bounds the feedback."""
         return replace(self, clip=None if clip is None else float(clip))
 
     def equations(self) -> tuple[str, str]:
@@ -138,16 +137,17 @@ def is_bound(memory_clip: str | float | None) -> bool:
 
 
 def resolve_clip(memory_clip: str | float | None, cell: Cell, layer_norm: bool) -> float | None:
-    """The largest ``|c_t|`` that a setting means for a cell; None for no limit.
+    """The largest ``|c_t|`` for a cell and a setting; None for no limit.
 
     Args:
-        memory_clip: ``"auto"`` (:data:`AUTO_CLIP` for a cell that feeds back a memory which neither squashing nor layer
-            normalisation bounds, else none), ``"none"`` or None, or a number, as text too.
-        cell: the cell, its feedback as asked.
+        memory_clip: a number, also as text; ``"none"`` or None for no limit; or ``"auto"``. ``"auto"`` is
+            :data:`AUTO_CLIP` for a cell that feeds back a memory without squashing or layer normalisation, and no limit
+            for the others.
+        cell: the cell, with or without feedback.
         layer_norm: whether the memory is normalised.
 
     Raises:
-        RKMError: anything else, or a number beside layer normalisation.
+        RKMError: the setting is anything else, or a number beside layer normalisation.
     """
     if memory_clip == "auto":
         return AUTO_CLIP if cell.feeds_back_unbounded and not layer_norm else None
@@ -165,14 +165,14 @@ def resolve_clip(memory_clip: str | float | None, cell: Cell, layer_norm: bool) 
 
 
 def resolve_cell(name: str, feedback: bool | None = None) -> Cell:
-    """The cell called ``name``, with its feedback as asked.
+    """The cell called ``name``, with or without feedback.
 
     Args:
         name: a key of :data:`CELLS`.
-        feedback: None for what the cell's row says, False to drop it.
+        feedback: None keeps the feedback of the cell's row; False drops it.
 
     Raises:
-        RKMError: an unknown name, or feedback asked of a cell that has none.
+        RKMError: the name is unknown, or feedback is asked of a cell that has none.
     """
     if name not in CELLS:
         raise RKMError(f"unknown cell {name!r}; choose one of {', '.join(CELLS)}")

@@ -1,7 +1,7 @@
-"""The one place that decides how a recurrence is computed.
+"""The one place that picks a backend for a recurrence.
 
-To plug in a kernel, write a file with a ``recurrence`` of the reference's signature and a function that says, in a
-sentence, why it cannot take a given problem (None if it can), and add a row to :data:`BACKENDS`.
+A new backend is a file with two functions and a row of :data:`BACKENDS`. ``recurrence`` has the reference's signature.
+``refuses`` says in a sentence why the backend cannot take a given problem, or returns None.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,8 @@ class Backend:
     Attributes:
         run: as :func:`fairseq_rkm.ops.reference.recurrence`.
         refuses: why a problem is beyond it, or None.
-        automatic: whether ``"auto"`` may pick it; the reference it takes where only PyTorch's own operators will do.
+        automatic: whether ``"auto"`` may pick it. Where only PyTorch's own operators work, ``"auto"`` takes the
+            reference.
         takes_none: whether it takes None for an initial state of zeros.
     """
 
@@ -49,11 +50,11 @@ BACKENDS: dict[str, Backend] = {
     "batched": Backend(batched.recurrence),
     "reference": Backend(reference.recurrence, automatic=False),
 }
-"""By name, the preferred first."""
+"""The backends by name, the preferred first."""
 
 
 def check_backend(name: str) -> None:
-    """Raises RKMError for a name that is neither ``"auto"`` nor a backend's."""
+    """Raise RKMError for a name that is neither ``"auto"`` nor a backend's."""
     if name != "auto" and name not in BACKENDS:
         raise RKMError(f"unknown backend {name!r}; choose one of auto, {', '.join(BACKENDS)}")
 
@@ -66,11 +67,10 @@ def pick(name: str, cell: Cell, inputs: Tensor, weights: Weights, obstacle: str 
         cell: the cell.
         inputs: extended inputs.
         weights: the weights.
-        obstacle: why only PyTorch's own operators will do, hence only the reference; None if they need not.
+        obstacle: the reason why only PyTorch's own operators work, and with them only the reference; None if all do.
 
     Raises:
-        RKMError: an unknown name, or a backend asked for by name that cannot take the problem: it is never replaced by
-            another.
+        RKMError: the name is unknown, or the named backend cannot take the problem. No other takes its place.
     """
     check_backend(name)
     if name == "auto":
@@ -91,14 +91,14 @@ def recurrence(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As :func:`fairseq_rkm.ops.reference.recurrence`, by the backend named; ``size``: d.
 
-    An initial ``hidden`` or ``memory`` that is None is zero; others are converted to the types computed in. Here all
-    tensors that reach a backend are checked and laid out one element after the other.
+    None for ``hidden`` or ``memory`` stands for zeros; others are converted to the dtypes of the computation. All
+    tensors for a backend are checked here and made contiguous.
 
     Raises:
-        RKMError: inputs, weights, state and mask of different devices or dtypes, or of shapes that do not fit, numbers
-            that are not floating-point ones, or a backend that refuses.
+        RKMError: inputs, weights, state and mask differ in device or dtype; a shape does not fit; numbers are not
+            floating-point ones; or the backend refuses.
     """
-    if not torch.jit.is_tracing():  # which warns of each comparison
+    if not torch.jit.is_tracing():  # tracing warns of each comparison
         _check(cell, inputs, weights, size, hidden, memory, keep)
     reason = obstacle(inputs, hidden, memory, keep, *weights.tensors())
     chosen = pick(backend, cell, inputs, weights, reason)
@@ -115,7 +115,7 @@ def _check(
     cell: Cell, inputs: Tensor, weights: Weights, size: int, hidden: Tensor | None, memory: Tensor | None,
     keep: Tensor | None,
 ) -> None:  # fmt: skip
-    """A tensor of another shape might be broadcast, or read beyond its end."""
+    """Check shapes, dtypes and devices; a wrong shape might be broadcast, or read beyond its end."""
     device, dtype, (length, batch, features) = inputs.device, inputs.dtype, inputs.shape
     gates, ngram = len(cell.gates) * size, max(1, weights.input.size(-1) // features)
     for what, tensor, shape, wanted in (

@@ -1,6 +1,6 @@
-"""The gradients of inputs and parameters from those of the gates: one matrix product each, over all steps at once.
+"""The gradients of inputs and parameters from the gates' gradients: one matrix product each, over all steps.
 
-A backend's own backward pass leaves the gradients of the pre-activations; all else is the same for all of them.
+A backend's own backward pass computes the gradients of the pre-activations. All backends share the rest.
 """
 
 from collections.abc import Mapping
@@ -19,19 +19,19 @@ def parameter_gradients(
     grad_gates: Tensor, known: Mapping[str, Tensor | None], needs: tuple[bool, ...],
     operands: list[Tensor] | None = None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """The gradients of the inputs and, in the order of :class:`Weights`, of its fields: one product each.
+    """The gradients of the inputs and of the weights, in the order of :class:`Weights`, by one product each.
 
     Args:
         cell: the cell.
         weights: the weights.
         inputs: extended inputs.
         hidden: all ``h_t``, ``(T + 1, B, d)``, the initial one first.
-        memory: all ``c_t``, likewise.
+        memory: all ``c_t``, ``(T + 1, B, d)``, the initial one first.
         gates: the activated gates, ``(T, B, G * d)``.
-        grad_gates: the gradients of the pre-activations, likewise.
-        known: the gradients, by field, that the loop over time came by: the layer norm's, and maybe the scales'.
-        needs: which of the results are wanted; the others are None.
-        operands: :func:`product_operands`, aligned, if that is done already.
+        grad_gates: the gradients of the pre-activations, ``(T, B, G * d)``.
+        known: gradients that the loop over time computed, by field: the layer norm's, and perhaps the scales'.
+        needs: True for each result that is wanted; the others are None.
+        operands: the aligned :func:`product_operands`, or None to align them here.
     """
     size, narrow = hidden.size(2), grad_gates.to(inputs.dtype)
     wanted = dict(zip(("inputs", *Weights._fields), needs, strict=True))
@@ -60,7 +60,7 @@ def parameter_gradients(
 
 
 def product_operands(weights: Weights, inputs: Tensor, hidden: Tensor, need_recurrent: bool) -> list[Tensor]:
-    """Inputs, their weight and, if the gradient of ``U`` is wanted, its factors ``h_{t-1}``: yet to be aligned."""
+    """The inputs, their weight and, for the gradient of ``U``, all ``h_{t-1}``; none is aligned yet."""
     fed = [hidden[:-1]] if weights.recurrent is not None and need_recurrent else []
     return [inputs, weights.input, *fed]
 
@@ -70,12 +70,12 @@ def sigma_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the constant scales ``s_i`` and ``s_f``.
 
-    The candidate's gradient is ``s_i > 0`` times that of ``c_t`` before the layer norm.
+    The candidate's gradient is ``s_i > 0`` times the gradient of ``c_t`` before the layer norm.
 
     Args:
-        grad_candidate: of ``c~_t``, ``(T, B, d)``.
-        candidate: ``c~_t``, likewise.
-        previous: ``c_{t-1}``, likewise.
+        grad_candidate: the gradient of ``c~_t``, ``(T, B, d)``.
+        candidate: ``c~_t``, ``(T, B, d)``.
+        previous: ``c_{t-1}``, ``(T, B, d)``.
         sigma_i: ``s_i``.
     """
     grad_memory = grad_candidate / sigma_i

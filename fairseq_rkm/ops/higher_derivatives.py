@@ -1,9 +1,9 @@
-"""Derivatives of gradients: a backward pass written by hand gives numbers, the reference what can be differentiated.
+"""Derivatives of gradients: hand-written backward passes give plain numbers, the reference differentiable ones.
 
-A recurrence that is an ``autograd.Function`` saves its arguments by :func:`save_arguments` and has its backward pass
-decorated by :func:`first_derivatives`. Where gradients are to be differentiated again (``create_graph=True``: penalties
-on gradients, Hessian-vector products, MAML), the recurrence is computed anew by :mod:`fairseq_rkm.ops.reference` and
-differentiated by autograd, to any order.
+A recurrence is an ``autograd.Function``. It saves its arguments with :func:`save_arguments`, and
+:func:`first_derivatives` decorates its backward pass. Gradients may have to be differentiated again
+(``create_graph=True``: penalties on gradients, Hessian-vector products, MAML). :mod:`fairseq_rkm.ops.reference` then
+computes the recurrence anew, and autograd differentiates it, to any order.
 """
 
 import functools
@@ -23,7 +23,7 @@ Gradients = tuple[Tensor | None, ...]
 
 
 class Saved(NamedTuple):
-    """What a recurrence was called with, and what its backend's own backward pass needs beside."""
+    """A recurrence's arguments, and further tensors for its backend's own backward pass."""
 
     cell: Cell
     keep: Tensor | None
@@ -38,13 +38,13 @@ def save_arguments(
     ctx: Any, cell: Cell, keep: Tensor | None, inputs: Tensor, hidden: Tensor | None, memory: Tensor | None,
     weights: Weights, *own: Tensor | None,
 ) -> None:  # fmt: skip
-    """Keep what :class:`Saved` holds for the backward pass."""
+    """Keep the content of :class:`Saved` for the backward pass."""
     ctx.cell, ctx.numbers = cell, weights.numbers()
     ctx.save_for_backward(keep, inputs, hidden, memory, *weights.tensors(), *own)
 
 
 def _saved(ctx: Any) -> Saved:
-    """To be called once: ``torch.utils.checkpoint`` gives saved tensors out a single time."""
+    """Read the saved tensors; call it once: ``torch.utils.checkpoint`` gives them out a single time."""
     keep, inputs, hidden, memory, *tensors = ctx.saved_tensors
     count = len(Weights._fields)
     weights = Weights(*tensors[:count])._replace(**ctx.numbers)
@@ -52,10 +52,9 @@ def _saved(ctx: Any) -> Saved:
 
 
 def first_derivatives(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
-    """Decorate a backward pass of ``apply(cell, keep, inputs, hidden, memory, *weights)`` that is written by hand.
+    """Decorate the hand-written backward pass of ``apply(cell, keep, inputs, hidden, memory, *weights)``.
 
-    It is given the context, what was :class:`Saved`, and plain gradients, or None, and is never asked for a result that
-    can be differentiated.
+    The pass gets the context, a :class:`Saved`, and plain gradients or None. Its results are never differentiated.
     """
 
     @functools.wraps(backward)
@@ -63,7 +62,7 @@ def first_derivatives(backward: Callable[..., Gradients]) -> Callable[..., Gradi
         saved = _saved(ctx)
         device = saved.inputs.device.type
         autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        # The forward pass has chosen its types; a backward pass called under autocast keeps them.
+        # The forward pass has chosen its dtypes; a backward pass under autocast keeps them.
         with torch.autocast(device, enabled=False) if autocast else nullcontext():
             if torch.is_grad_enabled() or obstacle(*grads) is not None:
                 return None, None, *_by_reference(saved, grads, ctx.needs_input_grad[2:])
@@ -73,10 +72,10 @@ def first_derivatives(backward: Callable[..., Gradients]) -> Callable[..., Gradi
 
 
 def _by_reference(saved: Saved, grads: Gradients, needs: Sequence[bool]) -> list[Tensor | None]:
-    """The gradients of inputs, initial state and weights; they have a graph if gradients are to be differentiated."""
+    """The gradients of inputs, initial state and weights; they have a graph where one is asked for."""
     create_graph, cell = torch.is_grad_enabled(), saved.cell
     with torch.enable_grad():
-        # Views: where one argument was computed from another, its gradient ends here all the same.
+        # Views cut the graph: one argument may have been computed from another.
         given = saved.inputs, saved.hidden, saved.memory, *saved.weights
         views: list[Any] = [x.view_as(x) if isinstance(x, Tensor) else x for x in given]
         inputs, hidden, memory, *fields = views

@@ -1,8 +1,8 @@
 """n-gram inputs ``X_t = [x_t; x_{t-1}; ...; x_{t-n+1}]`` and their projection, without the n-fold input in memory.
 
-Every backend takes *extended* inputs of shape ``(T + n - 1, B, m)``, in which the window of step t is
-``[inputs[t + n - 1], ..., inputs[t]]``, newest first. What precedes the sequence, a centred window and a direction of
-travel are thus settled here, once.
+Every backend takes *extended* inputs of shape ``(T + n - 1, B, m)``. The window of step t is
+``[inputs[t + n - 1], ..., inputs[t]]``, newest first. This file alone handles earlier inputs, centred windows and the
+direction of travel.
 """
 
 import torch
@@ -12,12 +12,12 @@ from fairseq_rkm.ops.alignment import align
 
 
 def extend(x: Tensor, ngram: int, padding: str, context: Tensor | None) -> Tensor:
-    """Put before (and for ``"same"`` behind) the inputs what their windows reach.
+    """Extend the inputs, so that every window finds its n inputs: before them, and for ``"same"`` also behind.
 
     Args:
         x: ``(T, B, m)``, zero at padding, in the direction of travel.
         ngram: n.
-        padding: ``"causal"`` (a window ends at its step) or ``"same"`` (it is centred there).
+        padding: ``"causal"`` ends a window at its step; ``"same"`` centres it there.
         context: ``(n - 1, B, m)``, the inputs before the first, oldest first; None for zeros.
 
     Returns:
@@ -34,13 +34,13 @@ def extend(x: Tensor, ngram: int, padding: str, context: Tensor | None) -> Tenso
 
 
 def next_context(x: Tensor, ngram: int, context: Tensor | None, keep: Tensor | None) -> Tensor:
-    """The last ``n - 1`` inputs up to each row's last real step: what the next segment's windows reach back to.
+    """The last ``n - 1`` inputs up to each row's last real step; the next segment's windows reach back to them.
 
     Args:
         x: ``(T, B, m)``, zero at padding.
         ngram: n, at least 2.
         context: as in :func:`extend`.
-        keep: ``(T, B)`` bool, True at real steps; None if all are.
+        keep: ``(T, B)`` bool, True at real steps; None if all steps are real.
 
     Returns:
         ``(n - 1, B, m)``, oldest first.
@@ -54,7 +54,7 @@ def next_context(x: Tensor, ngram: int, context: Tensor | None, keep: Tensor | N
 
 
 def last_real_step(keep: Tensor) -> Tensor:
-    """The number (from 1) of each row's last real step, 0 for a row that has none.
+    """The number of each row's last real step, counted from 1; 0 for a row without any.
 
     Args:
         keep: ``(T, B)`` bool.
@@ -73,12 +73,12 @@ def project(inputs: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | N
         inputs: extended inputs, ``(T + n - 1, B, m)``.
         weight: ``(G, n * m)``.
         bias: ``(G,)`` or None.
-        out: where the result goes, ``(T * B, G)`` and contiguous; None makes it.
+        out: a contiguous tensor for the result, ``(T * B, G)``; None makes one.
 
     Returns:
         ``(T, B, G)``, contiguous.
     """
-    if inputs.is_cuda:  # a CPU's products want only their results aligned
+    if inputs.is_cuda:  # on a CPU only the result needs alignment
         inputs, weight = align(inputs, weight)
     (newest, taps), *older = _taps(inputs, weight)
     result = torch.mm(newest, taps.t(), out=out) if bias is None else torch.addmm(bias, newest, taps.t(), out=out)
@@ -97,8 +97,11 @@ def project_backward(
         grad: ``(T, B, G)``, contiguous.
         inputs: as in :func:`project`.
         weight: as in :func:`project`.
-        need_inputs: whether the first result is wanted.
-        need_weight: whether the second is.
+        need_inputs: whether to compute the first result.
+        need_weight: whether to compute the second result.
+
+    Returns:
+        The gradients of inputs and weight, of their shapes; None for one that is not needed.
     """
     flat = grad.flatten(0, 1)
     if inputs.size(2) == weight.size(1):
@@ -115,7 +118,7 @@ def project_backward(
 
 
 def _taps(inputs: Tensor, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Pairs of the k-newest inputs of all windows, ``(T * B, m)``, and the columns that multiply them, ``(G, m)``."""
+    """For each k the k-th newest inputs of all windows, ``(T * B, m)``, and their columns of the weight, ``(G, m)``."""
     length, batch, size = inputs.shape
     if weight.size(1) == size:
         return [(inputs.view(length * batch, size), weight)]

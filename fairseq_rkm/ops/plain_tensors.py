@@ -1,8 +1,8 @@
-"""Whether hand-written passes and kernels may be used: on plain tensors, and unseen by anything that follows operators.
+"""Whether hand-written passes and kernels may run: only on plain tensors, and while nothing follows operators.
 
-C and GPU kernels read memory. A fake, functional, sparse, quantised or batched tensor has none, or has it in another
-form. What follows PyTorch's operators one by one (``torch.func``, ``make_fx``, FakeTensorMode, ``torch.jit.trace``, the
-ONNX exporters) does not see what a kernel does, and would take what it leaves in memory for a constant.
+C and GPU kernels read memory. Fake, functional, sparse, quantised and batched tensors have none, or another layout.
+``torch.func``, ``make_fx``, FakeTensorMode, ``torch.jit.trace`` and the ONNX exporters follow PyTorch's single
+operators. They do not see a kernel's work, and would take its results for constants.
 """
 
 import functools
@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 ORDINARY = Tensor, torch.nn.Parameter
-"""Classes that do not say themselves what operators do to them."""
+"""Classes that leave the meaning of operators to PyTorch."""
 
 
 def obstacle(*tensors: Tensor | None) -> str | None:
-    """Why only PyTorch's own operators may take these tensors now, as the end of a sentence; None if all else may."""
+    """The reason, as a sentence's end, why only PyTorch's own operators may take these tensors; None if kernels may."""
     if torch.compiler.is_dynamo_compiling():
         return None  # the compiler reads the program; it does not run it
     reason = _follower()
@@ -32,15 +32,15 @@ def obstacle(*tensors: Tensor | None) -> str | None:
 
 
 def _in_memory(tensor: Tensor) -> bool:
-    """Whether a tensor of an ordinary class that has elements is plain: quick, since each call asks it of each."""
+    """Whether a tensor of an ordinary class with elements is plain; quick: each call asks it of each tensor."""
     try:
         return tensor.data_ptr() != 0 and not tensor.is_neg()
-    except RuntimeError:  # it has no storage
+    except RuntimeError:  # the tensor has no storage
         return False
 
 
 def _follower() -> str | None:
-    """What follows PyTorch's operators at the moment, in a sentence; None if nothing does."""
+    """A sentence on the tool that follows PyTorch's operators now; None if there is none."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "torch.func (grad, vmap, jvp, ...) transforms PyTorch's own operators alone"
     if torch._C._len_torch_dispatch_stack() or torch._ops._len_torch_dispatch_stack_pre_dispatch():
@@ -53,14 +53,14 @@ def _follower() -> str | None:
 
 
 def _keys(tensor: Tensor) -> int:
-    """What PyTorch dispatches on: layout and device, and all that wraps a tensor or views it as another."""
+    """The keys that PyTorch dispatches on: layout, device, wrappers and views."""
     keys: int = torch._C._dispatch_keys(tensor).raw_repr()
     return keys
 
 
 @functools.cache
 def _plain_keys(device: torch.device) -> frozenset[int]:
-    """The keys of a device's ordinary tensors, made in inference mode or not."""
+    """The keys of a device's ordinary tensors, made in or out of inference mode."""
     keys = []
     for inference in (False, True):
         with torch.inference_mode(inference):

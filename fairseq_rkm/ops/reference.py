@@ -1,6 +1,6 @@
-"""One readable time loop for all cells: the definition of correct. Never fast, never picked by itself.
+"""One readable time loop for all cells; it defines the right result. It is slow, and ``"auto"`` avoids it.
 
-Section 4 of Liang et al. (2019), with the layer normalisation that its Table 2 was obtained with.
+It computes section 4 of Liang et al. (2019), with the layer normalisation behind their Table 2.
 """
 
 import torch
@@ -19,18 +19,18 @@ def recurrence(
     Args:
         cell: a row of :data:`fairseq_rkm.ops.cells.CELLS`, perhaps without its feedback.
         inputs: extended inputs, ``(T + n - 1, B, m)``, zero at padding (see :mod:`fairseq_rkm.ops.ngram`).
-        weights: matrices and bias of the inputs' dtype, the layer norm's and the sigmas of the memory's.
+        weights: matrices and bias have the inputs' dtype; the layer norm and the sigmas have the memory's.
         hidden: ``h_0``, ``(B, d)``, of the inputs' dtype.
         memory: ``c_0``, ``(B, d)``, float32 for inputs of 16 bits, else of the inputs' dtype.
-        keep: ``(T, B)`` bool, True at real steps; None if all are. At the others the state stands still and the
-            output is zero.
+        keep: ``(T, B)`` bool, True at real steps; None if all steps are real. At other steps the state stands still and
+            the output is zero.
 
     Returns:
-        ``(output, hidden, memory)``: ``(T, B, d)`` and the final state, ``(B, d)`` each.
+        The output, ``(T, B, d)``, and the final hidden state and memory, ``(B, d)`` each.
     """
     ngram = weights.input.size(1) // inputs.size(2)
     outputs = [inputs.new_zeros(0, *hidden.shape)]
-    # Unbound, so that a program recorded by torch.jit.trace, which has as many steps as there were, refuses others.
+    # A program recorded by torch.jit.trace has a fixed number of steps. Unbinding makes it refuse another number.
     rows = inputs.unbind()
     for t in range(len(rows) - ngram + 1):
         window = torch.cat([rows[t + ngram - 1 - k] for k in range(ngram)], dim=1)
@@ -47,7 +47,7 @@ def recurrence(
 
 
 def step(cell: Cell, window: Tensor, weights: Weights, hidden: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
-    """``h_t`` and ``c_t`` from ``X_t`` (``(B, n * m)``), ``h_{t-1}`` and ``c_{t-1}``."""
+    """``h_t`` and ``c_t``, ``(B, d)`` each, from ``X_t``, ``(B, n * m)``, ``h_{t-1}`` and ``c_{t-1}``."""
     a = dict(zip(cell.gates, F.linear(window, weights.input, weights.bias).chunk(len(cell.gates), 1), strict=True))
     if weights.recurrent is not None:
         fed_back = F.linear(hidden, weights.recurrent).chunk(len(cell.recurrent_gates), 1)

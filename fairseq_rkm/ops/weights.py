@@ -1,4 +1,4 @@
-"""The tensors of one layer in one direction, as every backend takes them."""
+"""The tensors of one layer and direction, in the form for all backends."""
 
 from typing import Any, NamedTuple
 
@@ -17,8 +17,8 @@ class Weights(NamedTuple):
         bias: ``(gates * d,)`` or None.
         norm_weight: ``(d,)``, gain of the layer norm on the memory, or None.
         norm_bias: ``(d,)``, its bias, or None.
-        sigma_i: ``s_i``, a scalar tensor or a number; read only by cells whose input scale is constant.
-        sigma_f: ``s_f``, ``(d,)`` or a number; read only by cells whose memory scale is constant.
+        sigma_i: ``s_i``, a scalar tensor or a number; only cells with a constant input scale read it.
+        sigma_f: ``s_f``, ``(d,)`` or a number; only cells with a constant memory scale read it.
     """
 
     input: Tensor
@@ -30,9 +30,9 @@ class Weights(NamedTuple):
     sigma_f: Tensor | float = 0.5
 
     def laid_out(self, wide: torch.dtype) -> "Weights":
-        """The same as backends read them, a tensor's elements one after the other in memory.
+        """The same weights, contiguous in memory, as backends read them.
 
-        The layer norm's and the scales' tensors, which act on the memory, are in its type, ``wide``.
+        The layer norm and the scales act on the memory: they get its dtype, ``wide``.
         """
         tensors: list[Any] = [v.to(wide) if i > 2 and isinstance(v, Tensor) else v for i, v in enumerate(self)]
         return Weights(*(v.contiguous() if isinstance(v, Tensor) else v for v in tensors))
@@ -42,10 +42,10 @@ class Weights(NamedTuple):
         return {name: value for name, value in zip(self._fields, self, strict=True) if isinstance(value, float)}
 
     def tensors(self) -> list[Tensor | None]:
-        """The fields in order, None in the place of plain numbers: what autograd can save."""
+        """The fields in order, for autograd to save; None stands for a plain number."""
         return [None if isinstance(value, float) else value for value in self]
 
 
 def memory_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type in which ``c_t`` is kept: that of the inputs, but never below float32."""
+    """The dtype of ``c_t``: the inputs', but never below float32."""
     return torch.promote_types(dtype, torch.float32)

@@ -1,1 +1,1 @@
-"""The ways to compute a recurrence that are faster than the reference, a file or folder each; none knows another."""
+"""The backends faster than the reference, each in a file or folder of its own; none imports another."""

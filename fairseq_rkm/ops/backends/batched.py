@@ -1,11 +1,11 @@
-"""Plain PyTorch with a backward written by hand: whatever does not depend on ``h_{t-1}`` is done for all steps at once.
+"""Plain PyTorch with a hand-written backward pass: work independent of ``h_{t-1}`` is done for all steps at once.
 
-Forward, the input projections are one matrix product over time, and a step is one product with ``U``, one sigmoid over
-the stacked gates and a few fused multiply-adds into preallocated buffers. Backward, each gate's gradient is a factor
-known for all steps in advance times the gradient of ``c_t`` (or, for the output gate, of ``h_t``), so that a step is
-one product with ``U`` and four pointwise operations; the weights' gradients are one product each at the end.
+Forward, one matrix product projects the inputs of all steps. A step is one product with ``U``, one sigmoid over the
+stacked gates and a few fused multiply-adds into preallocated buffers. Backward, each gate's gradient is a factor times
+the gradient of ``c_t``, or of ``h_t`` for the output gate. The factors of all steps are known in advance: a step is one
+product with ``U`` and four pointwise operations. One product at the end gives each weight's gradient.
 
-Without feedback a block is the whole sequence: only the memory's own recurrence is left in the loop, and a cell without
+Without feedback a block is the whole sequence. Only the memory's own recurrence stays in the loop, and a cell without
 memory has no loop.
 """
 
@@ -60,7 +60,7 @@ class _Recurrence(torch.autograd.Function):
 
 
 class _Norm(NamedTuple):
-    """What the layer norm's backward needs: ``c_t`` before it, ``(T, B, d)``, and its statistics, ``(T, B, 1)``."""
+    """The layer norm's input ``c_t``, ``(T, B, d)``, and its statistics, ``(T, B, 1)``, for the backward pass."""
 
     raw: Tensor
     mean: Tensor
@@ -68,7 +68,7 @@ class _Norm(NamedTuple):
 
 
 def _blocks(steps: int, feedback: bool) -> Iterator[slice]:
-    """Stretches of time within which nothing depends on the output."""
+    """Stretches of time without dependence on the output: single steps with feedback, else the whole."""
     if feedback:
         return (slice(t, t + 1) for t in range(steps))
     return iter([slice(0, steps)] if steps else [])
@@ -129,7 +129,7 @@ class _Forward:
             gates[..., size:].sigmoid_()
 
     def _remember(self, block: slice) -> None:
-        """``c_t`` of a block's steps; one after the other if each needs the one before."""
+        """``c_t`` of a block's steps, step by step for a cell with memory."""
         if not self.cell.has_memory:
             self._combine(block, block)
             return
@@ -191,7 +191,7 @@ class _Backward:
         self._factors()
 
     def _inside(self, clip: float) -> Tensor:
-        """1 where ``c_t`` was within the bound before it was clipped, the bound included, as for ``torch.clamp``."""
+        """1 where ``c_t`` was within the bound, or at it, before clipping; else 0, as for ``torch.clamp``."""
         raw = torch.empty_like(self.memory[1:])
         _remembered(self.cell, self.weights, self.gates, self.memory[:-1], raw)
         return (raw.abs() <= clip).to(raw.dtype)
@@ -221,13 +221,13 @@ class _Backward:
             factors[..., at[OUTPUT]] = squashed * _sigmoid_slope(gate)
             slope.mul_(gate)
         if self.padding is not None:
-            # Filled, and not multiplied: padding has no part in a gradient even where a number beside it is missing.
+            # Filled, not multiplied: zero times NaN is NaN, and padding has no part in a gradient.
             factors.masked_fill_(self.padding, 0)
             slope.masked_fill_(self.padding, 0)
         self.factors, self.slope = factors, slope
 
     def loop(self, grad_output: Tensor, grad_hidden: Tensor, grad_memory: Tensor) -> tuple[Tensor, Tensor]:
-        """Turn ``factors`` into the gates' gradients; return those of the initial state."""
+        """Turn ``factors`` into the gates' gradients, and return the initial state's."""
         weights, dtype = self.weights, self.memory.dtype
         grad_output = grad_output.to(dtype)
         if self.padding is not None:
@@ -250,7 +250,7 @@ class _Backward:
         return grad_hidden.to(self.hidden.dtype), grad_memory
 
     def _parallel(self, grad_output: Tensor, grad_hidden: Tensor, grad_memory: Tensor) -> tuple[Tensor, Tensor]:
-        """Without feedback: only the memory's recurrence goes step by step, and only where there is one."""
+        """The loop without feedback: only the memory's recurrence, if there is one, goes step by step."""
         steps = self.gates.size(0)
         grads = torch.cat([torch.zeros_like(grad_hidden).unsqueeze(0), grad_output])
         held = torch.zeros_like(grads)
@@ -275,7 +275,7 @@ class _Backward:
             self.factors[block][..., self.at[OUTPUT]] *= grad_hidden
 
     def _through_norm(self, block: slice, grad: Tensor) -> Tensor:
-        """From the gradient of ``c_t`` to the memory gates' and, returned, to that before layer norm or clipping."""
+        """From the gradient of ``c_t`` compute the memory gates'; return the one before layer norm or clipping."""
         if self.padding is not None:
             grad = grad.masked_fill(self.padding[block], 0)
         if self.inside is not None:
@@ -293,7 +293,7 @@ class _Backward:
         return grad
 
     def _through_memory(self, t: int, grad: Tensor) -> Tensor:
-        """The gradient of ``c_{t-1}`` from that of ``c_t``."""
+        """The gradient of ``c_{t-1}`` from the gradient of ``c_t``."""
         before = self._through_norm(slice(t, t + 1), grad.unsqueeze(0)).squeeze(0)
         forget = self.gates[t, :, self.at[FORGET]] if self.cell.forget_is_gate else self.weights.sigma_f
         if self.padding is None:
@@ -301,7 +301,7 @@ class _Backward:
         return torch.where(self.padding[t], grad, before * forget)
 
     def norm_gradients(self) -> dict[str, Tensor]:
-        """The gradients of the layer norm's gain and bias, where there is one."""
+        """The gradients of the layer norm's gain and bias; empty without a layer norm."""
         if self.norm is None:
             return {}
         gain, shift = torch.ops.aten.native_layer_norm_backward(

@@ -1,1 +1,1 @@
-"""Compiling at run time: C by the machine's compiler, CUDA C++ by PyTorch's, and the cache of both."""
+"""Compile at run time: C with the machine's compiler, CUDA C++ with PyTorch's; and keep the results."""

@@ -1,9 +1,9 @@
-"""What is compiled at run time, kept in the user's cache.
+"""The user's cache of files compiled at run time.
 
-What lies there is loaded into the process, so others must not be able to put it there: the folder, and all folders and
-links on the way to it, have to be the user's or root's, and others may not write there. Where they may, or where there
-is no folder to write, this process compiles for itself, into a folder that goes with it. A file's name holds a checksum
-of its content: a damaged file is built anew.
+Its files are loaded into the process: nobody else may put any there. The folder, and all folders and links on the way
+to it, must belong to the user or root, and be closed to others' writing. Where they are not, or where no folder can be
+written, this process compiles for itself into a folder that ends with it. A file's name holds a checksum of its
+content: a damaged file is built anew.
 """
 
 import contextlib
@@ -22,20 +22,20 @@ from typing import NamedTuple
 logger = logging.getLogger(__name__)
 
 BUILDING = "building-"
-"""What the names of folders begin with in which something is being built."""
+"""The beginning of the names of folders for building."""
 
 PRIVATE = "fairseq_rkm-"
-"""What the names of folders begin with that go with a process."""
+"""The beginning of the names of folders that are removed with a process."""
 
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 class Built(NamedTuple):
-    """A file and its content, which has been checked.
+    """A file and its checked content.
 
     Attributes:
-        path: where it is; nobody but the user (and root) can change it.
-        content: all of it.
+        path: the file's place; nobody but the user and root can change it.
+        content: all of its bytes.
     """
 
     path: Path
@@ -43,15 +43,15 @@ class Built(NamedTuple):
 
 
 def built(name: str, inputs: Iterable[str], build: Callable[[Path], object]) -> Built:
-    """The file that ``build`` writes, from the cache if it was built from the same inputs before.
+    """The file that ``build`` writes; the cache's own, if it was built from the same inputs before.
 
     Args:
-        name: the file's, to which digests of the inputs and of the content are added.
-        inputs: all that the result depends on.
-        build: writes the file at the path that it is given, and may leave other files beside it, which are removed.
+        name: the file's name; digests of the inputs and of the content are added.
+        inputs: everything that the result depends on.
+        build: writes the file at the given path. Other files that it leaves beside are removed.
 
     Raises:
-        OSError: there is no place that only the user can write, or it is full. What ``build`` raises is passed on.
+        OSError: no place is writable by the user alone, or the place is full. Errors of ``build`` are passed on.
     """
     if os.name != "posix":
         raise OSError("compiled code is kept on POSIX systems only")
@@ -67,7 +67,7 @@ def built(name: str, inputs: Iterable[str], build: Callable[[Path], object]) -> 
         part.chmod(0o600)
         content = part.read_bytes()
         target = folder / f"{stem}-{_checksum(content)}{path.suffix}"
-        part.replace(target)  # at once, whoever else builds the same
+        part.replace(target)  # in one move, even if others build the same file
     return Built(target, content)
 
 
@@ -76,7 +76,7 @@ def _checksum(content: bytes) -> str:
 
 
 def _find(folder: Path, stem: str, suffix: str) -> Built | None:
-    """A whole file of the user's in the folder; damaged ones are removed."""
+    """Find an undamaged file of the user's in the folder; damaged ones are removed."""
     for path in sorted(folder.glob(f"{stem}-*{suffix}")):
         content = _read(path)
         if content is not None and path.name == f"{stem}-{_checksum(content)}{suffix}":
@@ -87,9 +87,9 @@ def _find(folder: Path, stem: str, suffix: str) -> Built | None:
 
 
 def _read(path: Path) -> bytes | None:
-    """A file's content; None if it is no file of the user's that only they can write."""
+    """A file's content; None unless the file is the user's and nobody else can write it."""
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # neither a link nor a pipe is waited for
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # follow no link, wait for no pipe
         with open(handle, "rb") as file:
             status = os.fstat(handle)
             mine = status.st_uid == os.getuid() and not status.st_mode & _OTHERS_WRITE
@@ -99,7 +99,7 @@ def _read(path: Path) -> bytes | None:
 
 
 def _folder() -> Path:
-    """The user's cache; where it cannot be used, a folder that goes with this process."""
+    """The user's cache; if it cannot be used, a folder that ends with this process."""
     try:
         folder = _cache()
         _make(folder)
@@ -107,7 +107,7 @@ def _folder() -> Path:
         if problem is None:
             with tempfile.TemporaryFile(dir=folder):
                 return folder
-    except (OSError, RuntimeError) as error:  # the second where a user has no home
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
         problem = f"there is no cache to write ({error})"
     _say(problem)
     return _private_folder(os.getpid())
@@ -119,10 +119,10 @@ def _cache() -> Path:
 
 
 def _make(folder: Path) -> None:
-    """The folder and those above it that are missing, for the user alone whatever the umask."""
+    """Make the folder and its missing parents, for the user alone, whatever the umask."""
     for missing in (*reversed(folder.parents), folder):
         if not missing.is_dir():
-            with contextlib.suppress(FileExistsError):  # made by another process meanwhile, or no folder: seen later
+            with contextlib.suppress(FileExistsError):  # another process made it, or it is no folder: checked later
                 missing.mkdir(0o700)
                 missing.chmod(0o700)
 
@@ -137,7 +137,7 @@ def _say(problem: str) -> None:
 
 
 def weakness(folder: Path) -> str | None:
-    """How somebody else could put a file into a folder, or another folder in its place; None if nobody can.
+    """The way for others to put a file into a folder, or a folder in its place; None if there is none.
 
     Raises:
         OSError: there is no such folder.
@@ -152,7 +152,7 @@ def weakness(folder: Path) -> str | None:
 
 def _weakness_on_the_way(path: Path) -> str | None:
     for part in (*reversed(path.parents), path):
-        part.stat()  # links that go round in a circle end here
+        part.stat()  # raises for a circle of links
         status = part.lstat()
         if status.st_uid not in (os.getuid(), 0):
             return f"{part} is another user's"
@@ -166,7 +166,7 @@ def _weakness_on_the_way(path: Path) -> str | None:
 
 
 def _others_replace_entries(status: os.stat_result) -> bool:
-    """Whether others may rename what is in a folder; in one like /tmp (sticky) they cannot."""
+    """Whether others may rename a folder's entries; in a sticky one like /tmp they cannot."""
     if status.st_mode & stat.S_ISVTX:
         return False
     by_group = status.st_mode & stat.S_IWGRP and not _is_own_group(status.st_gid)
@@ -174,7 +174,7 @@ def _others_replace_entries(status: os.stat_result) -> bool:
 
 
 def _is_own_group(group_id: int) -> bool:
-    """Whether a group is the one that some systems make for each user, who is alone in it."""
+    """Whether a group is the user's own: some systems make one for each user alone."""
     import grp
     import pwd
 
@@ -187,10 +187,10 @@ def _is_own_group(group_id: int) -> bool:
 
 @functools.cache
 def _private_folder(_process: int) -> Path:
-    """A folder that goes with the process.
+    """A folder that ends with the process.
 
     Raises:
-        OSError: others could put another in its place.
+        OSError: others could put another folder in its place.
     """
     parent = Path(tempfile.gettempdir())
     problem = _weakness_on_the_way(parent.absolute())
@@ -199,13 +199,13 @@ def _private_folder(_process: int) -> Path:
     _sweep(parent, PRIVATE)
     keep = contextlib.ExitStack()
     folder = keep.enter_context(_folder_while_alive(parent, PRIVATE))
-    util.Finalize(None, keep.close, exitpriority=0)  # unlike atexit's, in processes of multiprocessing as well
+    util.Finalize(None, keep.close, exitpriority=0)  # atexit does not run in processes of multiprocessing; this does
     return folder
 
 
 @contextlib.contextmanager
 def _folder_while_alive(parent: Path, prefix: str) -> Iterator[Path]:
-    """A new folder, removed in the end, by :func:`_sweep` of another process if this one is killed."""
+    """A new folder, removed at the end; if this process is killed, :func:`_sweep` of another removes it."""
     folder, lock = _new_locked_folder(parent, prefix)
     try:
         yield folder
@@ -219,7 +219,7 @@ def _new_locked_folder(parent: Path, prefix: str) -> tuple[Path, int]:
     while True:
         folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         folder.chmod(0o700)
-        # Another process may have swept it away before it was locked.
+        # Another process may have swept the folder away before the lock.
         with contextlib.suppress(FileNotFoundError):
             lock = os.open(folder, os.O_RDONLY)
             _lock(lock, wait=True)
@@ -229,7 +229,7 @@ def _new_locked_folder(parent: Path, prefix: str) -> tuple[Path, int]:
 
 
 def _sweep(parent: Path, prefix: str) -> None:
-    """Remove the folders that killed processes of the user's have left."""
+    """Remove the folders of the user's killed processes."""
     for folder in parent.glob(f"{prefix}*"):
         with contextlib.suppress(OSError):
             if folder.lstat().st_uid != os.getuid():
@@ -243,7 +243,7 @@ def _sweep(parent: Path, prefix: str) -> None:
 
 
 def _lock(handle: int, wait: bool) -> bool:
-    """Whether a folder could be locked; some network file systems lock none, so that nothing is swept there."""
+    """Lock a folder, and say whether it worked; on network file systems without locks nothing is swept."""
     import fcntl
 
     try:

@@ -14,15 +14,15 @@ FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPI
 
 
 def compile_library(name: str, source: Path, macros: Mapping[str, int | str]) -> ctypes.CDLL:
-    """The library made of a file, from the user's cache or compiled now.
+    """The library compiled from a file, from the user's cache or made now.
 
     Args:
-        name: what to call it in the cache.
-        source: the file.
+        name: the library's name in the cache.
+        source: the C file.
         macros: names and values to define.
 
     Raises:
-        OSError: no compiler, one that fails (with its last line), or no place for its output.
+        OSError: there is no compiler, or it fails (its last line is shown), or its output has no place.
     """
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
@@ -30,7 +30,7 @@ def compile_library(name: str, source: Path, macros: Mapping[str, int | str]) ->
     command = [compiler, *FLAGS, *(f"-D{macro}={value}" for macro, value in macros.items())]
 
     def build(path: Path) -> None:
-        # Its temporary files stand beside the result, where they go with it if this process is killed.
+        # Temporary files stand beside the result; if this process is killed, they are swept with its folder.
         environment = {**os.environ, "TMPDIR": str(path.parent)}
         result = subprocess.run(  # noqa: S603 - the user's compiler
             [*command, "-o", str(path), str(source), "-lm"],
@@ -44,7 +44,7 @@ def compile_library(name: str, source: Path, macros: Mapping[str, int | str]) ->
 
 
 def _processor() -> str:
-    """All that ``-march=native`` depends on."""
+    """The processor's description; ``-march=native`` depends on it."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")

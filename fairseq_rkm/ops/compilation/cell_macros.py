@@ -1,11 +1,11 @@
-"""A cell as compiled kernels read it: a row of :mod:`fairseq_rkm.ops.cells` as macros of C."""
+"""A row of :mod:`fairseq_rkm.ops.cells` as macros of C, for compiled kernels."""
 
 from fairseq_rkm.ops.cells import Cell
 from fairseq_rkm.ops.gate_layout import gate_places
 
 
 def cell_macros(cell: Cell) -> dict[str, int | str]:
-    """The names and values to define."""
+    """The macros of a cell: names and values to define."""
     return {
         "GATES": len(cell.gates),
         "RECURRENT": len(cell.recurrent_gates),

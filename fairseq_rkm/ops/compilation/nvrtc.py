@@ -1,7 +1,7 @@
-"""Compile CUDA C++ at run time with the compiler that PyTorch brings (NVRTC), and launch it.
+"""Compile CUDA C++ at run time with PyTorch's own compiler (NVRTC), and launch it.
 
-Launches are cooperative: the driver either makes all blocks of a grid resident at once or refuses, so that blocks which
-wait for each other cannot hang.
+Launches are cooperative: the driver makes all blocks of a grid resident at once, or refuses. Blocks that wait for each
+other therefore cannot hang.
 """
 
 import ctypes
@@ -50,28 +50,29 @@ class Kernel:
         return _Configuration(grid, block, self.shared_bytes, 0, self._attributes, self._count)
 
     def most_clusters(self, threads: int) -> int:
-        """How many of the kernel's clusters, of blocks of so many threads, the device can hold at a time."""
+        """The number of the kernel's clusters, of blocks of ``threads`` threads, that the device holds at a time."""
         count, configuration = ctypes.c_int(), self._configuration(self.cluster, threads)
         _check(_driver().cuOccupancyMaxActiveClusters(ctypes.byref(count), self.function, ctypes.byref(configuration)))
         return count.value
 
     def launch(self, blocks: int, threads: int, *arguments: Tensor | int | None) -> None:
-        """Launch on the device's current stream; a tensor is passed as its address, None as the null pointer.
+        """Launch on the device's current stream.
 
-        Numbers must not be negative: each argument is laid out in 8 bytes, of which the kernel reads what it declares.
+        A tensor is passed as its address, None as the null pointer. Numbers must not be negative: each argument takes 8
+        bytes, and the kernel reads as many as it declares.
 
         Raises:
             RuntimeError: the driver refuses, for instance because the blocks cannot all be resident.
         """
         call = self._call(blocks, threads, len(arguments))
         call.values[:] = [a if type(a) is int else 0 if a is None else a.data_ptr() for a in arguments]  # type: ignore[union-attr]
-        # What Triton asks as well: torch.cuda.current_stream would make an object each time.
+        # Triton asks so too; torch.cuda.current_stream would make an object at each call.
         call.configuration.stream = torch._C._cuda_getCurrentRawStream(self.device)
         with nullcontext() if torch.cuda.current_device() == self.device else torch.cuda.device(self.device):
             _check(_driver().cuLaunchKernelEx(call.reference, self.function, call.pointers, None))
 
     def _call(self, blocks: int, threads: int, arguments: int) -> "_Call":
-        """This thread's room for such a launch."""
+        """This thread's buffers for a launch of this size."""
         calls: dict = self._calls.__dict__
         key = blocks, threads, arguments
         if key not in calls:
@@ -80,7 +81,7 @@ class Kernel:
 
 
 class _Call:
-    """A launch's configuration, room for its arguments, and pointers to both, as the driver takes (and copies) them."""
+    """A launch's configuration, its arguments, and pointers to both; the driver copies them."""
 
     def __init__(self, configuration: _Configuration, arguments: int) -> None:
         self.configuration, self.reference = configuration, ctypes.byref(configuration)
@@ -93,13 +94,13 @@ class _Call:
 def compile_kernel(
     source: Path, name: str, macros: tuple[tuple[str, int | str], ...], shared: int, device: int, cluster: int = 1
 ) -> Kernel:
-    """Compile one ``extern "C"`` kernel of a file for a device; compiled once in a process.
+    """Compile one ``extern "C"`` kernel of a file for a device, once in a process.
 
     Args:
-        source: the file.
-        name: the kernel's.
+        source: the CUDA file.
+        name: the kernel's name.
         macros: names and values to define.
-        shared: bytes of dynamic shared memory that its launches take.
+        shared: bytes of dynamic shared memory of a launch.
         device: index of the CUDA device.
         cluster: blocks that run side by side and reach each other's shared memory.
 
@@ -131,7 +132,7 @@ def compile_image(source: Path, macros: tuple[tuple[str, int | str], ...], capab
         return built(
             f"{source.stem}.cubin", inputs, lambda path: path.write_bytes(_compile(source.name, text, options))
         ).content
-    except OSError:  # nowhere to keep it
+    except OSError:  # no place to keep it
         return _compile(source.name, text, options)
 
 
@@ -155,7 +156,7 @@ def _compile(name: str, text: bytes, options: list[str]) -> bytes:
 
 @functools.cache
 def available() -> str | None:
-    """Why kernels cannot be compiled here; None if they can."""
+    """The reason why kernels cannot be compiled here; None if they can."""
     try:
         _compiler()
         _driver()
@@ -165,7 +166,7 @@ def available() -> str | None:
 
 
 def _make_current(device: int) -> None:
-    """Let this thread (autograd has its own) work in the context that PyTorch uses on a device."""
+    """Give this thread PyTorch's context on a device; autograd runs backward passes in threads of its own."""
     handle, context = ctypes.c_int(), ctypes.c_void_p()
     _check(_driver().cuDeviceGet(ctypes.byref(handle), device))
     _check(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), handle))
@@ -183,7 +184,7 @@ def _compiler() -> ctypes.CDLL:
     try:
         return ctypes.CDLL(name)
     except OSError:
-        # PyTorch's wheels bring it in a folder beside PyTorch that the loader does not search.
+        # PyTorch's wheels put it in a folder beside PyTorch; the loader does not search there.
         for path in sorted(Path(torch.__file__).parents[1].glob(f"nvidia/**/{name}")):
             return ctypes.CDLL(str(path))
         raise

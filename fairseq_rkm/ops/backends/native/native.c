@@ -1,11 +1,11 @@
-// Recurrences on CPUs in float32: the whole sequence in one call, the recurrent product and the cell's pointwise
-// equations fused, so that gates never leave the registers between the two.
+// Recurrences on CPUs in float32: the whole sequence in one call. The recurrent product and the cell's pointwise
+// equations are fused: gates stay in registers between the two.
 //
-// ops/backends/native/native.py compiles this with the C compiler at hand, for the processor at hand, with the cell (a row of
-// ops/cells.py) as macros. The work of a step is cut into tiles of some units of some rows. Where all weights fit in a
-// core's cache and there are rows enough, each thread takes the tiles of rows of its own, and never waits for another;
-// else threads share all tiles, the same ones at every step, so that each reads a part of the weights, and meet once a
-// step (three times with layer normalisation, which needs whole rows).
+// ops/backends/native/native.py compiles this with the machine's C compiler, for the machine's processor, with the cell
+// (a row of ops/cells.py) as macros. The work of a step is cut into tiles of some units of some rows. If all weights
+// fit in a core's cache and there are enough rows, each thread takes the tiles of its own rows and never waits for
+// another. Otherwise threads share all tiles. A thread has the same tiles at every step and reads its part of the
+// weights. Threads then meet once a step, or three times with layer normalisation, as it needs whole rows.
 
 #include <math.h>
 #include <omp.h>
@@ -32,7 +32,7 @@
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 #define EPSILON 1e-5f
-// Sums are `kept` in registers while they grow, which needs that nothing indexes them by a variable: hence the copies.
+// Growing sums are `kept` in registers. The compiler can do so only without indexing by a variable: hence the copies.
 
 typedef float vec __attribute__((vector_size(LANES * 4)));
 typedef int ivec __attribute__((vector_size(LANES * 4)));
@@ -138,11 +138,11 @@ INLINE void share(int count, int step, int thread, int threads, int* first, int*
 
 // What a thread does at each step.
 typedef struct {
-    int alone;        // whether nothing that it reads is another thread's
+    int alone;        // whether it reads nothing of another thread's
     int row, end;     // the rows that it normalises
-    int from, rows;   // the rows that its tiles are cut from: those, or all
+    int from, rows;   // the rows of its tiles: row to end, or all rows
     int blocks;       // into so many tiles of each vector of units
-    int share, shares;  // which part of the tiles it takes, of how many
+    int share, shares;  // the number of its part of the tiles, and of all parts
 } Part;
 
 INLINE Part part_of(const Problem* p, int thread, int threads) {
@@ -387,7 +387,7 @@ void recurrence_forward(const Problem* p) {
 
 // The backward pass.
 //
-// A tile is one or two vectors of units wide. Step t's begins with what step t + 1's gradients feed back into h_t.
+// A tile is one or two vectors of units wide. A tile of step t starts with the gradients that step t + 1 feeds to h_t.
 
 #if RECURRENT
 // packed[j / LANES][k][LANES], k over the recurrent gates' rows.

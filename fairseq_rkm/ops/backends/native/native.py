@@ -1,7 +1,7 @@
-"""On CPUs, in float32: ``native.c``, compiled once for the machine by the C compiler that is there.
+"""On CPUs, in float32: ``native.c``, compiled once by the machine's own C compiler.
 
-The products over all steps (projections, gradients of the weights) remain PyTorch's; the loop over time is C. Without a
-compiler the backend refuses, saying so once, and ``"auto"`` falls back to :mod:`fairseq_rkm.ops.backends.batched`.
+PyTorch computes the products over all steps (projections, gradients of the weights), and C the loop over time. Without
+a compiler the backend refuses and says so once; ``"auto"`` then takes :mod:`fairseq_rkm.ops.backends.batched`.
 """
 
 import ctypes
@@ -48,14 +48,14 @@ def library(cell: Cell) -> ctypes.CDLL:
     """The compiled recurrence of a cell, from the user's cache or compiled now.
 
     Raises:
-        OSError: it cannot be compiled here, or there is no place for the result.
+        OSError: it cannot be compiled here, or the result has no place.
     """
     return compile_library(f"native-{cell.name}", SOURCE, cell_macros(cell))
 
 
 @functools.cache
 def _missing(cell: Cell) -> str | None:
-    """Why a cell cannot be compiled here, said once for all cells; None if it can."""
+    """The reason why a cell cannot be compiled here, printed once for all cells; None if it can."""
     try:
         library(cell)
     except OSError as error:
@@ -70,7 +70,7 @@ def _say(reason: str) -> None:
 
 
 def refuses(cell: Cell, inputs: Tensor, weights: Weights) -> str | None:
-    """Why this backend cannot take a problem; None if it can."""
+    """The reason why this backend cannot take a problem; None if it can."""
     if inputs.device.type != "cpu":
         return f"it runs on CPUs, and the inputs are on {inputs.device}"
     if inputs.dtype != torch.float32:
@@ -88,7 +88,7 @@ def recurrence(
 
 
 def _compiled_cell(cell: Cell, steps: int, weights: Weights) -> Cell:
-    """The cell whose recurrence is called in C: without feedback for a single step, whose product is PyTorch's."""
+    """The cell to call in C; a single step calls it without feedback: PyTorch computes the product."""
     return cell.without_feedback() if steps == 1 and weights.recurrent is not None else cell
 
 
@@ -96,15 +96,15 @@ HUGE_PAGE, MADV_HUGEPAGE = 2**21, 14
 
 
 def _buffer(like: Tensor, *shape: int) -> Tensor:
-    """An uninitialised tensor, in huge pages if it is of several.
+    """An uninitialised tensor, in huge pages if it is large enough.
 
-    Memory of this size is new at each call, and 4 kB a page fault would take a tenth of a pass's time.
+    Memory of this size is new at each call. Page faults of 4 kB each would take a tenth of a pass's time.
     """
     tensor = like.new_empty(shape)
     first = -(-tensor.data_ptr() // HUGE_PAGE) * HUGE_PAGE
     length = (tensor.data_ptr() + tensor.nbytes - first) // HUGE_PAGE * HUGE_PAGE
     if length >= 4 * HUGE_PAGE and sys.platform == "linux":
-        # Advice: where it is not taken, pages are small.
+        # The system may ignore this advice; pages are then small.
         ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), MADV_HUGEPAGE)
     return tensor
 
@@ -136,7 +136,7 @@ class _Native(torch.autograd.Function):
     ) -> tuple[Any, ...]:
         cell, weights, (gates, hiddens, memories, moments) = saved.cell, saved.weights, saved.own
         grad_gates, row = _buffer(gates, *gates.shape), memories[0]
-        # Of the layer norm's gain and bias, each row's share.
+        # Each row's share of the gradients of the layer norm's gain and bias.
         norm = None if moments is None else (torch.zeros_like(row), torch.zeros_like(row))
         grad_hidden, grad_memory = grad_hidden.contiguous().clone(), grad_memory.contiguous().clone()
         call = {
@@ -155,7 +155,7 @@ class _Native(torch.autograd.Function):
 
 
 def _run(direction: str, cell: Cell, weights: Weights, keep: Tensor | None, call: dict[str, Any]) -> None:
-    """Call into C; a single step's product is PyTorch's, since packing the weights would cost more than it."""
+    """Call into C. PyTorch computes a single step's product: packing the weights for C would cost more."""
     gates, hidden, recurrent = call["gates"], call["hidden"], weights.recurrent
     steps, batch, size = gates.size(0), gates.size(1), hidden.size(2)
     if steps == 1 and recurrent is not None:

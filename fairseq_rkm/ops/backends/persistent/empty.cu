@@ -1,2 +1,2 @@
-// Nothing: what the driver is asked about, when the question is how many blocks or clusters a GPU holds.
+// An empty kernel. The driver is asked how many of its blocks or clusters a GPU holds.
 extern "C" __global__ void empty() {}

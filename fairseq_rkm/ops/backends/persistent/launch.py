@@ -19,8 +19,9 @@ KERNELS = {"forward": "recurrence_forward", "backward": "recurrence_backward"}
 class States(NamedTuple):
     """The results of the forward launch.
 
-    All h and c, ``(T + 1, B, d)``, initial ones first; the last ones, ``(B, d)``; the layer norm's means and reciprocal
-    deviations, ``(T, B, 2)``, or None without.
+    ``hiddens`` and ``memories`` hold all h and c, ``(T + 1, B, d)``, the initial ones first. ``last_hidden`` and
+    ``last_memory`` are the final ones, ``(B, d)``. ``moments`` holds the layer norm's means and reciprocal deviations,
+    ``(T, B, 2)``; None without it.
     """
 
     hiddens: Tensor
@@ -31,7 +32,7 @@ class States(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """The backward launch's gradients: of gates, of the initial state, and each row's share of the parameters'."""
+    """The backward launch's gradients: the gates', the initial state's, and each row's share of the parameters'."""
 
     gates: Tensor
     hidden: Tensor
@@ -59,12 +60,12 @@ class Launches:
         return torch.ones(count, device=self.device) * value
 
     def workspace(self, direction: str, batch: int) -> Tensor:
-        """Room for what a kernel publishes, for each launch: to be cleared (``clear_and_align``) before it."""
+        """Memory for the values that a kernel's blocks publish; clear it (``clear_and_align``) before the launch."""
         _, _, words = prepare(self.problem, self.keep is not None, direction)
         return torch.empty(self.plan.launches(batch), words, dtype=torch.int32, device=self.device)
 
     def forward(self, gates: Tensor, hidden: Tensor | None, memory: Tensor | None, workspace: Tensor) -> States:
-        """Turn ``W X``, the bias yet to come, into activated gates, in place; an initial state that is None is zero."""
+        """Turn ``W X``, without the bias, into activated gates, in place; None is an initial state of zeros."""
         steps, batch, size = *gates.shape[:2], self.problem.size
         hiddens = gates.new_empty(steps + 1, batch, size)
         memories = gates.new_empty(steps + 1, batch, size, dtype=torch.float32)
@@ -81,7 +82,7 @@ class Launches:
         self, gates: Tensor, memory: Tensor, moments: Tensor | None, grad_output: Tensor | None,
         grad_hidden: Tensor | None, grad_memory: Tensor | None, workspace: Tensor,
     ) -> Gradients:  # fmt: skip
-        """The gradients of everything but weights and inputs; a gradient that is None is zero."""
+        """The gradients of all but weights and inputs; None for a given gradient stands for zeros."""
         grad_output = None if grad_output is None else grad_output.contiguous()
         last = [None if g is None else g.float().contiguous() for g in (grad_hidden, grad_memory)]
         first = [torch.empty_like(memory[0]) for _ in range(2)]
@@ -97,7 +98,7 @@ class Launches:
         self, direction: str, gates: Tensor, given: tuple[Tensor | None, ...], norm: tuple[Tensor | None, ...],
         workspace: Tensor,
     ) -> None:  # fmt: skip
-        """Run a kernel on as many parts of the batch as it takes."""
+        """Run a kernel on each part of the batch."""
         plan = self.plan
         kernel, threads, _ = prepare(self.problem, self.keep is not None, direction)
         steps, batch, _ = gates.shape
@@ -112,7 +113,7 @@ class Launches:
 
 @functools.cache
 def prepare(problem: Problem, mask: bool, direction: str) -> tuple[nvrtc.Kernel, int, int]:
-    """A compiled kernel, the threads of its blocks, and the 32-bit words of workspace that a launch takes."""
+    """A compiled kernel, the threads of a block, and the 32-bit words of workspace of a launch."""
     plan = plan_for(problem)
     if plan is None:
         raise TypeError("a problem that was refused")
@@ -129,7 +130,7 @@ def prepare(problem: Problem, mask: bool, direction: str) -> tuple[nvrtc.Kernel,
 def _macros(
     problem: Problem, plan: Plan, launch: KernelPlan, mask: bool, backward: bool
 ) -> tuple[tuple[str, int | str], ...]:
-    """The cell, the types and the plan, as ``persistent.cu`` reads them."""
+    """The cell, the dtypes and the plan as macros of ``persistent.cu``."""
     return (
         *cell_macros(problem.cell).items(),
         ("NORM", int(problem.norm)),

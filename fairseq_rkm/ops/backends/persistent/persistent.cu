@@ -1,25 +1,25 @@
-// Recurrences with feedback: one launch for a whole sequence, the recurrent weights in shared memory all along and, as far
-// as these reach, in registers.
+// Recurrences with feedback: one launch for a whole sequence. The recurrent weights stay in shared memory, and in
+// registers as far as these reach.
 //
-// The batch is cut into GROUPS that know nothing of each other; within a group each of SLICES blocks owns UNITS units
-// (their weights, their memory) for at most ROWS rows. A step is one product on the tensor cores with what all blocks of
-// the group published at the step before (h_{t-1} forward, the gates' gradients backward), a sum over warps, and the
-// cell's pointwise equations, after which the block publishes its own part.
+// The batch is cut into independent GROUPS. Within a group each of SLICES blocks owns UNITS units (their weights, their
+// memory) for at most ROWS rows. At each step a block multiplies its weights, on the tensor cores, with the values that
+// all blocks of the group published at the step before: h_{t-1} forward, the gates' gradients backward. It sums over
+// warps, computes the cell's pointwise equations, and publishes its own part.
 //
-// How many rows a group has, perhaps none, is known at the launch (`rows_here`): one kernel serves batches of many sizes.
-// Other rows are neither waited for nor read or written, and count as zeros in the product.
+// The launch sets the number of rows of a group, perhaps 0 (`rows_here`): one kernel serves batches of many sizes. A
+// block neither waits for other rows nor reads or writes them; they count as zeros in the product.
 //
 // No barrier and no flag: a published vector of WORDS 32-bit words (2 or 4) is written and read whole, and one whose
 // first word is MISSING is not there yet. Published values rotate through RING buffers. Once a block has everything of
-// step t, all others have read step t - 1, so that it can mark its own part of that buffer as missing. It will be read
-// next at step t + 3, by blocks that have seen step t + 2 of this one, which is published after a fence behind the
-// marking.
+// step t, all others have read step t - 1. The block can then mark its own part of that buffer as missing. The part is
+// read next at step t + 3, by blocks that have seen this block's step t + 2. A fence stands between the marking and the
+// publication of step t + 2.
 //
-// Backward, a block would have to read the gates' gradients of all units: RECURRENT times as much as h. So the blocks of a
-// group work in clusters of CLUSTER. Each block of a cluster reads a CLUSTER-th of those gradients, of the slices of its
-// `part`, and multiplies them for the units of all blocks of its cluster; then each hands the others their sums, from
-// shared memory to shared memory. A block that has all the sums of a step knows that all blocks of the group have
-// published that step, since each part was read by one block of its cluster: the argument above holds.
+// Backward, a block would have to read the gates' gradients of all units: RECURRENT times as much as h. The blocks of a
+// group therefore work in clusters of CLUSTER. Each block of a cluster reads a CLUSTER-th of the gradients, from the
+// slices of its `part`, and multiplies it for the units of all blocks of the cluster. Then each hands the others their
+// sums, from shared memory to shared memory. One block of the cluster reads each part: a block with all the sums of a
+// step knows that all blocks of the group have published the step, and the argument above holds.
 //
 // launch.py compiles this with the sizes and the cell (a row of ops/cells.py) as macros. Indices:
 //   u unit in the block, j = slice * UNITS + u unit of the layer, n row in the group, b row of the batch (a batch too
@@ -160,7 +160,7 @@ __device__ __forceinline__ void stage_weights(uint4* staged, At at) {
     }
 }
 
-// A lane's part of the first HELD pairs of a chunk and a tile of weights in its warp's share, which stay in registers.
+// A lane's part of the first HELD pairs of a chunk and a tile of weights in its warp's share; it stays in registers.
 typedef uint4 Held[HELD > 0 ? HELD : 1][2];
 
 // Where a lane's rows of a tile begin in shared memory. Rows beyond M repeat the last one; nobody reads their sums.
@@ -246,8 +246,8 @@ __device__ __forceinline__ void product(
 }
 
 #define SLOTS (FOLD ? WARPS / 2 : WARPS)   // warps whose sums are laid out at a time
-// From one row of a pass to the next in `partial`. Neither the lanes that lay out a tile meet in a bank, which hold 8 rows
-// of weights by 4 pairs of rows of the pass, nor those that add up sums, of neighbouring rows of weights.
+// From one row of a pass to the next in `partial`. Lanes never meet in a bank: neither when they lay out a tile, of 8
+// rows of weights by 4 pairs of rows of the pass, nor when they add up sums of neighbouring rows of weights.
 #define PITCH(MTILES) ((MTILES) * 16 + 4)
 
 // Give (or take and add) this warp's sums of one pass: partial[slot][row of the pass][row of weights].
@@ -294,10 +294,10 @@ __device__ __forceinline__ float total(const float* partial, int row, int column
 }
 
 #if CLUSTER > 1
-// What the blocks of a cluster give each other, round by round, straight into shared memory. A round's values count
-// themselves at the barrier of the block that they are for. Of the two buffers that take turns a block writes to one again
-// after it has had, in the round between, what the other block sent when it had read it; so no round may be without
-// values.
+// The sums that the blocks of a cluster give each other, round by round, straight into shared memory. A round's values
+// count themselves at the barrier of the receiving block. Two buffers take turns. A block writes to a buffer again once it
+// has the other block's values of the round between: the other sent them after it had read the buffer. No round may
+// therefore be without values.
 struct Handover {
     float* values;      // shared: [2][CLUSTER][columns][UNITS]
     u32 barriers;       // shared address: two of 8 bytes
@@ -428,10 +428,10 @@ struct Gates {
     }
     __device__ __forceinline__ float output() const { return OUTPUT >= 0 ? value[OUTPUT >= 0 ? OUTPUT : 0] : 1.f; }
     __device__ __forceinline__ float raw(float before) const { return input() * value[0] + forget() * before; }
-    // The memory: what the layer norm takes, or is clipped.
+    // The memory: before the layer norm, or after clipping.
     __device__ __forceinline__ float memory(float before) const {
 #ifdef CLIP
-        const float c = raw(before);  // NaN stays, which fminf and fmaxf would turn into a bound
+        const float c = raw(before);  // NaN stays; fminf and fmaxf would turn it into a bound
         return c < -CLIP ? -CLIP : c > CLIP ? CLIP : c;
 #else
         return raw(before);

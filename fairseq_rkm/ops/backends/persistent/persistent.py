@@ -1,7 +1,7 @@
 """On GPUs, with feedback: one launch for a whole sequence, the recurrent weights on the chip (``persistent.cu``).
 
-All that does not depend on ``h_{t-1}`` (projections of the inputs, gradients of the weights) is one matrix product over
-all steps, as in :mod:`fairseq_rkm.ops.backends.batched`.
+Projections of the inputs and gradients of the weights do not depend on ``h_{t-1}``. Each is one matrix product over all
+steps, as in :mod:`fairseq_rkm.ops.backends.batched`.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ from fairseq_rkm.ops.weights import Weights
 
 
 def refuses(cell: Cell, inputs: Tensor, weights: Weights) -> str | None:
-    """Why this backend cannot take a problem; None if it can."""
+    """The reason why this backend cannot take a problem; None if it can."""
     if inputs.device.type != "cuda":
         return f"it runs on CUDA GPUs, and the inputs are on {inputs.device}"
     if weights.recurrent is None:
@@ -44,7 +44,7 @@ def recurrence(
     cell: Cell, inputs: Tensor, weights: Weights, hidden: Tensor | None, memory: Tensor | None,
     keep: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """As :func:`fairseq_rkm.ops.reference.recurrence`, and None for an initial state of zeros."""
+    """As :func:`fairseq_rkm.ops.reference.recurrence`; None stands for an initial state of zeros."""
     return _Persistent.apply(cell, keep, inputs, hidden, memory, *weights)
 
 
@@ -78,7 +78,7 @@ class _Persistent(torch.autograd.Function):
         workspace = launches.workspace("backward", inputs.size(1))
         operands = clear_and_align(workspace, *product_operands(weights, inputs, hidden, need_weights[1]))
         grad = launches.backward(gates, memory, moments, grad_output, grad_hidden, grad_memory, workspace)
-        # The kernel leaves each row's share.
+        # The kernel writes each row's share; their sum is the gradient.
         shares = {"norm_weight": grad.gain, "norm_bias": grad.shift, "sigma_f": grad.scale_f}
         known = {name: None if share is None else share.sum(0) for name, share in shares.items()}
         known["sigma_i"] = None if grad.scale_i is None else grad.scale_i.sum()

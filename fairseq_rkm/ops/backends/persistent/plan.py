@@ -1,4 +1,4 @@
-"""How a layer is spread over a GPU's multiprocessors: the plan with the lowest estimated time."""
+"""Spread a layer over a GPU's multiprocessors by the plan with the lowest estimated time."""
 
 import functools
 import itertools
@@ -17,11 +17,11 @@ EMPTY = Path(__file__).with_name("empty.cu")
 CLUSTERS = (2, 4, 8)
 """Sizes of clusters to choose from, beside 1."""
 REGISTERS = {8: 255, 16: 128}
-"""What a thread can have, by the number of warps in a block."""
+"""The registers of a thread, by the number of warps in a block."""
 
 
 class StepParts(NamedTuple):
-    """The parts of a kernel's step: how many there are of each, or the microseconds that one of each takes.
+    """The parts of a kernel's step: their numbers, or the microseconds of one of each.
 
     Attributes:
         step: the step itself.
@@ -30,9 +30,9 @@ class StepParts(NamedTuple):
         pairs: (unit, row) pairs of a thread.
         passes: passes.
         fetched: MB that all blocks fetch.
-        rounds: rounds of fetching, with as much under way as registers allow.
-        cluster_passes: passes, where there are clusters.
-        handed_over: thousands of sums that a block hands over in a pass, where there are clusters.
+        rounds: rounds of fetching, each as large as registers allow.
+        cluster_passes: passes with clusters; 0 without.
+        handed_over: thousands of sums that a block hands over in a pass with clusters; 0 without.
     """
 
     step: float
@@ -46,7 +46,7 @@ class StepParts(NamedTuple):
     handed_over: float
 
     def times(self, amounts: "StepParts") -> float:
-        """The microseconds of so many of each, by the microseconds of one."""
+        """The microseconds of ``amounts``; ``self`` holds the microseconds of one of each."""
         return sum(cost * amount for cost, amount in zip(self, amounts, strict=True))
 
 
@@ -68,24 +68,24 @@ COST = {
         cluster_passes=0.3, handed_over=0.28,
     ),
 }  # fmt: skip
-"""Microseconds of one of each part, by kernel and warps.
+"""The microseconds of one of each part, by kernel and warps.
 
-From 480 measurements on an H100 (d 256 to 1150, B 8 to 256, both widths of elements); within some 6%, in the median.
+Fitted to 480 measurements on an H100 (d 256 to 1150, B 8 to 256, 16 and 32 bits); the median error is some 6%.
 """
 NORM_COST = 1.5
-"""Microseconds that layer normalisation adds to a step."""
+"""The microseconds that layer normalisation adds to a step."""
 
 
 class KernelPlan(NamedTuple):
-    """How one of the two kernels does its share.
+    """The plan of one of the two kernels.
 
     Attributes:
-        warps: in a block.
-        cluster: blocks that share what they read; 1 forward.
-        vectors: of 16 bytes that a lane has on their way to it at a time.
+        warps: warps in a block.
+        cluster: blocks that share the values they read; 1 forward.
+        vectors: 16-byte vectors that a lane fetches at a time.
         held: pairs of a chunk and a tile of weights that a warp keeps in registers.
         pass_tiles: tiles of 8 rows whose sums the warps exchange at a time.
-        fold: whether half of the warps add the others' sums to their own first, which takes half the room.
+        fold: half of the warps first add the others' sums to their own; this halves the shared memory for sums.
         shared: bytes of shared memory.
     """
 
@@ -100,14 +100,14 @@ class KernelPlan(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """How a layer is spread over a GPU: ``groups`` times ``slices`` blocks, one a multiprocessor.
+    """The plan of a layer on a GPU: ``groups`` times ``slices`` blocks, one on each multiprocessor.
 
     Attributes:
-        units: a block's units.
-        words: of 32 bits that neighbouring units publish at once, 2 or 4.
+        units: the units of a block.
+        words: 32-bit words that neighbouring units publish at once, 2 or 4.
         slices: blocks that share a layer's units.
         groups: independent parts of the batch in a launch.
-        rows: of the batch in a group, at most.
+        rows: the most rows of the batch in a group.
         forward: the forward kernel.
         backward: the backward kernel.
     """
@@ -129,7 +129,7 @@ class Plan:
         return -(-batch // (self.groups * self.rows))
 
     def rows_for(self, batch: int) -> int:
-        """The rows of a batch that each group of each launch has; the last ones have fewer, or none."""
+        """The rows of each group of each launch; the last groups have fewer, or none."""
         return -(-batch // (self.groups * self.launches(batch)))
 
 
@@ -145,7 +145,7 @@ def make_plan(
         batch: B or more.
         element: bytes of an element.
         norm: whether the memory is normalised.
-        room: sizes of clusters, and how many blocks in such clusters the GPU holds at a time.
+        room: pairs of a cluster's size and the number of blocks in clusters of this size that the GPU holds at a time.
         shared: bytes of shared memory that a block can have.
     """
     best, best_cost = None, float("inf")
@@ -155,7 +155,7 @@ def make_plan(
             continue
         words = 2 if units * element % 16 else 4
         slices = -(-size // (units * cluster)) * cluster
-        # All vectors of 16 bytes must be published whole, of h as of the gates' gradients.
+        # Vectors of 16 bytes must be published whole: of h and of the gates' gradients.
         while slices * units * element % 16 or slices // cluster * recurrent * units * element % 16:
             slices += cluster
         for groups in range(1, min(blocks // slices, -(-batch // 8)) + 1):
@@ -174,7 +174,7 @@ def make_plan(
 
 
 def _row_choices(batch: int, groups: int) -> list[int]:
-    """Rows of a group: all of the batch in one launch, or what several launches of full tiles take."""
+    """The choices for a group's rows: the whole batch in one launch, or several launches of full tiles."""
     whole = -(-batch // groups)
     return [whole, *(rows for rows in (64, 48, 40, 32, 24, 16, 8) if rows < whole)]
 
@@ -194,19 +194,19 @@ class _Work(NamedTuple):
 
     @property
     def tiles(self) -> tuple[int, int, int]:
-        """Of 16 rows of weights; of 8 rows of the batch; 64-byte chunks of k."""
+        """The numbers of tiles of 16 rows of weights, tiles of 8 rows of the batch, and 64-byte chunks of k."""
         return -(-self.m // 16), -(-self.rows // 8), -(-self.k * self.element // 64)
 
 
 def _fastest(work: _Work, shared: int) -> tuple[KernelPlan, float] | None:
-    """The fastest way to do it, and the microseconds that it should take."""
+    """The fastest plan for a kernel's work, and its estimated microseconds."""
     launches = [_arrange(work, warps, fold, shared) for warps in REGISTERS for fold in (False, True)]
     times = [(launch, _time(work, launch)) for launch in launches if launch is not None]
     return min(times, key=lambda pair: pair[1], default=None)
 
 
 def _arrange(work: _Work, warps: int, fold: bool, shared: int) -> KernelPlan | None:
-    """The fewest passes, of equal size, and the most vectors under way for which there is room."""
+    """The plan with the fewest passes, of equal size, and the most vectors at a time; None if there is no room."""
     m_tiles, tiles, chunks = work.tiles
     slots, handed = warps // 2 if fold else warps, 2 * work.m if work.cluster > 1 else 0
     fixed = work.m * (chunks | 1) * 64 + ((work.rows * work.units + work.rows) * 8 if work.norm else 0) + 16
@@ -217,7 +217,7 @@ def _arrange(work: _Work, warps: int, fold: bool, shared: int) -> KernelPlan | N
     pass_tiles = -(-tiles // -(-tiles // most))
     items = _items(work, warps, pass_tiles)
     share = -(-chunks // warps)
-    # What a thread needs besides was found with the compiler: few plans spill, and those little.
+    # The compiler showed a thread's further registers: few plans spill, and these spill little.
     free = REGISTERS[warps] - 28 - 4 * m_tiles * tiles - 10 * items
     vectors = min(share * tiles, free // 4, 24)
     if vectors < tiles:
@@ -228,12 +228,12 @@ def _arrange(work: _Work, warps: int, fold: bool, shared: int) -> KernelPlan | N
 
 
 def _items(work: _Work, warps: int, pass_tiles: int) -> int:
-    """(unit, row) pairs of a thread."""
+    """The (unit, row) pairs of a thread."""
     return -(-work.tiles[1] // pass_tiles) * -(-work.units * pass_tiles * 8 // (warps * 32))
 
 
 def _time(work: _Work, launch: KernelPlan) -> float:
-    """Microseconds that a step should take, by :data:`COST`."""
+    """The estimated microseconds of a step, by :data:`COST`."""
     m_tiles, tiles, chunks = work.tiles
     items, passes = _items(work, launch.warps, launch.pass_tiles), -(-tiles // launch.pass_tiles)
     share = -(-chunks // launch.warps)
@@ -255,16 +255,16 @@ def _time(work: _Work, launch: KernelPlan) -> float:
 
 
 def round_up(batch: int) -> int:
-    """The batch that kernels are made for: a multiple of 8 (whole tiles), beyond 64 of 16, beyond 128 of 32, and so on.
+    """The batch to compile a kernel for: a multiple of 8 (whole tiles), beyond 64 of 16, beyond 128 of 32, and so on.
 
-    A kernel takes a second or two to compile, so it has to serve many batches; it is told the true one at its launch.
+    A kernel compiles in a second or two and must serve many batches. The launch gives it the true one.
     """
     step = max(8, 1 << (batch - 1).bit_length() >> 3)
     return -(-batch // step) * step
 
 
 class Problem(NamedTuple):
-    """What plan and kernels depend on: not the number of steps, and of the batch only what :func:`round_up` leaves."""
+    """The inputs of plan and kernels, without the number of steps, and with the batch rounded by :func:`round_up`."""
 
     cell: Cell
     size: int
@@ -275,7 +275,7 @@ class Problem(NamedTuple):
 
     @classmethod
     def of(cls, cell: Cell, inputs: Tensor, weights: Weights) -> "Problem":
-        """A recurrence with feedback on a GPU."""
+        """The problem of a recurrence with feedback on a GPU."""
         size = weights.recurrent.size(1) if weights.recurrent is not None else 0
         batch = round_up(inputs.size(1))
         return cls(cell, size, batch, inputs.dtype, weights.norm_weight is not None, inputs.device.index)
@@ -296,7 +296,7 @@ def plan_for(problem: Problem) -> Plan | None:
 
 @functools.cache
 def _room(device: int) -> tuple[tuple[int, int], ...]:
-    """Sizes of clusters, and how many blocks in such clusters a GPU holds at a time, one a multiprocessor."""
+    """For each size of cluster, the blocks that a GPU holds at a time in clusters of it, one a multiprocessor."""
     properties = torch.cuda.get_device_properties(device)
     room = [(1, properties.multi_processor_count)]
     if properties.major >= 9:

@@ -1,8 +1,7 @@
 """On GPUs, without feedback: parallel in time (``scan_kernels.py``).
 
-The gates are one matrix product over all steps; what is left is a linear recurrence of the memory with known
-coefficients, or nothing at all for a cell without memory. With layer normalisation it is not linear, and goes step by
-step within one launch.
+The gates are one matrix product over all steps. The memory remains: a linear recurrence with known coefficients. A
+cell without memory needs none. Layer normalisation makes the recurrence nonlinear: it goes step by step, in one launch.
 """
 
 import functools
@@ -23,9 +22,9 @@ from fairseq_rkm.ops.weights import LAYER_NORM_EPS, Weights, memory_dtype
 
 BLOCK_T, BLOCK_D, WARPS = 32, 32, 4
 MAX_NORMED = 8192
-"""Units of a layer that one program normalises, 16 in a thread at most."""
+"""The most units of a layer that one program normalises, 16 in a thread."""
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Whether Triton, which looks once as well, runs its kernels on the CPU."""
+"""Whether Triton runs its kernels on the CPU; it too looks once."""
 
 
 @functools.cache
@@ -34,7 +33,7 @@ def _has_triton() -> bool:
 
 
 def refuses(cell: Cell, inputs: Tensor, weights: Weights) -> str | None:
-    """Why this backend cannot take a problem; None if it can."""
+    """The reason why this backend cannot take a problem; None if it can."""
     if inputs.device.type != "cuda" and not (INTERPRETED and inputs.device.type == "cpu"):
         return f"it runs on CUDA GPUs, and the inputs are on {inputs.device}"
     if weights.recurrent is not None:
@@ -54,7 +53,7 @@ def recurrence(
     cell: Cell, inputs: Tensor, weights: Weights, hidden: Tensor | None, memory: Tensor | None,
     keep: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """As :func:`fairseq_rkm.ops.reference.recurrence`, and None for an initial state of zeros."""
+    """As :func:`fairseq_rkm.ops.reference.recurrence`; None stands for an initial state of zeros."""
     return _Scan.apply(cell, keep, inputs, hidden, memory, *weights)
 
 
@@ -117,7 +116,7 @@ class _Scan(torch.autograd.Function):
             if grad_hidden is not None:
                 first_hidden = grad_hidden.masked_fill(~never, 0) if need_hidden else None
         needs = (need_inputs, *need_weights)
-        # Nothing is fed back, so that no gradient needs the hidden states.
+        # Without feedback no gradient needs the hidden states.
         known = {name: share.sum(0) for name, share in shares.items()}
         grad_inputs, *grads = parameter_gradients(
             cell, weights, saved.inputs, memories, memories, gates, grad_gates, known, needs
@@ -126,7 +125,7 @@ class _Scan(torch.autograd.Function):
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
-    """A kernel's argument: where there is none, any tensor will do, since the kernel is compiled without reading it."""
+    """A kernel's argument; any tensor serves in place of None, as the kernel is compiled not to read it."""
     return other if tensor is None else tensor
 
 
@@ -134,7 +133,7 @@ def _run(
     direction: str, cell: Cell, weights: Weights, keep: Tensor | None, gates: Tensor, given: tuple[Tensor, ...],
     memories: Tensor, flags: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Launch a kernel over the rows of the batch and, unless all units are needed at once, blocks of units."""
+    """Launch a kernel over the rows of the batch and blocks of units; one block, if all units are needed at once."""
     from fairseq_rkm.ops.backends.scan import scan_kernels
 
     normed = weights.norm_weight is not None

@@ -1,11 +1,11 @@
 """Triton kernels of ``scan.py``: the memory's linear recurrence, in parallel over stretches of time.
 
-A program has one row of the batch and ``BLOCK_D`` units. It goes over the sequence in chunks of ``BLOCK_T`` steps, each
-of which it scans in parallel: the pairs ``(f, u)`` of ``c_t = f_t c_{t-1} + u_t`` compose to
-``(f_1 f_2, f_2 u_1 + u_2)``. No logarithm and no division occurs, so that gates at 0 and at 1 do no harm.
+A program has one row of the batch and ``BLOCK_D`` units. It takes the sequence in chunks of ``BLOCK_T`` steps and scans
+each chunk in parallel: the pairs ``(f, u)`` of ``c_t = f_t c_{t-1} + u_t`` compose to ``(f_1 f_2, f_2 u_1 + u_2)``.
+Without logarithm and division, gates at 0 and 1 do no harm.
 
-With layer normalisation the recurrence is not linear: the ``normed`` kernels go step by step, a program having one row
-and all of its units, and fetch a step's gates while the step before is computed.
+Layer normalisation makes the recurrence nonlinear. The ``normed`` kernels go step by step. A program has one row and
+all its units, and fetches a step's gates while it computes the step before.
 """
 
 import triton
@@ -24,7 +24,7 @@ def _tanh(x):
 
 @triton.jit
 def _gate(gates, place, mask, PLACE: tl.constexpr, size, WIDE: tl.constexpr):
-    """Gate number ``PLACE`` of a tile: a sigmoid."""
+    """Gate number ``PLACE`` of a tile, through a sigmoid."""
     return tl.sigmoid(tl.load(gates + place + PLACE * size, mask=mask, other=0.0).to(WIDE))
 
 
@@ -58,7 +58,7 @@ def forward(
 ):  # fmt: skip
     """All ``c_t``, ``(T + 1, B, d)``, and ``h_t`` from ``W X + b``, ``(T, B, GATES * d)``, and ``c_0``.
 
-    Without a mask also what the last step has, ``(B, d)``.
+    Without a mask the kernel also writes the last step's, ``(B, d)``.
     """
     row = tl.program_id(0)
     units = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -84,7 +84,7 @@ def forward(
             u = tl.where(real, u, 0.0)
             product, c = tl.associative_scan((f, u), 0, _compose)
             c += product * carry[None, :]
-            # Steps past the end carry the memory on, so that the last one holds it.
+            # Steps past the end carry the memory on: the last one holds it.
             carry = tl.sum(tl.where((tl.arange(0, BLOCK_T) == BLOCK_T - 1)[:, None], c, 0.0), axis=0)
         else:
             c = u
@@ -109,11 +109,10 @@ def backward(
     SQUASH_CANDIDATE: tl.constexpr, SQUASH_OUTPUT: tl.constexpr, MASK: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, HAS_LAST_HIDDEN: tl.constexpr, HAS_LAST_MEMORY: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of the pre-activations and of ``c_0`` from those of all ``h_t`` and of the final state.
+    """The gradients of the pre-activations and of ``c_0`` from the gradients of all ``h_t`` and the final state.
 
-    The gradient e_t of ``c_t`` obeys ``e_t = s_t + f_{t+1} e_{t+1}``, s_t being what comes through ``h_t``: the same
-    scan, backward in time. ``last``: with a mask, the number of each row's last real step, from 0, which has its final
-    state.
+    The gradient e_t of ``c_t`` obeys ``e_t = s_t + f_{t+1} e_{t+1}``, with the part s_t through ``h_t``. It is the same
+    scan, backward in time. With a mask, ``last`` numbers each row's last real step, from 0; its state is the final one.
     """
     row = tl.program_id(0)
     units = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -189,7 +188,7 @@ def _gates_of_step(
     GATES: tl.constexpr, INPUT: tl.constexpr, FORGET: tl.constexpr, OUTPUT: tl.constexpr,
     SQUASH_CANDIDATE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Candidate, input scale, forget scale and output scale of step t; before the first or past the last, no load."""
+    """Candidate, input scale, forget scale and output scale of step t; outside the sequence nothing is loaded."""
     step = tl.zeros_like(units) + t
     mask = inside & (step >= 0) & (step < steps)
     place = (t.to(tl.int64) * batch + row) * (GATES * size) + units
