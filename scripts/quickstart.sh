@@ -77,6 +77,6 @@ What to try next:
   bash scripts/quickstart.sh DIR                 your own text: DIR/train.txt, valid.txt and test.txt
   UPDATES=5000 bash scripts/quickstart.sh DIR    longer, for a larger corpus
   fairseq-train ... --ngram 3                    each step sees three words; --no-feedback, --cell rkm_cifg, ran, ...
-  README.md, "Generate text"                     let a model continue a prompt
+  docs/language_models.md, "Generate text"       let a model continue a prompt
   (fairseq's commands are in .venv/bin: source .venv/bin/activate)
 EOF
