@@ -5,11 +5,12 @@
 >>> rnn = RKM(300, 512, num_layers=2)
 >>> output, state = rnn(torch.randn(70, 20, 300))  # (T, B, m) -> (T, B, d)
 
-Within fairseq's commands (``--user-dir``) the import of this package registers its models, tasks, criterions and
-optimizers. Elsewhere :func:`register` does.
+The import changes nothing of fairseq. fairseq's ``--user-dir`` registers the package's models, tasks, criterions and
+optimizers and changes fairseq as ``fairseq_patches`` lists. So do :func:`register` and all that load a trained model.
 """
 
 import logging
+import os
 import sys
 
 from fairseq_rkm.errors import RKMError
@@ -41,5 +42,12 @@ def register() -> None:
     fairseq_rkm.fairseq_patches.apply()
 
 
-if "fairseq" in sys.modules:
+def _is_user_dir() -> bool:
+    """Return whether fairseq imports this package for ``--user-dir``: it notes the folder before."""
+    importer = getattr(sys.modules.get("fairseq.utils"), "import_user_module", None)
+    folders = (folder for folder in getattr(importer, "memo", ()) if os.path.exists(folder))
+    return any(os.path.samefile(folder, os.path.dirname(__file__)) for folder in folders)
+
+
+if _is_user_dir():
     register()

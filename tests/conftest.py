@@ -4,7 +4,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import fairseq_rkm
+
 sys.path.insert(0, str(Path(__file__).parent))
+fairseq_rkm.register()
 
 
 def pytest_runtest_setup(item):

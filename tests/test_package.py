@@ -23,6 +23,33 @@ def test_the_module_alone_imports_neither_fairseq_nor_triton():
     assert not {"fairseq", "triton", "omegaconf"} & set(loaded)
 
 
+@pytest.mark.parametrize("order", ["import fairseq.utils; from fairseq_rkm import RKM", "from fairseq_rkm import RKM"])
+def test_rkm_alone_changes_nothing_of_fairseq(order):
+    code = f"""
+{order}
+import torch
+from fairseq import checkpoint_utils, utils
+from fairseq.models import ARCH_MODEL_REGISTRY
+changed = hasattr(utils.clip_grad_norm_, "wrapped_by_fairseq_rkm"), "rkm_lm" in ARCH_MODEL_REGISTRY
+from types import SimpleNamespace
+import fairseq_rkm
+fairseq_rkm.register()
+print(changed, hasattr(utils.clip_grad_norm_, "wrapped_by_fairseq_rkm"), "rkm_lm" in ARCH_MODEL_REGISTRY)
+"""
+    assert python(code) == "(False, False) True True\n"
+
+
+def test_user_dir_registers_the_plugin_and_changes_fairseq():
+    code = f"""
+from types import SimpleNamespace
+from fairseq import utils
+from fairseq.models import ARCH_MODEL_REGISTRY
+utils.import_user_module(SimpleNamespace(user_dir={str(ROOT / "fairseq_rkm")!r}))
+print(hasattr(utils.clip_grad_norm_, "wrapped_by_fairseq_rkm"), "rkm_lm" in ARCH_MODEL_REGISTRY)
+"""
+    assert python(code).splitlines()[-1] == "True True"
+
+
 def test_register_makes_the_plugin_known_outside_fairseq_s_commands():
     code = "import fairseq_rkm; fairseq_rkm.register(); from fairseq.models import ARCH_MODEL_REGISTRY as a; "
     assert (

@@ -8,7 +8,7 @@ COMMAND = """
 import logging, multiprocessing, sys, time
 logging.disable()
 sys.argv[0] = "fairseq-train"
-import fairseq, fairseq_rkm
+import fairseq_rkm; fairseq_rkm.register()
 from fairseq_rkm.fairseq_patches import checkpoint_writing, interruptions
 interruptions.GRACE = 0.5
 checkpoint_writing.training_folders.append({folder!r})

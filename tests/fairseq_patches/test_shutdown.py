@@ -7,7 +7,7 @@ import pytest
 def test_a_process_ends_well_while_batches_are_prepared():
     """Without the repair it is aborted (status 134): the thread is in PyTorch nearly all of the time."""
     code = """
-import torch, fairseq, fairseq_rkm
+import torch, fairseq_rkm; fairseq_rkm.register()
 from fairseq.data.iterators import BufferedIterator
 class Endless:
     def __len__(self):
