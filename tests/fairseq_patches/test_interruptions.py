@@ -5,7 +5,9 @@ import sys
 import pytest
 
 COMMAND = """
-import logging, multiprocessing, sys, time
+import logging, multiprocessing, signal, sys, time
+# A shell's background jobs ignore it, and their children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 logging.disable()
 sys.argv[0] = "fairseq-train"
 import fairseq_rkm; fairseq_rkm.register()
