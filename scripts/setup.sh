@@ -54,5 +54,9 @@ pip install -q 'setuptools<81' wheel cython numpy
 say "building fairseq and installing the rest (about 3 minutes the first time)"
 env -u CUDA_HOME "$PWD/.venv/bin/python" -m pip --disable-pip-version-check install -q --no-build-isolation \
   -c "$constraints" -e '.[dev]'
+# fairseq-hydra-train imports common.user_dir in a folder of hydra's. It looks for a relative one beside fairseq, too.
+beside=$(.venv/bin/python -c 'from importlib.util import find_spec as f; print(f("fairseq").origin)')
+beside=$(dirname "$(dirname "$beside")")
+if [ -w "$beside" ] && [ ! -e "$beside/fairseq_rkm" ]; then ln -sfn "$PWD/fairseq_rkm" "$beside/fairseq_rkm"; fi
 printf '%s' "$wanted" > "$stamp"
 say "done: .venv is ready"

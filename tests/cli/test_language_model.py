@@ -4,6 +4,8 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -203,8 +205,14 @@ def test_other_cells_train_through_the_same_command(data, tmp_path, cell):
     assert len(result.entries("train_inner")) == 3
 
 
-def test_hydra_train_has_the_same_flags(data, tmp_path):
-    result = succeed("hydra_train", *hydra_flags(data, tmp_path), "model.cell=ran", "optimizer._name=adam")
+@pytest.mark.parametrize("relative", [False, True], ids=["absolute", "relative"])
+def test_hydra_train_has_the_same_flags(data, tmp_path, relative):
+    changes = ["model.cell=ran", "optimizer._name=adam"]
+    if relative:
+        if not Path(find_spec("fairseq").origin).parents[1].joinpath("fairseq_rkm").exists():
+            pytest.skip("the plugin is not installed beside fairseq, where scripts/setup.sh links it")
+        changes.append("common.user_dir=fairseq_rkm")
+    result = succeed("hydra_train", *hydra_flags(data, tmp_path), *changes)
     log = result.output + "".join(p.read_text() for p in (tmp_path / "out").glob("*.log"))
     assert '"num_updates": "3"' in log
 
