@@ -50,6 +50,22 @@ print(hasattr(utils.clip_grad_norm_, "wrapped_by_fairseq_rkm"), "rkm_lm" in ARCH
     assert python(code).splitlines()[-1] == "True True"
 
 
+def test_user_dir_may_name_the_folder_by_another_path_than_python_imported_it_by(tmp_path):
+    (tmp_path / "fairseq_rkm").symlink_to(ROOT / "fairseq_rkm")
+    code = f"""
+import sys
+from types import SimpleNamespace
+sys.path.insert(0, {str(tmp_path)!r})
+import fairseq_rkm
+fairseq_rkm.register()
+from fairseq import utils
+for folder in ({str(ROOT / "fairseq_rkm")!r}, {str(tmp_path / "fairseq_rkm")!r}):
+    utils.import_user_module(SimpleNamespace(user_dir=folder))
+print(fairseq_rkm.__file__.startswith({str(tmp_path)!r}))
+"""
+    assert python(code).splitlines()[-1] == "True"
+
+
 def test_register_makes_the_plugin_known_outside_fairseq_s_commands():
     code = "import fairseq_rkm; fairseq_rkm.register(); from fairseq.models import ARCH_MODEL_REGISTRY as a; "
     assert (

@@ -36,15 +36,25 @@ UNTIL = "fairseq checks its configuration itself"
 
 @patch(utils, "import_user_module", why=WHY, until=UNTIL)
 def check_after_import(import_user_module: Callable) -> Callable:
-    """Make ``import_user_module`` check a configuration: fairseq's commands call it first, with their flags."""
+    """Make ``import_user_module`` check a configuration: fairseq's commands call it first, with their flags.
+
+    It does not import the plugin a second time. A user may name the folder by another path than Python imported it by
+    (the set-up links the package beside fairseq), and fairseq would take that for another module of the same name.
+    """
 
     def imported(args: Any) -> None:
-        import_user_module(args)
+        if not is_this_package(getattr(args, "user_dir", None)):
+            import_user_module(args)
         check_root(args)
 
     # fairseq lists its imports in an attribute of the function, under the function's name in its module.
     imported.memo = getattr(import_user_module, "memo", set())  # type: ignore[attr-defined]
     return imported
+
+
+def is_this_package(user_dir: str | None) -> bool:
+    """Return whether ``--user-dir`` names the folder of this package, by whichever path."""
+    return user_dir is not None and Path(user_dir).is_dir() and Path(user_dir).samefile(Path(__file__).parents[1])
 
 
 @patch(dataclass_utils, "merge_with_parent", why=WHY, until=UNTIL)
