@@ -1,63 +1,38 @@
 """RKM: stacked recurrences of any cell, a drop-in for ``torch.nn.LSTM``."""
 
 import math
-from collections.abc import Callable
+import warnings
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence
 
 from fairseq_rkm.errors import RKMError
+from fairseq_rkm.modules.arguments import (
+    check_cell,
+    check_numbers,
+    check_projection,
+    check_scales,
+    check_sizes,
+    check_switches,
+)  # fmt: skip
 from fairseq_rkm.modules.dropout import LockedDropout, check_probability
 from fairseq_rkm.modules.lstm_weights import GATES_OF_TORCH, LSTM_GATES, converted, is_of_torch, restack
+from fairseq_rkm.modules.sequences import Batch, Packed, layout_of
+from fairseq_rkm.modules.state import RKMState
 from fairseq_rkm.ops import Weights, recurrence, resolve_cell
 from fairseq_rkm.ops.cells import resolve_clip
 from fairseq_rkm.ops.dispatch import check_backend
 from fairseq_rkm.ops.ngram import extend, next_context
 
 NGRAM_PADDINGS = ("causal", "same")
-
-
-class RKMState(NamedTuple):
-    """The state after a sequence; the sequence's next piece starts from it.
-
-    Attributes:
-        hidden: ``h``, ``(num_layers * num_directions, B, d)``.
-        cell: the memory ``c``, of the same shape; with layer norm it is normalised. Float32 for models of 16 bits.
-        context: each layer's last n - 1 inputs, ``(n - 1, B, layer_input_size)``, oldest first. None for n = 1.
-
-    Example:
-        >>> rnn = RKM(200, 400, ngram=3)
-        >>> _, state = rnn(torch.randn(35, 20, 200))
-        >>> output, state = rnn(torch.randn(35, 20, 200), state.detach())  # goes on, without gradients to the first
-    """
-
-    hidden: Tensor
-    cell: Tensor
-    context: list[Tensor] | None = None
-
-    def tensors(self) -> list[Tensor]:
-        """h, c and, for n-grams, the contexts."""
-        return [self.hidden, self.cell, *(self.context or [])]
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> "RKMState":
-        """Apply ``function`` to each tensor, in the order of :meth:`tensors`, and make a state of the results."""
-        hidden, memory, *context = [function(tensor) for tensor in self.tensors()]
-        return RKMState(hidden, memory, None if self.context is None else context)
-
-    def detach(self) -> "RKMState":
-        """The same state, cut from the graph."""
-        return self.map(Tensor.detach)
-
-    def to(self, device: torch.device) -> "RKMState":
-        """The same state on a device."""
-        return self.map(lambda tensor: tensor.to(device))
-
-    def index_select(self, rows: Tensor) -> "RKMState":
-        """The states of these rows of the batch, ``(rows,)`` int64: a beam is reordered so."""
-        return self.map(lambda tensor: tensor.index_select(1, rows))
+WITHOUT_CONTEXT = (
+    "this RKMState has no n-gram context, and an empty one takes its place. Code that rebuilds tuples, as "
+    "DistributedDataParallel does, loses the context. Give a plain pair (hidden, cell) where an empty one is meant"
+)
 
 
 class RKM(nn.Module):
@@ -93,6 +68,7 @@ class RKM(nn.Module):
             takes its place.
         device: where the parameters live.
         dtype: their type.
+        proj_size: 0; an RKM has no projections.
 
     Example:
         >>> rnn = RKM(200, 400, num_layers=2, ngram=3, dropout=0.3)  # was nn.LSTM(200, 400, num_layers=2, dropout=0.3)
@@ -124,8 +100,11 @@ class RKM(nn.Module):
         ``sigma_i_logit_l{k}`` ``()``.
 
     Raises:
-        RKMError: an argument outside its range.
+        RKMError: an argument of another type, or outside its range.
     """
+
+    dropout: LockedDropout
+    proj_size = 0
 
     def __init__(
         self,
@@ -150,10 +129,19 @@ class RKM(nn.Module):
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        proj_size: int = 0,
     ) -> None:
         super().__init__()
-        _check_sizes(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers, ngram=ngram)
-        _check_scales(sigma_i2=sigma_i2, sigma_f2=sigma_f2)
+        check_cell(cell)
+        check_sizes(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers, ngram=ngram)
+        check_switches(
+            bias=bias, layer_norm=layer_norm, learn_sigma=learn_sigma, bidirectional=bidirectional,
+            batch_first=batch_first, feedback=feedback is not None and feedback,
+        )  # fmt: skip
+        check_numbers(sigma_i2=sigma_i2, sigma_f2=sigma_f2, weight_dropout=weight_dropout)
+        check_numbers(forget_bias=0.0 if forget_bias is None else forget_bias)
+        check_projection(proj_size)
+        check_scales(sigma_i2=sigma_i2, sigma_f2=sigma_f2)
         if ngram_padding not in NGRAM_PADDINGS:
             raise RKMError(f"unknown ngram_padding {ngram_padding!r}; choose causal or same")
         if ngram_padding == "same" and ngram % 2 == 0:
@@ -170,7 +158,7 @@ class RKM(nn.Module):
         self.sigma_i2, self.sigma_f2, self.learn_sigma = sigma_i2, sigma_f2, learn_sigma
         self.forget_bias, self.weight_dropout = forget_bias, weight_dropout
         self.bidirectional, self.batch_first, self.backend = bidirectional, batch_first, backend
-        self.dropout = LockedDropout(dropout)
+        self.dropout = dropout  # type: ignore[assignment]  # __setattr__ makes it a module
         self._kinds = tuple(self._shapes(0))
         for layer in range(num_layers):
             for suffix in self._suffixes:
@@ -248,38 +236,80 @@ class RKM(nn.Module):
 
     def num_weights(self) -> int:
         """The number of elements of all weight matrices, without biases, as the paper counts."""
-        return sum(p.numel() for name, p in self.named_parameters() if name.startswith("weight"))
+        shapes = [self._shapes(layer) for layer in range(self.num_layers)]
+        matrices = [shape for layer in shapes for name, shape in layer.items() if name.startswith("weight")]
+        return len(self._suffixes) * sum(math.prod(shape) for shape in matrices)
+
+    @property
+    def _all_weights(self) -> list[list[str]]:
+        """The parameters' names, one list a layer and direction, as ``nn.LSTM``'s: code that initializes reads them."""
+        places = [f"l{layer}{suffix}" for layer in range(self.num_layers) for suffix in self._suffixes]
+        return [[f"{kind}_{place}" for kind in self._kinds] for place in places]
+
+    @property
+    def all_weights(self) -> list[list[Tensor]]:
+        """The parameters, one list a layer and direction, as ``nn.LSTM``'s."""
+        return [[getattr(self, name) for name in names] for names in self._all_weights]
+
+    @property
+    def _flat_weights(self) -> list[Tensor]:
+        """The parameters in one list, as ``nn.LSTM``'s."""
+        return [weight for weights in self.all_weights for weight in weights]
+
+    def flatten_parameters(self) -> None:
+        """Do nothing: parameters may lie anywhere in memory. Code for ``nn.LSTM`` calls it."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Take a number for ``dropout`` too, which is a number in ``nn.LSTM`` and a module here."""
+        if name == "dropout" and not isinstance(value, nn.Module):
+            check_numbers(dropout=value)
+            value = LockedDropout(value)
+        super().__setattr__(name, value)
 
     def forward(
-        self, x: Tensor, state: RKMState | None = None, padding_mask: Tensor | None = None
-    ) -> tuple[Tensor, RKMState]:
+        self,
+        x: Tensor | PackedSequence | None = None,
+        state: RKMState | tuple[Tensor, Tensor] | None = None,
+        padding_mask: Tensor | None = None,
+        *,
+        input: Tensor | PackedSequence | None = None,  # noqa: A002 - nn.LSTM's name
+        hx: RKMState | tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Any, RKMState]:
         """Run the stack over a batch of sequences.
 
         Args:
-            x: ``(T, B, m)``, or ``(B, T, m)`` with ``batch_first``.
-            state: the state that an earlier call returned, or None for zeros. In a bidirectional stack the forward
-                direction takes the context; the backward one starts without.
-            padding_mask: ``(B, T)`` bool, True at padding, on either side. At padding the state stands still, the
-                output is zero, and inputs count as zero in every window.
+            x: ``(T, B, m)``, or ``(B, T, m)`` with ``batch_first``. One sequence alone is ``(T, m)``. A
+                ``PackedSequence`` is taken, too.
+            state: the state that an earlier call returned, or a pair ``(hidden, cell)``, in the order of the user's
+                batch. None stands for zeros. A plain pair has an empty n-gram context. In a bidirectional stack the
+                forward direction takes the context; the backward one starts without.
+            padding_mask: ``(B, T)`` bool, True at padding, on either side; ``(T,)`` for one sequence alone. At padding
+                the state stands still, the output is zero, and inputs count as zero in every window.
+            input: another name for ``x``, as in ``nn.LSTM``.
+            hx: another name for ``state``, as in ``nn.LSTM``.
 
         Returns:
-            The last layer's output, ``(T, B, d * directions)`` or batch first, and the final state.
+            The last layer's output in the layout of the input, with ``d * directions`` features, and the final state,
+            each sequence's own. For one sequence alone the state's tensors lack the dimension of the batch.
 
         Raises:
-            RKMError: a shape, type or device does not fit.
+            RKMError: a shape, type or device does not fit, or an argument is given by both of its names.
         """
-        if not torch.is_tensor(x) or x.dim() != 3 or x.size(2) != self.input_size:
-            shape = tuple(x.shape) if torch.is_tensor(x) else type(x).__name__
-            wanted = "(B, T, m)" if self.batch_first else "(T, B, m)"
-            raise RKMError(f"the input must be a tensor {wanted} with m = {self.input_size}, not {shape}")
-        if self.batch_first:
-            x = x.transpose(0, 1)
-        autocast = _autocast_dtype(x.device)
-        if autocast is not None and self.get_parameter("weight_ih_l0").dtype == torch.float64:
-            autocast = None  # autocast leaves float64 as it is
-        x = x if autocast is None else x.to(autocast)
-        keep = self._keep(x, padding_mask)
-        hidden, memory, context = self._initial_state(x, state)
+        given = _one_of("x", x, "input", input)
+        state = _one_of("state", state, "hx", hx)
+        self._check_input(given)
+        layout = layout_of(given, self.batch_first)
+        keep = self._keep(layout, padding_mask)
+        autocast = self._autocast_dtype(layout.steps.device)
+        steps = layout.steps if autocast is None else layout.steps.to(autocast)
+        output, final = self._run(steps, *self._initial_state(steps, state, layout), keep, autocast)
+        return layout.restored(output), layout.leaving(final)
+
+    def _run(
+        self, x: Tensor, hidden: Tensor | None, memory: Tensor | None, context: list[Tensor] | None,
+        keep: Tensor | None, autocast: torch.dtype | None,
+    ) -> tuple[Tensor, RKMState]:  # fmt: skip
+        """The last layer's output, ``(T, B, d * directions)``, and the final state of all layers."""
         contexts: list[Tensor] = []
         hiddens: list[Tensor] = []
         memories: list[Tensor] = []
@@ -302,8 +332,27 @@ class RKM(nn.Module):
                 hiddens.append(final[0])
                 memories.append(final[1])
             x = torch.cat(outputs, dim=-1) if self.bidirectional else outputs[0]
-        final_state = RKMState(_stack(hiddens), _stack(memories), contexts or None)
-        return x.transpose(0, 1) if self.batch_first else x, final_state
+        return x, RKMState(_stack(hiddens), _stack(memories), contexts or None)
+
+    def _check_input(self, x: Any) -> None:
+        packed = isinstance(x, PackedSequence)
+        tensor = x.data if packed else x
+        dimensions = (2,) if packed else (2, 3)
+        if torch.is_tensor(tensor) and tensor.dim() in dimensions and tensor.size(-1) == self.input_size:
+            return
+        shape = tuple(tensor.shape) if torch.is_tensor(tensor) else type(x).__name__
+        wanted = "(B, T, m)" if self.batch_first else "(T, B, m)"
+        raise RKMError(
+            f"the input must be a tensor {wanted} with m = {self.input_size}, not {shape}; "
+            "one sequence alone is (T, m), and the data of a PackedSequence (steps, m)"
+        )
+
+    def _autocast_dtype(self, device: torch.device) -> torch.dtype | None:
+        """The type of matrix products under autocast, which leaves float64 as it is; None outside it."""
+        if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+            return None
+        wide = self._flat_weights[0].dtype == torch.float64
+        return None if wide else torch.get_autocast_dtype(device.type)
 
     def _direction(
         self, name: str, x: Tensor, hidden: Tensor | None, memory: Tensor | None, context: Tensor | None,
@@ -339,48 +388,61 @@ class RKM(nn.Module):
             sigma_f=torch.sigmoid(own["sigma_f_logit"]) if "sigma_f_logit" in own else self.sigma_f2,
         )
 
-    def _keep(self, x: Tensor, padding_mask: Tensor | None) -> Tensor | None:
+    def _keep(self, layout: Batch, padding_mask: Tensor | None) -> Tensor | None:
+        """``(T, B)``, True at real steps; None if all are."""
         if padding_mask is None:
-            return None
+            return layout.keep
+        x = layout.steps
+        if isinstance(layout, Packed):
+            raise RKMError("a PackedSequence tells its padding: give no padding_mask beside it")
         if not torch.is_tensor(padding_mask) or padding_mask.device != x.device:
             given = (
                 f"a tensor on {padding_mask.device}" if torch.is_tensor(padding_mask) else type(padding_mask).__name__
             )
             raise RKMError(f"padding_mask must be a tensor on {x.device}, as the input is, not {given}")
-        if padding_mask.shape != (x.size(1), x.size(0)) or padding_mask.dtype != torch.bool:
+        names, shape = ("(B, T)", (x.size(1), x.size(0))) if layout.batched else ("(T,)", (x.size(0),))
+        if padding_mask.shape != shape or padding_mask.dtype != torch.bool:
             raise RKMError(
-                f"padding_mask must be bool of shape (B, T) = {(x.size(1), x.size(0))}, "
+                f"padding_mask must be bool of shape {names} = {shape}, "
                 f"not {padding_mask.dtype} of shape {tuple(padding_mask.shape)}"
             )
-        return ~padding_mask.t()
+        return ~layout.marks(padding_mask).t()
 
     def _initial_state(
-        self, x: Tensor, state: RKMState | None
+        self, x: Tensor, state: Any, layout: Batch
     ) -> tuple[Tensor | None, Tensor | None, list[Tensor] | None]:
-        """Hidden state, memory and context; None stands for zeros."""
-        shape = (self.num_layers * len(self._suffixes), x.size(1), self.hidden_size)
+        """Hidden state, memory and context with the rows of ``x``; None stands for zeros."""
         if state is None:
             return None, None, None
         if not isinstance(state, tuple | list) or not 2 <= len(state) <= 3:
             given = f"{len(state)} of them" if isinstance(state, tuple | list) else type(state).__name__
             raise RKMError(f"the state must be an RKMState or a pair (hidden, cell) of tensors, not {given}")
-        hidden, memory, context = RKMState(*state)
-        for what, tensor in (("hidden", hidden), ("cell", memory)):
+        if not isinstance(state, RKMState):
+            state = RKMState(*state)
+        elif state.context is None and self.ngram > 1 and not torch.compiler.is_compiling():
+            warnings.warn(WITHOUT_CONTEXT, stacklevel=5)
+        rows = (x.size(1),) if layout.batched else ()
+        shape = (self.num_layers * len(self._suffixes), *rows, self.hidden_size)
+        names = "(layers * directions, B, d)" if layout.batched else "(layers * directions, d)"
+        for what, tensor in (("hidden", state.hidden), ("cell", state.cell)):
             if not torch.is_tensor(tensor):
-                raise RKMError(
-                    f"the state's {what} must be one tensor (layers * directions, B, d), not a {type(tensor).__name__}"
-                )
+                raise RKMError(f"the state's {what} must be one tensor {names}, not a {type(tensor).__name__}")
             if tensor.shape != shape:
+                raise RKMError(f"the state's {what} must have shape {names} = {shape}, not {tuple(tensor.shape)}")
+            if tensor.device != x.device:
+                called = "memory" if what == "cell" else "hidden state"
                 raise RKMError(
-                    f"the state's {what} must have shape (layers * directions, B, d) = {shape}, "
-                    f"not {tuple(tensor.shape)}"
+                    f"the inputs are on {x.device} but the {called} on {tensor.device}; move them to one device"
                 )
-        return hidden, memory, None if context is None else self._initial_context(x, context)
+        if state.context is not None:
+            state = state._replace(context=self._initial_context(x, state.context, rows))
+        state = layout.entering(state)
+        return state.hidden, state.cell, state.context
 
-    def _initial_context(self, x: Tensor, context: Any) -> list[Tensor]:
+    def _initial_context(self, x: Tensor, context: Any, rows: tuple[int, ...]) -> list[Tensor]:
         if not isinstance(context, tuple | list) or not all(torch.is_tensor(c) for c in context):
             raise RKMError(f"the state's context must be a list of tensors, not {type(context).__name__}")
-        wanted = [(self.ngram - 1, x.size(1), self.layer_input_size(k)) for k in range(self.num_layers)]
+        wanted = [(self.ngram - 1, *rows, self.layer_input_size(k)) for k in range(self.num_layers)]
         given = [tuple(c.shape) for c in context]
         if self.ngram == 1 or given != wanted:
             wanted_text = "None for ngram 1" if self.ngram == 1 else f"one tensor a layer of shapes {wanted}"
@@ -505,12 +567,6 @@ def _settle(rkm: RKM, _keys: object) -> None:
             parameter.data = restack(parameter.data, LSTM_GATES, rkm.gates)
 
 
-def _autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The type of matrix products under autocast; None outside it."""
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.get_autocast_dtype(device.type) if available and torch.is_autocast_enabled(device.type) else None
-
-
 def _is_exporting() -> bool:
     """Whether ``torch.export`` is tracing; before torch 2.7, which cannot tell, whether anything is."""
     return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
@@ -521,16 +577,13 @@ def _stack(tensors: list[Tensor]) -> Tensor:
     return torch.stack(tensors) if len(tensors) > 1 else tensors[0].unsqueeze(0)
 
 
-def _check_sizes(**sizes: int) -> None:
-    for what, size in sizes.items():
-        if size < 1:
-            raise RKMError(f"{what} must be at least 1, not {size}")
-
-
-def _check_scales(**scales: float) -> None:
-    for what, scale in scales.items():
-        if not 0 < scale < 1:
-            raise RKMError(f"{what} must lie within (0, 1), not be {scale}")
+def _one_of(name: str, value: Any, other_name: str, other: Any) -> Any:
+    """The value of an argument that has two names."""
+    if other is None:
+        return value
+    if value is not None:
+        raise RKMError(f"{name} and {other_name} are two names of one argument: give one of them")
+    return other
 
 
 def _logit(p: float) -> float:

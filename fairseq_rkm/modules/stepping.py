@@ -5,7 +5,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fairseq_rkm.errors import RKMError
-from fairseq_rkm.modules.rkm import RKM, RKMState
+from fairseq_rkm.modules.rkm import RKM
+from fairseq_rkm.modules.state import RKMState
 from fairseq_rkm.ops.reference import step
 from fairseq_rkm.ops.weights import memory_dtype
 

@@ -55,7 +55,7 @@ BACKENDS: dict[str, Backend] = {
 
 def check_backend(name: str) -> None:
     """Raise RKMError for a name that is neither ``"auto"`` nor a backend's."""
-    if name != "auto" and name not in BACKENDS:
+    if not isinstance(name, str) or (name != "auto" and name not in BACKENDS):
         raise RKMError(f"unknown backend {name!r}; choose one of auto, {', '.join(BACKENDS)}")
 
 

@@ -178,8 +178,9 @@ def test_inputs_that_do_not_fit_are_refused_in_a_sentence():
     _, state = rkm(x)
     with pytest.raises(RKMError, match=r"must be a tensor \(T, B, m\) with m = 3, not \(5, 2, 4\)"):
         rkm(torch.zeros(5, 2, 4))
-    with pytest.raises(RKMError, match="not PackedSequence"):
-        rkm(nn.utils.rnn.pack_padded_sequence(x, [5, 3]))
+    for shapeless in (torch.zeros(()), torch.zeros(3), torch.zeros(1, 5, 2, 3), [x], None):
+        with pytest.raises(RKMError, match="one sequence alone is"):
+            rkm(shapeless)
     with pytest.raises(RKMError, match=r"padding_mask must be bool of shape \(B, T\) = \(2, 5\).*\(5, 2\)"):
         rkm(x, padding_mask=torch.zeros(5, 2, dtype=torch.bool))
     with pytest.raises(RKMError, match=r"state's hidden must have shape .* = \(2, 3, 4\), not \(2, 2, 4\)"):

@@ -1,0 +1,52 @@
+"""Checks of the constructor's arguments. Its order is not ``nn.LSTM``'s: a value in another's place is refused."""
+
+from numbers import Integral, Real
+
+from fairseq_rkm.errors import RKMError
+from fairseq_rkm.ops import CELLS
+
+
+def check_cell(cell: object) -> None:
+    """Raise RKMError for a cell that is no name, as where ``nn.LSTM``'s bias was meant."""
+    if not isinstance(cell, str):
+        raise RKMError(
+            f"cell must be one of {', '.join(CELLS)}, not {cell!r}. It is the fourth argument, where nn.LSTM has bias: "
+            "from there on write nn.LSTM's arguments by name (bias=..., batch_first=..., dropout=..., "
+            "bidirectional=..., proj_size=...)"
+        )
+
+
+def check_sizes(**sizes: object) -> None:
+    """Raise RKMError for a size that is no whole number above 0."""
+    for what, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, Integral):
+            raise RKMError(f"{what} must be a whole number, not {size!r}")
+        if int(size) < 1:
+            raise RKMError(f"{what} must be at least 1, not {size}")
+
+
+def check_switches(**switches: object) -> None:
+    """Raise RKMError for a switch that is neither True nor False."""
+    for what, switch in switches.items():
+        if not isinstance(switch, bool):
+            raise RKMError(f"{what} must be True or False, not {switch!r}")
+
+
+def check_numbers(**numbers: object) -> None:
+    """Raise RKMError for what is no number."""
+    for what, number in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, Real):
+            raise RKMError(f"{what} must be a number, not {number!r}")
+
+
+def check_projection(proj_size: object) -> None:
+    """Raise RKMError for a size of projections other than 0."""
+    if isinstance(proj_size, bool) or not isinstance(proj_size, Integral) or int(proj_size) != 0:
+        raise RKMError(f"an RKM has no projections: proj_size must be 0, not {proj_size!r}")
+
+
+def check_scales(**scales: float) -> None:
+    """Raise RKMError for a scale outside (0, 1)."""
+    for what, scale in scales.items():
+        if not 0 < scale < 1:
+            raise RKMError(f"{what} must lie within (0, 1), not be {scale}")
