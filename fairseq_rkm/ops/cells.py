@@ -13,7 +13,7 @@ Each of ``i_t``, ``f_t`` and ``o_t`` is a gate (a sigmoid), the complement of an
 
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from fairseq_rkm.errors import RKMError
 
@@ -38,6 +38,7 @@ class Cell:
         squash_output: whether ``c_t`` passes through tanh on its way to the output.
         source: the publication and section of the equation.
         clip: the largest ``|c_t|``; the memory is clipped to it. None is no limit, as in the paper.
+        key: the cell as a word; :func:`cell_of_key` reads it.
     """
 
     name: str
@@ -49,6 +50,11 @@ class Cell:
     squash_output: bool = False
     source: str = "Liang et al. 2019, section 4"
     clip: float | None = None
+    key: str = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # Made here: torch.compile makes variables of numbers that it meets, and no text of variables.
+        object.__setattr__(self, "key", f"{self.name}/{self.has_feedback:d}/{self.clip}")
 
     def __hash__(self) -> int:
         return hash(self.name)  # every call looks up plans and kernels by their cell
@@ -180,3 +186,18 @@ def resolve_cell(name: str, feedback: bool | None = None) -> Cell:
     if feedback and not cell.has_feedback:
         raise RKMError(f"the cell {name!r} has no feedback; leave feedback at None or False")
     return cell.without_feedback() if feedback is False else cell
+
+
+@functools.cache
+def cell_of_key(key: str) -> Cell:
+    """The cell whose :attr:`Cell.key` this is; operators name their cell so.
+
+    Raises:
+        RKMError: it is no cell's.
+    """
+    try:
+        name, feedback, clip = key.split("/")
+        cell = resolve_cell(name, None if int(feedback) else False)
+        return cell.clipped(None if clip == "None" else float(clip))
+    except ValueError as error:
+        raise RKMError(f"{key!r} names no cell: it must be NAME/FEEDBACK/CLIP, as in rkm_lstm/1/1.0") from error

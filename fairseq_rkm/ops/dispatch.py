@@ -1,23 +1,26 @@
-"""The one place that picks a backend for a recurrence.
+"""The one place that picks a backend for a recurrence, and the way to it.
 
-A new backend is a file with two functions and a row of :data:`BACKENDS`. ``recurrence`` has the reference's signature.
-``refuses`` says in a sentence why the backend cannot take a given problem, or returns None.
+A new backend is a file with :class:`fairseq_rkm.ops.passes.Passes`, a function ``refuses`` and a row of
+:data:`BACKENDS`. ``refuses`` says in a sentence why the backend cannot take a given problem, or returns None.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fairseq_rkm.errors import RKMError
-from fairseq_rkm.ops import reference
+from fairseq_rkm.ops import eager, operators, reference
 from fairseq_rkm.ops.backends import batched, native, persistent, scan
 from fairseq_rkm.ops.cells import Cell
-from fairseq_rkm.ops.plain_tensors import obstacle
-from fairseq_rkm.ops.weights import Weights, memory_dtype
+from fairseq_rkm.ops.higher_derivatives import REFERENCE, zeros_for_none
+from fairseq_rkm.ops.operators import Operator
+from fairseq_rkm.ops.plain_tensors import are_plain, obstacle
+from fairseq_rkm.ops.problem_checks import check, laid_out
+from fairseq_rkm.ops.weights import Weights
 
-Run = Callable[..., tuple[Tensor, Tensor, Tensor]]
 Refusal = Callable[[Cell, Tensor, Weights], str | None]
 
 
@@ -30,26 +33,30 @@ class Backend:
     """A way to compute a recurrence.
 
     Attributes:
-        run: as :func:`fairseq_rkm.ops.reference.recurrence`.
+        operator: its passes, and the operator that is made of them.
         refuses: why a problem is beyond it, or None.
         automatic: whether ``"auto"`` may pick it. Where only PyTorch's own operators work, ``"auto"`` takes the
             reference.
-        takes_none: whether it takes None for an initial state of zeros.
     """
 
-    run: Run
+    operator: Operator
     refuses: Refusal = _takes_all
     automatic: bool = True
-    takes_none: bool = False
 
 
-BACKENDS: dict[str, Backend] = {
-    "persistent": Backend(persistent.recurrence, persistent.refuses, takes_none=True),
-    "scan": Backend(scan.recurrence, scan.refuses, takes_none=True),
-    "native": Backend(native.recurrence, native.refuses),
-    "batched": Backend(batched.recurrence),
-    "reference": Backend(reference.recurrence, automatic=False),
-}
+def _backend(name: str, passes: Any, refuses: Refusal = _takes_all, automatic: bool = True) -> tuple[str, Backend]:
+    return name, Backend(Operator(name, passes, refuses), refuses, automatic)
+
+
+BACKENDS: dict[str, Backend] = dict(
+    (
+        _backend("persistent", persistent.PASSES, persistent.refuses),
+        _backend("scan", scan.PASSES, scan.refuses),
+        _backend("native", native.PASSES, native.refuses),
+        _backend("batched", batched.PASSES),
+        _backend("reference", REFERENCE, automatic=False),
+    )
+)
 """The backends by name, the preferred first."""
 
 
@@ -99,44 +106,42 @@ def recurrence(
             floating-point ones; or the backend refuses.
     """
     if not torch.jit.is_tracing():  # tracing warns of each comparison
-        _check(cell, inputs, weights, size, hidden, memory, keep)
-    reason = obstacle(inputs, hidden, memory, keep, *weights.tensors())
+        check(cell, inputs, weights, size, hidden, memory, keep)
+    if torch.compiler.is_dynamo_compiling() and not (backend == "reference" and _is_exporting()):
+        # The compiler reads Python; the choice of a backend is not its business. It calls the operator with fake
+        # tensors, and finds the chosen backend's operator.
+        return _COMPILED(backend, *operators.arguments(cell, inputs, weights, hidden, memory, keep))
+    return _choose_and_run(backend, cell, inputs, weights, hidden, memory, keep)
+
+
+def _choose_and_run(
+    backend: str, cell: Cell, inputs: Tensor, weights: Weights, hidden: Tensor | None, memory: Tensor | None,
+    keep: Tensor | None, unroll: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """``unroll``: whether the reference is run step by step, and not as an operator."""
+    tensors = inputs, hidden, memory, keep, *weights.tensors()
+    plain = are_plain(*tensors)
+    reason = None if plain else obstacle(*tensors)
     chosen = pick(backend, cell, inputs, weights, reason)
-    if not chosen.takes_none:
-        zeros = inputs.new_zeros(inputs.size(1), size) if hidden is None or memory is None else None
-        hidden, memory = zeros if hidden is None else hidden, zeros if memory is None else memory
-    wide = memory_dtype(inputs.dtype)
-    hidden = None if hidden is None else hidden.to(inputs.dtype).contiguous()
-    memory = None if memory is None else memory.to(wide).contiguous()
-    return chosen.run(cell, inputs.contiguous(), weights.laid_out(wide), hidden, memory, keep)
+    inputs, weights, hidden, memory = laid_out(inputs, weights, hidden, memory)
+    if chosen is BACKENDS["reference"] and (unroll or reason is not None):
+        hidden, memory = zeros_for_none(cell, inputs, weights, hidden, memory)
+        return reference.recurrence(cell, inputs, weights, hidden, memory, keep)
+    run = eager.run if plain else Operator.forward
+    return run(chosen.operator, cell, inputs, weights, hidden, memory, keep)
 
 
-def _check(
-    cell: Cell, inputs: Tensor, weights: Weights, size: int, hidden: Tensor | None, memory: Tensor | None,
-    keep: Tensor | None,
-) -> None:  # fmt: skip
-    """Check shapes, dtypes and devices; a wrong shape might be broadcast, or read beyond its end."""
-    device, dtype, (length, batch, features) = inputs.device, inputs.dtype, inputs.shape
-    gates, ngram = len(cell.gates) * size, max(1, weights.input.size(-1) // features)
-    for what, tensor, shape, wanted in (
-        ("weights", weights.input, (gates, ngram * features), dtype),
-        ("recurrent weights", weights.recurrent, (len(cell.recurrent_gates) * size, size), dtype),
-        ("biases", weights.bias, (gates,), dtype),
-        ("layer norm's gain", weights.norm_weight, (size,), None),
-        ("layer norm's bias", weights.norm_bias, (size,), None),
-        ("hidden state", hidden, (batch, size), None),
-        ("memory", memory, (batch, size), None),
-        ("mask", keep, (length - ngram + 1, batch), torch.bool),
-    ):
-        if tensor is None:
-            continue
-        if tensor.device != device:
-            raise RKMError(f"the inputs are on {device} but the {what} on {tensor.device}; move them to one device")
-        if wanted is not None and tensor.dtype != wanted:
-            raise RKMError(f"the inputs are {dtype} but the {what} {tensor.dtype}; convert one, or use torch.autocast")
-        if wanted is None and not tensor.is_floating_point():
-            raise RKMError(f"the {what} must be floating-point numbers, not {tensor.dtype}")
-        if tensor.shape != shape:
-            raise RKMError(f"the {what} must be of shape {shape} here, not {tuple(tensor.shape)}")
-    if not inputs.is_floating_point():
-        raise RKMError(f"the inputs must be floating-point numbers, not {dtype}")
+def _run_compiled(backend: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    cell, keep, inputs, hidden, memory, weights, _ = operators.read(*arguments)
+    return _choose_and_run(backend, cell, inputs, weights, hidden, memory, keep, unroll=False)
+
+
+_COMPILED = operators.define(
+    "recurrence", f"(str backend, {operators.ARGUMENTS}) -> (Tensor, Tensor, Tensor)", "CompositeImplicitAutograd",
+    _run_compiled,
+)  # fmt: skip
+
+
+def _is_exporting() -> bool:
+    """Whether ``torch.export`` is tracing; before torch 2.7, which cannot tell, whether anything is."""
+    return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()

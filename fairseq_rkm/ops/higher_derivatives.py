@@ -1,77 +1,68 @@
-"""Derivatives of gradients: hand-written backward passes give plain numbers, the reference differentiable ones.
+"""Who computes a gradient: hand-written backward passes give plain numbers, the reference differentiable ones.
 
-A recurrence is an ``autograd.Function``. It saves its arguments with :func:`save_arguments`, and
-:func:`first_derivatives` decorates its backward pass. Gradients may have to be differentiated again
-(``create_graph=True``: penalties on gradients, Hessian-vector products, MAML). :mod:`fairseq_rkm.ops.reference` then
-computes the recurrence anew, and autograd differentiates it, to any order.
+Gradients may have to be differentiated again (``create_graph=True``: penalties on gradients, Hessian-vector products,
+MAML). :mod:`fairseq_rkm.ops.reference` then computes the recurrence anew, and autograd differentiates it, to any order.
 """
 
-import functools
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fairseq_rkm.ops import reference
 from fairseq_rkm.ops.cells import Cell
-from fairseq_rkm.ops.plain_tensors import obstacle
+from fairseq_rkm.ops.passes import Gradients, Passes, Results, Saved
+from fairseq_rkm.ops.plain_tensors import are_plain, obstacle
 from fairseq_rkm.ops.weights import Weights, memory_dtype
 
-Gradients = tuple[Tensor | None, ...]
+
+def save(ctx: Any, saved: Saved) -> None:
+    """Keep a recurrence's tensors for autograd's backward pass."""
+    weights = saved.weights
+    ctx.cell, ctx.numbers = saved.cell, weights.numbers()
+    ctx.save_for_backward(saved.keep, saved.inputs, saved.hidden, saved.memory, *weights.tensors(), *saved.own)
 
 
-class Saved(NamedTuple):
-    """A recurrence's arguments, and further tensors for its backend's own backward pass."""
-
-    cell: Cell
-    keep: Tensor | None
-    inputs: Tensor
-    hidden: Tensor | None
-    memory: Tensor | None
-    weights: Weights
-    own: list[Any]
-
-
-def save_arguments(
-    ctx: Any, cell: Cell, keep: Tensor | None, inputs: Tensor, hidden: Tensor | None, memory: Tensor | None,
-    weights: Weights, *own: Tensor | None,
-) -> None:  # fmt: skip
-    """Keep the content of :class:`Saved` for the backward pass."""
-    ctx.cell, ctx.numbers = cell, weights.numbers()
-    ctx.save_for_backward(keep, inputs, hidden, memory, *weights.tensors(), *own)
-
-
-def _saved(ctx: Any) -> Saved:
-    """Read the saved tensors; call it once: ``torch.utils.checkpoint`` gives them out a single time."""
+def load(ctx: Any) -> Saved:
+    """Undo :func:`save`; call it once: ``torch.utils.checkpoint`` gives saved tensors out a single time."""
     keep, inputs, hidden, memory, *tensors = ctx.saved_tensors
     count = len(Weights._fields)
     weights = Weights(*tensors[:count])._replace(**ctx.numbers)
     return Saved(ctx.cell, keep, inputs, hidden, memory, weights, tensors[count:])
 
 
-def first_derivatives(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
-    """Decorate the hand-written backward pass of ``apply(cell, keep, inputs, hidden, memory, *weights)``.
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Passes compute in the dtypes of their tensors; autocast has chosen those before."""
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if autocast else nullcontext()
 
-    The pass gets the context, a :class:`Saved`, and plain gradients or None. Its results are never differentiated.
+
+def differentiate(
+    passes: Passes, by_operator: Callable[..., Gradients], saved: Saved, grads: Gradients, needs: Sequence[bool]
+) -> Gradients:
+    """The gradients of inputs, hidden, memory and the fields of :class:`Weights`; None where none is needed.
+
+    Args:
+        passes: a backend's.
+        by_operator: the backward pass as an operator, of the same signature as the next.
+        saved: what :func:`load` gives.
+        grads: the gradients of output, hidden and memory; None for zeros.
+        needs: True for each result that is wanted.
     """
-
-    @functools.wraps(backward)
-    def choose(ctx: Any, *grads: Tensor | None) -> Gradients:
-        saved = _saved(ctx)
-        device = saved.inputs.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        # The forward pass has chosen its dtypes; a backward pass under autocast keeps them.
-        with torch.autocast(device, enabled=False) if autocast else nullcontext():
-            if torch.is_grad_enabled() or obstacle(*grads) is not None:
-                return None, None, *_by_reference(saved, grads, ctx.needs_input_grad[2:])
-            return backward(ctx, saved, *grads)
-
-    return choose
+    if all(grad is None for grad in grads):
+        return (None,) * len(needs)
+    with without_autocast(saved.inputs.device.type):
+        if torch.is_grad_enabled():
+            return by_reference(saved, grads, needs)
+        if are_plain(*grads):
+            found = passes.backward(saved, grads, needs)
+            return tuple(grad if need else None for grad, need in zip(found, needs, strict=True))
+        return (by_operator if obstacle(*grads) is None else by_reference)(saved, grads, needs)
 
 
-def _by_reference(saved: Saved, grads: Gradients, needs: Sequence[bool]) -> list[Tensor | None]:
+def by_reference(saved: Saved, grads: Gradients, needs: Sequence[bool]) -> Gradients:
     """The gradients of inputs, initial state and weights; they have a graph where one is asked for."""
     create_graph, cell = torch.is_grad_enabled(), saved.cell
     with torch.enable_grad():
@@ -80,9 +71,7 @@ def _by_reference(saved: Saved, grads: Gradients, needs: Sequence[bool]) -> list
         views: list[Any] = [x.view_as(x) if isinstance(x, Tensor) else x for x in given]
         inputs, hidden, memory, *fields = views
         weights = Weights(*fields)
-        zeros = inputs.new_zeros(inputs.size(1), weights.input.size(0) // len(cell.gates))
-        hidden = zeros if hidden is None else hidden
-        memory = zeros.to(memory_dtype(inputs.dtype)) if memory is None else memory
+        hidden, memory = zeros_for_none(cell, inputs, weights, hidden, memory)
         results = reference.recurrence(cell, inputs, weights, hidden, memory, saved.keep)
     pairs = [(r, g) for r, g in zip(results, grads, strict=True) if g is not None and r.requires_grad]
     wanted = [view for view, need in zip(views, needs, strict=True) if need]
@@ -92,4 +81,32 @@ def _by_reference(saved: Saved, grads: Gradients, needs: Sequence[bool]) -> list
         dense = [g.to_dense() if g.layout != torch.strided else g for g in given_grads]
         found = list(torch.autograd.grad(outputs, wanted, dense, create_graph=create_graph, allow_unused=True))
     rest = iter(found)
-    return [next(rest) if need else None for need in needs]
+    return tuple(next(rest) if need else None for need in needs)
+
+
+def zeros_for_none(
+    cell: Cell, inputs: Tensor, weights: Weights, hidden: Tensor | None, memory: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The initial state with zeros for None."""
+    shape = inputs.size(1), weights.input.size(0) // len(cell.gates)
+    hidden = inputs.new_zeros(shape) if hidden is None else hidden
+    memory = inputs.new_zeros(shape, dtype=memory_dtype(inputs.dtype)) if memory is None else memory
+    return hidden, memory
+
+
+def _reference_forward(
+    cell: Cell, inputs: Tensor, weights: Weights, hidden: Tensor | None, memory: Tensor | None, keep: Tensor | None
+) -> Results:
+    hidden, memory = zeros_for_none(cell, inputs, weights, hidden, memory)
+    return Results(*reference.recurrence(cell, inputs, weights, hidden, memory, keep))
+
+
+def _reference_backward(saved: Saved, grads: Gradients, needs: Sequence[bool]) -> Gradients:
+    # PyTorch calls an operator's kernel with autograd switched off for good; here it is wanted.
+    autograd = torch._C.DispatchKey.AutogradFunctionality
+    with torch._C._SetExcludeDispatchKeyGuard(autograd, False), torch.no_grad():
+        return by_reference(saved, grads, needs)
+
+
+REFERENCE = Passes(_reference_forward, _reference_backward, lambda _extent: ())
+"""The reference as a backend, for its operator; elsewhere autograd sees the reference itself."""

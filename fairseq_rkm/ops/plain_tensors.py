@@ -1,38 +1,51 @@
 """Whether hand-written passes and kernels may run: only on plain tensors, and while nothing follows operators.
 
 C and GPU kernels read memory. Fake, functional, sparse, quantised and batched tensors have none, or another layout.
-``torch.func``, ``make_fx``, FakeTensorMode, ``torch.jit.trace`` and the ONNX exporters follow PyTorch's single
-operators. They do not see a kernel's work, and would take its results for constants.
+A tool that follows operators does not see a kernel's work, and would take its results for constants.
+``make_fx``, FakeTensorMode, selective checkpoints and counters of operations take an operator of this package
+(:mod:`fairseq_rkm.ops.operators`) as one of PyTorch's; so do fake and meta tensors. ``torch.func``, forward-mode
+differentiation, ``torch.jit.trace`` and the ONNX exporters follow PyTorch's own operators alone.
 """
 
 import functools
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
 ORDINARY = Tensor, torch.nn.Parameter
 """Classes that leave the meaning of operators to PyTorch."""
+TRACED = FakeTensor, FunctionalTensor
+"""Classes of tensors without memory that ``torch.compile`` and other tracers hand to operators."""
+
+
+def are_plain(*tensors: Tensor | None) -> bool:
+    """Whether kernels may run here and now, and on these tensors; quick: each call asks it."""
+    if torch._C._len_torch_dispatch_stack() or torch._ops._len_torch_dispatch_stack_pre_dispatch() or _follower():
+        return False
+    for tensor in tensors:
+        if tensor is not None and not (type(tensor) in ORDINARY and _in_memory(tensor)) and not _is_plain(tensor):
+            return False
+    return True
 
 
 def obstacle(*tensors: Tensor | None) -> str | None:
-    """The reason, as a sentence's end, why only PyTorch's own operators may take these tensors; None if kernels may."""
-    if torch.compiler.is_dynamo_compiling():
-        return None  # the compiler reads the program; it does not run it
+    """The reason, as a sentence's end, why only PyTorch's own operators may take these tensors; None if ours may."""
     reason = _follower()
     if reason is not None:
         return reason
     for tensor in tensors:
-        if tensor is None or (type(tensor) in ORDINARY and _in_memory(tensor)):
+        if tensor is None or isinstance(tensor, TRACED) or _is_plain(tensor) or _is_plain_meta(tensor):
             continue
-        if _keys(tensor) not in _plain_keys(tensor.device):
-            kind = f"{type(tensor).__name__} of layout {tensor.layout} on {tensor.device}"
-            return f"it takes tensors that lie in memory as they are, and one is a {kind}"
+        kind = f"{type(tensor).__name__} of layout {tensor.layout} on {tensor.device}"
+        return f"it takes tensors that lie in memory as they are, and one is a {kind}"
     return None
 
 
 def _in_memory(tensor: Tensor) -> bool:
-    """Whether a tensor of an ordinary class with elements is plain; quick: each call asks it of each tensor."""
+    """Whether a tensor of an ordinary class with elements is plain."""
     try:
         return tensor.data_ptr() != 0 and not tensor.is_neg()
     except RuntimeError:  # the tensor has no storage
@@ -40,16 +53,22 @@ def _in_memory(tensor: Tensor) -> bool:
 
 
 def _follower() -> str | None:
-    """A sentence on the tool that follows PyTorch's operators now; None if there is none."""
+    """A sentence on the tool that follows PyTorch's own operators now; None if there is none."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "torch.func (grad, vmap, jvp, ...) transforms PyTorch's own operators alone"
-    if torch._C._len_torch_dispatch_stack() or torch._ops._len_torch_dispatch_stack_pre_dispatch():
-        return "a mode (FakeTensorMode, make_fx, a counter of operations, ...) follows PyTorch's own operators alone"
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace and torch.onnx.export record PyTorch's own operators alone"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation goes through PyTorch's own operators alone"
     return None
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return not tensor.is_meta and _keys(tensor) in _plain_keys(tensor.device)
+
+
+def _is_plain_meta(tensor: Tensor) -> bool:
+    return tensor.is_meta and _keys(tensor) in _plain_keys(tensor.device)
 
 
 def _keys(tensor: Tensor) -> int:

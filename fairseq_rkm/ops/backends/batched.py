@@ -9,8 +9,8 @@ Without feedback a block is the whole sequence. Only the memory's own recurrence
 memory has no loop.
 """
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,45 +18,48 @@ from torch import Tensor
 from fairseq_rkm.ops.cells import CANDIDATE, FORGET, INPUT, OUTPUT, Cell
 from fairseq_rkm.ops.gate_layout import gate_slices, recurrent_slice
 from fairseq_rkm.ops.gradients import parameter_gradients
-from fairseq_rkm.ops.higher_derivatives import Saved, first_derivatives, save_arguments
 from fairseq_rkm.ops.ngram import last_real_step, project
-from fairseq_rkm.ops.weights import LAYER_NORM_EPS, Weights
+from fairseq_rkm.ops.passes import Extent, Gradients, Passes, Results, Saved, Sketch
+from fairseq_rkm.ops.weights import LAYER_NORM_EPS, Weights, memory_dtype
 
 
-def recurrence(
-    cell: Cell, inputs: Tensor, weights: Weights, hidden: Tensor, memory: Tensor, keep: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`fairseq_rkm.ops.reference.recurrence`."""
-    return _Recurrence.apply(cell, keep, inputs, hidden, memory, *weights)
+def forward(
+    cell: Cell, inputs: Tensor, weights: Weights, hidden: Tensor | None, memory: Tensor | None, keep: Tensor | None
+) -> Results:
+    """The forward pass of :data:`PASSES`."""
+    gates = project(inputs, weights.input, weights.bias).to(memory_dtype(inputs.dtype))
+    run = _Forward(cell, weights, gates, inputs.dtype, keep)
+    run.start(hidden, memory)
+    run.loop()
+    norm = run.norm or (None, None, None)
+    return Results(*run.results(), (gates, run.hidden, run.memory, *norm))
 
 
-class _Recurrence(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, cell: Cell, keep: Tensor | None, inputs: Tensor, hidden: Tensor, memory: Tensor, *tensors: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        weights = Weights(*tensors)
-        gates = project(inputs, weights.input, weights.bias).to(memory.dtype)
-        run = _Forward(cell, weights, gates, hidden, memory, keep)
-        run.loop()
-        norm = run.norm or (None, None, None)
-        save_arguments(ctx, cell, keep, inputs, hidden, memory, weights, gates, run.hidden, run.memory, *norm)
-        return run.results()
+def backward(saved: Saved, grads: Gradients, needs: Sequence[bool]) -> Gradients:
+    """The backward pass of :data:`PASSES`."""
+    cell, weights, (gates, hidden, memory, raw, mean, rstd) = saved.cell, saved.weights, saved.own
+    norm = None if raw is None else _Norm(raw, mean, rstd)
+    run = _Backward(cell, weights, gates, hidden, memory, saved.keep, norm)
+    likes = hidden[1:], hidden[0], memory[0]
+    given = [torch.zeros_like(like) if grad is None else grad for grad, like in zip(grads, likes, strict=True)]
+    grad_hidden, grad_memory = run.loop(*given)
+    grad_inputs, *rest = parameter_gradients(
+        cell, weights, saved.inputs, hidden, memory, gates, run.factors, run.norm_gradients(), (needs[0], *needs[3:])
+    )
+    return grad_inputs, grad_hidden, grad_memory, *rest
 
-    @staticmethod
-    @first_derivatives
-    def backward(
-        ctx: Any, saved: Saved, grad_output: Tensor, grad_hidden: Tensor, grad_memory: Tensor
-    ) -> tuple[Any, ...]:
-        weights, (gates, hidden, memory, raw, mean, rstd) = saved.weights, saved.own
-        norm = None if raw is None else _Norm(raw, mean, rstd)
-        run = _Backward(saved.cell, weights, gates, hidden, memory, saved.keep, norm)
-        grad_hidden, grad_memory = run.loop(grad_output, grad_hidden, grad_memory)
-        needs = (ctx.needs_input_grad[2], *ctx.needs_input_grad[5:])
-        grad_inputs, *grads = parameter_gradients(
-            saved.cell, weights, saved.inputs, hidden, memory, gates, run.factors, run.norm_gradients(), needs
-        )
-        return None, None, grad_inputs, grad_hidden, grad_memory, *grads
+
+def own(extent: Extent) -> tuple[Sketch | None, ...]:
+    """The gates, all h, all c, and the layer norm's :class:`_Norm`."""
+    steps, batch, size, gates, narrow, wide, norm = extent
+    statistic = ((steps, batch, 1), wide) if norm else None
+    return (
+        ((steps, batch, gates), wide), ((steps + 1, batch, size), narrow), ((steps + 1, batch, size), wide),
+        ((steps, batch, size), wide) if norm else None, statistic, statistic,
+    )  # fmt: skip
+
+
+PASSES = Passes(forward, backward, own)
 
 
 class _Norm(NamedTuple):
@@ -80,20 +83,22 @@ class _Forward:
     ``hidden`` and ``memory`` are ``(T + 1, B, d)``: entry t + 1 holds step t's, entry 0 the initial state.
     """
 
-    def __init__(
-        self, cell: Cell, weights: Weights, gates: Tensor, hidden: Tensor, memory: Tensor, keep: Tensor | None
-    ) -> None:
-        steps, batch, size = gates.size(0), *hidden.shape
+    def __init__(self, cell: Cell, weights: Weights, gates: Tensor, dtype: torch.dtype, keep: Tensor | None) -> None:
+        steps, batch, size = gates.size(0), gates.size(1), gates.size(2) // len(cell.gates)
         self.cell, self.weights, self.gates = cell, weights, gates
         self.at = gate_slices(cell, size)
-        self.hidden = hidden.new_empty(steps + 1, batch, size)
-        self.memory = memory.new_empty(steps + 1, batch, size)
-        self.hidden[0], self.memory[0] = hidden, memory
+        self.hidden = gates.new_empty(steps + 1, batch, size, dtype=dtype)
+        self.memory = gates.new_empty(steps + 1, batch, size)
         self.keep = None if keep is None else keep.unsqueeze(-1)
         self.norm = None
         if weights.norm_weight is not None:
-            statistics = (memory.new_empty(steps, batch, 1) for _ in range(2))
+            statistics = (gates.new_empty(steps, batch, 1) for _ in range(2))
             self.norm = _Norm(torch.empty_like(self.memory[1:]), *statistics)
+
+    def start(self, hidden: Tensor | None, memory: Tensor | None) -> None:
+        """Begin with this state; None stands for zeros."""
+        self.hidden[0] = 0 if hidden is None else hidden
+        self.memory[0] = 0 if memory is None else memory
 
     def loop(self) -> None:
         recurrent = None if self.weights.recurrent is None else self.weights.recurrent.t()

@@ -1,5 +1,5 @@
 """On CPUs, in float32: C, compiled once for the machine."""
 
-from fairseq_rkm.ops.backends.native.native import recurrence, refuses
+from fairseq_rkm.ops.backends.native.native import PASSES, refuses
 
-__all__ = ["recurrence", "refuses"]
+__all__ = ["PASSES", "refuses"]

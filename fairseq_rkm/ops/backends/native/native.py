@@ -8,6 +8,7 @@ import ctypes
 import functools
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from fairseq_rkm.ops.compilation.c_compiler import compile_library
 from fairseq_rkm.ops.compilation.cell_macros import cell_macros
 from fairseq_rkm.ops.gate_layout import recurrent_slice
 from fairseq_rkm.ops.gradients import parameter_gradients
-from fairseq_rkm.ops.higher_derivatives import Saved, first_derivatives, save_arguments
 from fairseq_rkm.ops.ngram import project
+from fairseq_rkm.ops.passes import Extent, Gradients, Passes, Results, Saved, Sketch
 from fairseq_rkm.ops.weights import Weights
 
 logger = logging.getLogger(__name__)
@@ -80,13 +81,6 @@ def refuses(cell: Cell, inputs: Tensor, weights: Weights) -> str | None:
     return _missing(_compiled_cell(cell, inputs.size(0) - weights.input.size(1) // inputs.size(2) + 1, weights))
 
 
-def recurrence(
-    cell: Cell, inputs: Tensor, weights: Weights, hidden: Tensor, memory: Tensor, keep: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`fairseq_rkm.ops.reference.recurrence`."""
-    return _Native.apply(cell, keep, inputs, hidden, memory, *weights)
-
-
 def _compiled_cell(cell: Cell, steps: int, weights: Weights) -> Cell:
     """The cell to call in C; a single step calls it without feedback: PyTorch computes the product."""
     return cell.without_feedback() if steps == 1 and weights.recurrent is not None else cell
@@ -109,49 +103,57 @@ def _buffer(like: Tensor, *shape: int) -> Tensor:
     return tensor
 
 
-class _Native(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, cell: Cell, keep: Tensor | None, inputs: Tensor, hidden: Tensor, memory: Tensor, *tensors: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        weights = Weights(*tensors)
-        ngram, (batch, size) = weights.input.size(1) // inputs.size(2), hidden.shape
-        steps = inputs.size(0) - ngram + 1
-        out = _buffer(inputs, steps * batch, weights.input.size(0))
-        gates = project(inputs, weights.input, weights.bias, out)
-        hiddens, memories = (_buffer(inputs, steps + 1, batch, size) for _ in range(2))
-        hiddens[0], memories[0] = hidden, memory
-        moments = gates.new_empty(steps, batch, 2) if weights.norm_weight is not None else None
-        call = {"gates": gates, "hidden": hiddens, "memory": memories, "moments": moments}
-        _run("forward", cell, weights, keep, call)
-        save_arguments(ctx, cell, keep, inputs, hidden, memory, weights, gates, hiddens, memories, moments)
-        output = hiddens[1:]
-        output = output if keep is None else output.masked_fill(~keep.unsqueeze(-1), 0)
-        return output, hiddens[-1].clone(), memories[-1].clone()
+def forward(
+    cell: Cell, inputs: Tensor, weights: Weights, hidden: Tensor | None, memory: Tensor | None, keep: Tensor | None
+) -> Results:
+    """The forward pass of :data:`PASSES`."""
+    steps, batch, size, width, *_ = Extent.of(cell, inputs, weights)
+    out = _buffer(inputs, steps * batch, width)
+    gates = project(inputs, weights.input, weights.bias, out)
+    hiddens, memories = (_buffer(inputs, steps + 1, batch, size) for _ in range(2))
+    hiddens[0], memories[0] = 0 if hidden is None else hidden, 0 if memory is None else memory
+    moments = gates.new_empty(steps, batch, 2) if weights.norm_weight is not None else None
+    call = {"gates": gates, "hidden": hiddens, "memory": memories, "moments": moments}
+    _run("forward", cell, weights, keep, call)
+    output = hiddens[1:]
+    output = output if keep is None else output.masked_fill(~keep.unsqueeze(-1), 0)
+    return Results(output, hiddens[-1].clone(), memories[-1].clone(), (gates, hiddens, memories, moments))
 
-    @staticmethod
-    @first_derivatives
-    def backward(
-        ctx: Any, saved: Saved, grad_output: Tensor, grad_hidden: Tensor, grad_memory: Tensor
-    ) -> tuple[Any, ...]:
-        cell, weights, (gates, hiddens, memories, moments) = saved.cell, saved.weights, saved.own
-        grad_gates, row = _buffer(gates, *gates.shape), memories[0]
-        # Each row's share of the gradients of the layer norm's gain and bias.
-        norm = None if moments is None else (torch.zeros_like(row), torch.zeros_like(row))
-        grad_hidden, grad_memory = grad_hidden.contiguous().clone(), grad_memory.contiguous().clone()
-        call = {
-            "gates": gates, "hidden": hiddens, "memory": memories, "moments": moments,
-            "grad_output": grad_output.contiguous(), "grad_hidden": grad_hidden, "grad_memory": grad_memory,
-            "grad_gates": grad_gates, "to_memory": None if norm is None else torch.empty_like(row),
-            "grad_gain": None if norm is None else norm[0], "grad_shift": None if norm is None else norm[1],
-        }  # fmt: skip
-        _run("backward", cell, weights, saved.keep, call)
-        needs = (ctx.needs_input_grad[2], *ctx.needs_input_grad[5:])
-        known = {} if norm is None else {"norm_weight": norm[0].sum(0), "norm_bias": norm[1].sum(0)}
-        grad_inputs, *grads = parameter_gradients(
-            cell, weights, saved.inputs, hiddens, memories, gates, grad_gates, known, needs
-        )
-        return None, None, grad_inputs, grad_hidden, grad_memory, *grads
+
+def backward(saved: Saved, grads: Gradients, needs: Sequence[bool]) -> Gradients:
+    """The backward pass of :data:`PASSES`."""
+    cell, weights, (gates, hiddens, memories, moments) = saved.cell, saved.weights, saved.own
+    grad_gates, row = _buffer(gates, *gates.shape), memories[0]
+    # Each row's share of the gradients of the layer norm's gain and bias.
+    norm = None if moments is None else (torch.zeros_like(row), torch.zeros_like(row))
+    grad_output = torch.zeros_like(hiddens[1:]) if grads[0] is None else grads[0].contiguous()
+    # C writes the initial state's gradients in place of the final one's.
+    grad_hidden, grad_memory = (
+        torch.zeros_like(row) if grad is None else grad.clone(memory_format=torch.contiguous_format)
+        for grad in grads[1:]
+    )
+    call = {
+        "gates": gates, "hidden": hiddens, "memory": memories, "moments": moments, "grad_output": grad_output,
+        "grad_hidden": grad_hidden, "grad_memory": grad_memory, "grad_gates": grad_gates,
+        "to_memory": None if norm is None else torch.empty_like(row),
+        "grad_gain": None if norm is None else norm[0], "grad_shift": None if norm is None else norm[1],
+    }  # fmt: skip
+    _run("backward", cell, weights, saved.keep, call)
+    known = {} if norm is None else {"norm_weight": norm[0].sum(0), "norm_bias": norm[1].sum(0)}
+    grad_inputs, *rest = parameter_gradients(
+        cell, weights, saved.inputs, hiddens, memories, gates, grad_gates, known, (needs[0], *needs[3:])
+    )
+    return grad_inputs, grad_hidden, grad_memory, *rest
+
+
+def own(extent: Extent) -> tuple[Sketch | None, ...]:
+    """The gates, all h, all c, and the layer norm's means and reciprocal deviations."""
+    steps, batch, size, gates, _, wide, norm = extent
+    states = (steps + 1, batch, size), wide
+    return ((steps, batch, gates), wide), states, states, ((steps, batch, 2), wide) if norm else None
+
+
+PASSES = Passes(forward, backward, own)
 
 
 def _run(direction: str, cell: Cell, weights: Weights, keep: Tensor | None, call: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ Projections of the inputs and gradients of the weights do not depend on ``h_{t-1
 steps, as in :mod:`fairseq_rkm.ops.backends.batched`.
 """
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ from fairseq_rkm.ops.backends.persistent.plan import Problem, plan_for
 from fairseq_rkm.ops.cells import Cell
 from fairseq_rkm.ops.compilation import nvrtc
 from fairseq_rkm.ops.gradients import parameter_gradients, product_operands
-from fairseq_rkm.ops.higher_derivatives import Saved, first_derivatives, save_arguments
 from fairseq_rkm.ops.ngram import project
+from fairseq_rkm.ops.passes import Extent, Gradients, Passes, Results, Saved, Sketch
 from fairseq_rkm.ops.weights import Weights
 
 
@@ -40,51 +40,45 @@ def refuses(cell: Cell, inputs: Tensor, weights: Weights) -> str | None:
     return nvrtc.available()
 
 
-def recurrence(
-    cell: Cell, inputs: Tensor, weights: Weights, hidden: Tensor | None, memory: Tensor | None,
-    keep: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """As :func:`fairseq_rkm.ops.reference.recurrence`; None stands for an initial state of zeros."""
-    return _Persistent.apply(cell, keep, inputs, hidden, memory, *weights)
+def forward(
+    cell: Cell, inputs: Tensor, weights: Weights, hidden: Tensor | None, memory: Tensor | None, keep: Tensor | None
+) -> Results:
+    """The forward pass of :data:`PASSES`."""
+    launches = Launches(Problem.of(cell, inputs, weights), weights, keep)
+    workspace = launches.workspace("forward", inputs.size(1))
+    given, weight = clear_and_align(workspace, inputs, weights.input)
+    gates = project(given, weight, None)
+    run = launches.forward(gates, hidden, memory, workspace)
+    output = run.hiddens[1:] if keep is None else run.hiddens[1:].masked_fill(~keep.unsqueeze(-1), 0)
+    return Results(output, run.last_hidden, run.last_memory, (gates, run.hiddens, run.memories, run.moments))
 
 
-class _Persistent(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, cell: Cell, keep: Tensor | None, inputs: Tensor, hidden: Tensor | None, memory: Tensor | None,
-        *tensors: Any,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        weights = Weights(*tensors)
-        ctx.problem = Problem.of(cell, inputs, weights)
-        launches = Launches(ctx.problem, weights, keep)
-        workspace = launches.workspace("forward", inputs.size(1))
-        given, weight = clear_and_align(workspace, inputs, weights.input)
-        gates = project(given, weight, None)
-        run = launches.forward(gates, hidden, memory, workspace)
-        own = gates, run.hiddens, run.memories, run.moments
-        save_arguments(ctx, cell, keep, inputs, hidden, memory, weights, *own)
-        ctx.set_materialize_grads(False)
-        output = run.hiddens[1:] if keep is None else run.hiddens[1:].masked_fill(~keep.unsqueeze(-1), 0)
-        return output, run.last_hidden, run.last_memory
+def backward(saved: Saved, grads: Gradients, needs: Sequence[bool]) -> Gradients:
+    """The backward pass of :data:`PASSES`."""
+    cell, inputs, weights, (gates, hidden, memory, moments) = saved.cell, saved.inputs, saved.weights, saved.own
+    need_inputs, need_hidden, need_memory, *need_weights = needs
+    launches = Launches(Problem.of(cell, inputs, weights), weights, saved.keep)
+    workspace = launches.workspace("backward", inputs.size(1))
+    operands = clear_and_align(workspace, *product_operands(weights, inputs, hidden, need_weights[1]))
+    grad = launches.backward(gates, memory, moments, *grads, workspace)
+    # The kernel writes each row's share; their sum is the gradient.
+    shares = {"norm_weight": grad.gain, "norm_bias": grad.shift, "sigma_f": grad.scale_f}
+    known = {name: None if share is None else share.sum(0) for name, share in shares.items()}
+    known["sigma_i"] = None if grad.scale_i is None else grad.scale_i.sum()
+    grad_inputs, *rest = parameter_gradients(
+        cell, weights, inputs, hidden, memory, gates, grad.gates, known, (need_inputs, *need_weights), operands
+    )
+    first_hidden = grad.hidden.to(hidden.dtype) if need_hidden else None
+    return grad_inputs, first_hidden, grad.memory if need_memory else None, *rest
 
-    @staticmethod
-    @first_derivatives
-    def backward(
-        ctx: Any, saved: Saved, grad_output: Tensor | None, grad_hidden: Tensor | None, grad_memory: Tensor | None
-    ) -> tuple[Any, ...]:
-        problem, inputs, weights, (gates, hidden, memory, moments) = ctx.problem, saved.inputs, saved.weights, saved.own
-        _, _, need_inputs, need_hidden, need_memory, *need_weights = ctx.needs_input_grad
-        launches = Launches(problem, weights, saved.keep)
-        workspace = launches.workspace("backward", inputs.size(1))
-        operands = clear_and_align(workspace, *product_operands(weights, inputs, hidden, need_weights[1]))
-        grad = launches.backward(gates, memory, moments, grad_output, grad_hidden, grad_memory, workspace)
-        # The kernel writes each row's share; their sum is the gradient.
-        shares = {"norm_weight": grad.gain, "norm_bias": grad.shift, "sigma_f": grad.scale_f}
-        known = {name: None if share is None else share.sum(0) for name, share in shares.items()}
-        known["sigma_i"] = None if grad.scale_i is None else grad.scale_i.sum()
-        grad_inputs, *grads = parameter_gradients(
-            problem.cell, weights, inputs, hidden, memory, gates, grad.gates, known, (need_inputs, *need_weights),
-            operands,
-        )  # fmt: skip
-        first_hidden = grad.hidden.to(hidden.dtype) if need_hidden else None
-        return None, None, grad_inputs, first_hidden, grad.memory if need_memory else None, *grads
+
+def own(extent: Extent) -> tuple[Sketch | None, ...]:
+    """The gates, all h, all c, and the layer norm's means and reciprocal deviations."""
+    steps, batch, size, gates, narrow, wide, norm = extent
+    return (
+        ((steps, batch, gates), narrow), ((steps + 1, batch, size), narrow), ((steps + 1, batch, size), wide),
+        ((steps, batch, 2), wide) if norm else None,
+    )  # fmt: skip
+
+
+PASSES = Passes(forward, backward, own)

@@ -7,6 +7,7 @@ cell without memory needs none. Layer normalisation makes the recurrence nonline
 import functools
 import importlib.util
 import os
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -16,8 +17,8 @@ from torch import Tensor
 from fairseq_rkm.ops.cells import Cell
 from fairseq_rkm.ops.gate_layout import gate_places
 from fairseq_rkm.ops.gradients import parameter_gradients
-from fairseq_rkm.ops.higher_derivatives import Saved, first_derivatives, save_arguments
 from fairseq_rkm.ops.ngram import last_real_step, project
+from fairseq_rkm.ops.passes import Extent, Gradients, Passes, Results, Saved, Sketch
 from fairseq_rkm.ops.weights import LAYER_NORM_EPS, Weights, memory_dtype
 
 BLOCK_T, BLOCK_D, WARPS = 32, 32, 4
@@ -49,79 +50,74 @@ def refuses(cell: Cell, inputs: Tensor, weights: Weights) -> str | None:
     return None if _has_triton() else "it needs Triton, which is not installed"
 
 
-def recurrence(
-    cell: Cell, inputs: Tensor, weights: Weights, hidden: Tensor | None, memory: Tensor | None,
-    keep: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """As :func:`fairseq_rkm.ops.reference.recurrence`; None stands for an initial state of zeros."""
-    return _Scan.apply(cell, keep, inputs, hidden, memory, *weights)
-
-
-class _Scan(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, cell: Cell, keep: Tensor | None, inputs: Tensor, hidden: Tensor | None, memory: Tensor | None,
-        *tensors: Any,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        weights = Weights(*tensors)
-        gates = project(inputs, weights.input, weights.bias)
-        steps, batch, size = gates.size(0), gates.size(1), gates.size(2) // len(cell.gates)
-        memories = gates.new_empty(steps + 1, batch, size, dtype=memory_dtype(gates.dtype))
-        output = gates.new_empty(steps, batch, size)
-        moments = None
-        last_output, last_memory = gates.new_empty(batch, size), memories.new_empty(batch, size)
-        given: tuple[Tensor, ...] = (_or(memory, memories), memories, output, last_output, last_memory)
-        flags: dict[str, Any] = {"HAS_FIRST": memory is not None}
-        if weights.norm_weight is not None and weights.norm_bias is not None:
-            moments = memories.new_empty(steps, batch, 2)
-            given += (moments, weights.norm_weight, weights.norm_bias)
-            flags["EPSILON"] = LAYER_NORM_EPS
-        _run("forward", cell, weights, keep, gates, given, memories, flags)
-        save_arguments(ctx, cell, keep, inputs, hidden, memory, weights, gates, memories, moments)
-        ctx.set_materialize_grads(False)
-        if keep is None:
-            return output, last_output, last_memory
+def forward(
+    cell: Cell, inputs: Tensor, weights: Weights, hidden: Tensor | None, memory: Tensor | None, keep: Tensor | None
+) -> Results:
+    """The forward pass of :data:`PASSES`."""
+    gates = project(inputs, weights.input, weights.bias)
+    steps, batch, size = gates.size(0), gates.size(1), gates.size(2) // len(cell.gates)
+    memories = gates.new_empty(steps + 1, batch, size, dtype=memory_dtype(gates.dtype))
+    output = gates.new_empty(steps, batch, size)
+    moments = None
+    last_output, last_memory = gates.new_empty(batch, size), memories.new_empty(batch, size)
+    given: tuple[Tensor, ...] = (_or(memory, memories), memories, output, last_output, last_memory)
+    flags: dict[str, Any] = {"HAS_FIRST": memory is not None}
+    if weights.norm_weight is not None and weights.norm_bias is not None:
+        moments = memories.new_empty(steps, batch, 2)
+        given += (moments, weights.norm_weight, weights.norm_bias)
+        flags["EPSILON"] = LAYER_NORM_EPS
+    _run("forward", cell, weights, keep, gates, given, memories, flags)
+    if keep is not None:
         last = last_real_step(keep).view(1, -1, 1).expand(1, batch, size)
         first = output.new_zeros(1, batch, size) if hidden is None else hidden.unsqueeze(0)
-        return output, torch.cat([first, output]).gather(0, last)[0], memories.gather(0, last)[0]
+        last_output, last_memory = torch.cat([first, output]).gather(0, last)[0], memories.gather(0, last)[0]
+    return Results(output, last_output, last_memory, (gates, memories, moments))
 
-    @staticmethod
-    @first_derivatives
-    def backward(
-        ctx: Any, saved: Saved, grad_output: Tensor | None, grad_hidden: Tensor | None, grad_memory: Tensor | None
-    ) -> tuple[Any, ...]:
-        cell, keep, weights, (gates, memories, moments) = saved.cell, saved.keep, saved.weights, saved.own
-        steps, batch, size = memories.size(0) - 1, memories.size(1), memories.size(2)
-        grad_output = gates.new_zeros(steps, batch, size) if grad_output is None else grad_output.contiguous()
-        grad_hidden, grad_memory = (None if g is None else g.contiguous() for g in (grad_hidden, grad_memory))
-        grad_gates, first_memory = torch.empty_like(gates), torch.empty_like(memories[0])
-        last = None if keep is None else last_real_step(keep) - 1
-        given: tuple[Tensor, ...] = (
-            memories, grad_output, _or(grad_hidden, gates), _or(grad_memory, memories), _or(last, gates), grad_gates,
-            first_memory,
-        )  # fmt: skip
-        shares: dict[str, Tensor] = {}
-        if moments is not None and weights.norm_weight is not None:
-            shares = {name: torch.empty_like(first_memory) for name in ("norm_weight", "norm_bias")}
-            given += (*shares.values(), moments, weights.norm_weight)
-        flags = {"HAS_LAST_HIDDEN": grad_hidden is not None, "HAS_LAST_MEMORY": grad_memory is not None}
-        _run("backward", cell, weights, keep, gates, given, memories, flags)
-        _, _, need_inputs, need_hidden, need_memory, *need_weights = ctx.needs_input_grad
-        first_hidden = gates.new_zeros(batch, size) if need_hidden else None
-        if last is not None:
-            # A row without a real step passes its initial state on.
-            never = (last < 0).unsqueeze(1)
-            if grad_memory is not None:
-                first_memory = torch.where(never, grad_memory, first_memory)
-            if grad_hidden is not None:
-                first_hidden = grad_hidden.masked_fill(~never, 0) if need_hidden else None
-        needs = (need_inputs, *need_weights)
-        # Without feedback no gradient needs the hidden states.
-        known = {name: share.sum(0) for name, share in shares.items()}
-        grad_inputs, *grads = parameter_gradients(
-            cell, weights, saved.inputs, memories, memories, gates, grad_gates, known, needs
-        )
-        return None, None, grad_inputs, first_hidden, first_memory if need_memory else None, *grads
+
+def backward(saved: Saved, grads: Gradients, needs: Sequence[bool]) -> Gradients:
+    """The backward pass of :data:`PASSES`."""
+    cell, keep, weights, (gates, memories, moments) = saved.cell, saved.keep, saved.weights, saved.own
+    steps, batch, size = memories.size(0) - 1, memories.size(1), memories.size(2)
+    grad_output = gates.new_zeros(steps, batch, size) if grads[0] is None else grads[0].contiguous()
+    grad_hidden, grad_memory = (None if g is None else g.contiguous() for g in grads[1:])
+    grad_gates, first_memory = torch.empty_like(gates), torch.empty_like(memories[0])
+    last = None if keep is None else last_real_step(keep) - 1
+    given: tuple[Tensor, ...] = (
+        memories, grad_output, _or(grad_hidden, gates), _or(grad_memory, memories), _or(last, gates), grad_gates,
+        first_memory,
+    )  # fmt: skip
+    shares: dict[str, Tensor] = {}
+    if moments is not None and weights.norm_weight is not None:
+        shares = {name: torch.empty_like(first_memory) for name in ("norm_weight", "norm_bias")}
+        given += (*shares.values(), moments, weights.norm_weight)
+    flags = {"HAS_LAST_HIDDEN": grad_hidden is not None, "HAS_LAST_MEMORY": grad_memory is not None}
+    _run("backward", cell, weights, keep, gates, given, memories, flags)
+    need_inputs, need_hidden, need_memory, *need_weights = needs
+    first_hidden = gates.new_zeros(batch, size) if need_hidden else None
+    if last is not None:
+        # A row without a real step passes its initial state on.
+        never = (last < 0).unsqueeze(1)
+        if grad_memory is not None:
+            first_memory = torch.where(never, grad_memory, first_memory)
+        if grad_hidden is not None:
+            first_hidden = grad_hidden.masked_fill(~never, 0) if need_hidden else None
+    # Without feedback no gradient needs the hidden states.
+    known = {name: share.sum(0) for name, share in shares.items()}
+    grad_inputs, *rest = parameter_gradients(
+        cell, weights, saved.inputs, memories, memories, gates, grad_gates, known, (need_inputs, *need_weights)
+    )
+    return grad_inputs, first_hidden, first_memory if need_memory else None, *rest
+
+
+def own(extent: Extent) -> tuple[Sketch | None, ...]:
+    """The pre-activations, all c, and the layer norm's means and reciprocal deviations."""
+    steps, batch, size, gates, narrow, wide, norm = extent
+    return (
+        ((steps, batch, gates), narrow), ((steps + 1, batch, size), wide), ((steps, batch, 2), wide) if norm else None
+    )  # fmt: skip
+
+
+PASSES = Passes(forward, backward, own)
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:

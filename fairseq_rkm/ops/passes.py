@@ -1,0 +1,96 @@
+"""A backend's two passes: plain functions of tensors, without autograd.
+
+:mod:`fairseq_rkm.ops.eager` makes an ``autograd.Function`` of any backend's passes, and
+:mod:`fairseq_rkm.ops.operators` an operator that PyTorch knows.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fairseq_rkm.ops.cells import Cell
+from fairseq_rkm.ops.weights import Weights, memory_dtype
+
+Gradients = tuple[Tensor | None, ...]
+
+
+class Results(NamedTuple):
+    """The results of a forward pass.
+
+    Attributes:
+        output: all ``h_t``, ``(T, B, d)``, zero at padding.
+        hidden: the last ``h_t``, ``(B, d)``.
+        memory: the last ``c_t``, ``(B, d)``.
+        own: tensors for the backend's own backward pass, as :attr:`Passes.own` sketches them.
+    """
+
+    output: Tensor
+    hidden: Tensor
+    memory: Tensor
+    own: tuple[Tensor | None, ...] = ()
+
+
+class Saved(NamedTuple):
+    """A recurrence's arguments, and its forward pass's :attr:`Results.own`."""
+
+    cell: Cell
+    keep: Tensor | None
+    inputs: Tensor
+    hidden: Tensor | None
+    memory: Tensor | None
+    weights: Weights
+    own: Sequence[Any]
+
+
+class Extent(NamedTuple):
+    """The sizes and dtypes of a recurrence.
+
+    Attributes:
+        steps: T.
+        batch: B.
+        size: d.
+        gates: the number of gates times d.
+        narrow: the dtype of inputs, outputs and matrices.
+        wide: the memory's dtype.
+        norm: whether the memory is normalised.
+    """
+
+    steps: int
+    batch: int
+    size: int
+    gates: int
+    narrow: torch.dtype
+    wide: torch.dtype
+    norm: bool
+
+    @classmethod
+    def of(cls, cell: Cell, inputs: Tensor, weights: Weights) -> "Extent":
+        """The extent of a recurrence over extended inputs."""
+        gates, ngram = weights.input.size(0), weights.input.size(1) // inputs.size(2)
+        return cls(
+            inputs.size(0) - ngram + 1, inputs.size(1), gates // len(cell.gates), gates, inputs.dtype,
+            memory_dtype(inputs.dtype), weights.norm_weight is not None,
+        )  # fmt: skip
+
+
+Sketch = tuple[tuple[int, ...], torch.dtype]
+"""The shape and dtype of a contiguous tensor."""
+
+
+class Passes(NamedTuple):
+    """A backend's passes.
+
+    Attributes:
+        forward: ``(cell, inputs, weights, hidden, memory, keep)`` to :class:`Results`. All tensors are contiguous, and
+            as :func:`fairseq_rkm.ops.reference.recurrence` describes them; an initial state of zeros may be None.
+        backward: ``(saved, grads, needs)`` to the gradients of inputs, hidden, memory and the fields of
+            :class:`Weights`. ``grads`` are those of output, hidden and memory, None for zeros. ``needs`` has True for
+            each result that is wanted; others may be None.
+        own: the sketches of :attr:`Results.own` for an :class:`Extent`; None for a tensor that is None.
+    """
+
+    forward: Callable[..., Results]
+    backward: Callable[[Saved, Gradients, Sequence[bool]], Gradients]
+    own: Callable[[Extent], tuple[Sketch | None, ...]]
