@@ -63,6 +63,12 @@ def _fresh(results: Sequence[Tensor], given: Iterable[Any]) -> list[Tensor]:
     return fresh
 
 
+def _differentiable(problem: Saved, needs: Sequence[bool]) -> list[Tensor]:
+    """The tensors whose gradients are wanted."""
+    every: tuple[Any, ...] = (problem.inputs, problem.hidden, problem.memory, *problem.weights)
+    return [tensor for tensor, need in zip(every, needs, strict=True) if need]
+
+
 class Operator:
     """A backend's forward and backward pass as operators.
 
@@ -134,27 +140,24 @@ class Operator:
         return None, inputs, hidden, memory, None, *weights, None, None
 
     def _run_backward(self, *given: Any) -> list[Tensor]:
-        *given, own, grad_output, grad_hidden, grad_memory, needs = given
-        problem = self._checked(given)
+        *arguments, own, grad_output, grad_hidden, grad_memory, needs = given
+        problem = self._checked(arguments)
         own = self._own(problem, own)
         self._check_own(problem, own)
-        like = problem.inputs, problem.hidden, problem.memory, *problem.weights
         inputs, weights, hidden, memory = laid_out(problem.inputs, problem.weights, problem.hidden, problem.memory)
         whole = Saved(problem.cell, problem.keep, inputs, hidden, memory, weights, own)
         with without_autocast(inputs.device.type):
             found = self.passes.backward(whole, (grad_output, grad_hidden, grad_memory), needs)
-        wanted = [
-            torch.zeros_like(tensor) if grad is None else grad.to(tensor.dtype)
-            for tensor, grad, need in zip(like, found, needs, strict=True)
-            if need
+        wanted = [grad for grad, need in zip(found, needs, strict=True) if need]
+        results = [
+            like.new_zeros(like.shape) if grad is None else grad.to(like.dtype)
+            for like, grad in zip(_differentiable(problem, needs), wanted, strict=True)
         ]
-        return _fresh(wanted, [*given, *own, grad_output, grad_hidden, grad_memory])
+        return _fresh(results, [*arguments, *own, grad_output, grad_hidden, grad_memory])
 
     def _fake_backward(self, *given: Any) -> list[Tensor]:
-        *given, _own, _output, _hidden, _memory, needs = given
-        problem = read(*given)
-        like = problem.inputs, problem.hidden, problem.memory, *problem.weights
-        return [tensor.new_empty(tensor.shape) for tensor, need in zip(like, needs, strict=True) if need]
+        *arguments, _own, _output, _hidden, _memory, needs = given
+        return [like.new_empty(like.shape) for like in _differentiable(read(*arguments), needs)]
 
     def _no_second_derivatives(self, *_: Any) -> None:
         raise RKMError(

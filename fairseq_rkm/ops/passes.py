@@ -14,6 +14,7 @@ from fairseq_rkm.ops.cells import Cell
 from fairseq_rkm.ops.weights import Weights, memory_dtype
 
 Gradients = tuple[Tensor | None, ...]
+"""Of a forward pass's three results, or of its inputs, hidden, memory and the fields of :class:`Weights`."""
 
 
 class Results(NamedTuple):

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
 
 ORDINARY = Tensor, torch.nn.Parameter
 """Classes that leave the meaning of operators to PyTorch."""
@@ -37,7 +38,7 @@ def obstacle(*tensors: Tensor | None) -> str | None:
     if reason is not None:
         return reason
     for tensor in tensors:
-        if tensor is None or isinstance(tensor, TRACED) or _is_plain(tensor) or _is_plain_meta(tensor):
+        if tensor is None or isinstance(tensor, TRACED) or _is_ordinary(tensor):
             continue
         kind = f"{type(tensor).__name__} of layout {tensor.layout} on {tensor.device}"
         return f"it takes tensors that lie in memory as they are, and one is a {kind}"
@@ -64,11 +65,11 @@ def _follower() -> str | None:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    return not tensor.is_meta and _keys(tensor) in _plain_keys(tensor.device)
+    return not tensor.is_meta and _is_ordinary(tensor)
 
 
-def _is_plain_meta(tensor: Tensor) -> bool:
-    return tensor.is_meta and _keys(tensor) in _plain_keys(tensor.device)
+def _is_ordinary(tensor: Tensor) -> bool:
+    return not isinstance(tensor, TRACED) and _keys(tensor) in _ordinary_keys(tensor.device)
 
 
 def _keys(tensor: Tensor) -> int:
@@ -78,10 +79,11 @@ def _keys(tensor: Tensor) -> int:
 
 
 @functools.cache
-def _plain_keys(device: torch.device) -> frozenset[int]:
+def _ordinary_keys(device: torch.device) -> frozenset[int]:
     """The keys of a device's ordinary tensors, made in or out of inference mode."""
     keys = []
-    for inference in (False, True):
-        with torch.inference_mode(inference):
-            keys.append(_keys(torch.empty(0, device=device)))
+    with _disable_current_modes():  # or FakeTensorMode would make these
+        for inference in (False, True):
+            with torch.inference_mode(inference):
+                keys.append(_keys(torch.empty(0, device=device)))
     return frozenset(keys)

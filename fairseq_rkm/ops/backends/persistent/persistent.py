@@ -60,7 +60,8 @@ def backward(saved: Saved, grads: Gradients, needs: Sequence[bool]) -> Gradients
     launches = Launches(Problem.of(cell, inputs, weights), weights, saved.keep)
     workspace = launches.workspace("backward", inputs.size(1))
     operands = clear_and_align(workspace, *product_operands(weights, inputs, hidden, need_weights[1]))
-    grad = launches.backward(gates, memory, moments, *grads, workspace)
+    grad_output, grad_hidden, grad_memory = grads
+    grad = launches.backward(gates, memory, moments, grad_output, grad_hidden, grad_memory, workspace)
     # The kernel writes each row's share; their sum is the gradient.
     shares = {"norm_weight": grad.gain, "norm_bias": grad.shift, "sigma_f": grad.scale_f}
     known = {name: None if share is None else share.sum(0) for name, share in shares.items()}
