@@ -28,8 +28,10 @@ def arguments(
     cell: Cell, inputs: Tensor, weights: Weights, hidden: Tensor | None, memory: Tensor | None, keep: Tensor | None
 ) -> tuple[Any, ...]:
     """A recurrence's arguments, as an operator takes them."""
-    numbers = [0.0 if isinstance(scale, Tensor) else scale for scale in (weights.sigma_i, weights.sigma_f)]
-    return cell.key, inputs, hidden, memory, keep, *weights.tensors(), *numbers
+    # Numbers that are not read are left out: to torch.compile each is a variable.
+    s_i = weights.sigma_i if cell.input_is_constant and not isinstance(weights.sigma_i, Tensor) else 0.0
+    s_f = weights.sigma_f if cell.forget_is_constant and not isinstance(weights.sigma_f, Tensor) else 0.0
+    return cell.key, inputs, hidden, memory, keep, *weights.tensors(), s_i, s_f
 
 
 def read(key: str, inputs: Tensor, hidden: Any, memory: Any, keep: Any, *rest: Any) -> Saved:
