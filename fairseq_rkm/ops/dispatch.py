@@ -83,8 +83,9 @@ def pick(name: str, cell: Cell, inputs: Tensor, weights: Weights, obstacle: str 
     if name == "auto":
         if obstacle is not None:
             return BACKENDS["reference"]
-        candidates = (b for b in BACKENDS.values() if b.automatic and b.refuses(cell, inputs, weights) is None)
-        return next(candidates)
+        for backend in BACKENDS.values():
+            if backend.automatic and backend.refuses(cell, inputs, weights) is None:
+                return backend
     reason = obstacle if name != "reference" else None
     reason = reason or BACKENDS[name].refuses(cell, inputs, weights)
     if reason is not None:

@@ -51,14 +51,13 @@ def differentiate(
         grads: the gradients of output, hidden and memory; None for zeros.
         needs: True for each result that is wanted.
     """
-    if all(grad is None for grad in grads):
+    if grads[0] is None and grads[1] is None and grads[2] is None:
         return (None,) * len(needs)
     with without_autocast(saved.inputs.device.type):
         if torch.is_grad_enabled():
             return by_reference(saved, grads, needs)
         if are_plain(*grads):
-            found = passes.backward(saved, grads, needs)
-            return tuple(grad if need else None for grad, need in zip(found, needs, strict=True))
+            return passes.backward(saved, grads, needs)
         return (by_operator if obstacle(*grads) is None else by_reference)(saved, grads, needs)
 
 

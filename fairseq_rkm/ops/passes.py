@@ -88,7 +88,7 @@ class Passes(NamedTuple):
             as :func:`fairseq_rkm.ops.reference.recurrence` describes them; an initial state of zeros may be None.
         backward: ``(saved, grads, needs)`` to the gradients of inputs, hidden, memory and the fields of
             :class:`Weights`. ``grads`` are those of output, hidden and memory, None for zeros. ``needs`` has True for
-            each result that is wanted; others may be None.
+            each result that is wanted; the others are None.
         own: the sketches of :attr:`Results.own` for an :class:`Extent`; None for a tensor that is None.
     """
 

@@ -1,6 +1,6 @@
 """The tensors of one layer and direction, in the form for all backends."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,8 +34,11 @@ class Weights(NamedTuple):
 
         The layer norm and the scales act on the memory: they get its dtype, ``wide``.
         """
-        tensors: list[Any] = [v.to(wide) if i > 2 and isinstance(v, Tensor) else v for i, v in enumerate(self)]
-        return Weights(*(v.contiguous() if isinstance(v, Tensor) else v for v in tensors))
+        narrow, others = self[:3], self[3:]
+        return Weights(
+            *(None if v is None else v.contiguous() for v in narrow),  # type: ignore[arg-type]
+            *(v.to(wide).contiguous() if isinstance(v, Tensor) else v for v in others),
+        )
 
     def numbers(self) -> dict[str, float]:
         """The fields that are plain numbers."""

@@ -46,7 +46,7 @@ def backward(saved: Saved, grads: Gradients, needs: Sequence[bool]) -> Gradients
     grad_inputs, *rest = parameter_gradients(
         cell, weights, saved.inputs, hidden, memory, gates, run.factors, run.norm_gradients(), (needs[0], *needs[3:])
     )
-    return grad_inputs, grad_hidden, grad_memory, *rest
+    return grad_inputs, grad_hidden if needs[1] else None, grad_memory if needs[2] else None, *rest
 
 
 def own(extent: Extent) -> tuple[Sketch | None, ...]:
@@ -97,8 +97,8 @@ class _Forward:
 
     def start(self, hidden: Tensor | None, memory: Tensor | None) -> None:
         """Begin with this state; None stands for zeros."""
-        self.hidden[0] = 0 if hidden is None else hidden
-        self.memory[0] = 0 if memory is None else memory
+        for states, first in ((self.hidden, hidden), (self.memory, memory)):
+            _ = states[0].zero_() if first is None else states[0].copy_(first)
 
     def loop(self) -> None:
         recurrent = None if self.weights.recurrent is None else self.weights.recurrent.t()

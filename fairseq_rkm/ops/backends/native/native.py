@@ -107,11 +107,13 @@ def forward(
     cell: Cell, inputs: Tensor, weights: Weights, hidden: Tensor | None, memory: Tensor | None, keep: Tensor | None
 ) -> Results:
     """The forward pass of :data:`PASSES`."""
-    steps, batch, size, width, *_ = Extent.of(cell, inputs, weights)
+    width, ngram = weights.input.size(0), weights.input.size(1) // inputs.size(2)
+    steps, batch, size = inputs.size(0) - ngram + 1, inputs.size(1), width // len(cell.gates)
     out = _buffer(inputs, steps * batch, width)
     gates = project(inputs, weights.input, weights.bias, out)
     hiddens, memories = (_buffer(inputs, steps + 1, batch, size) for _ in range(2))
-    hiddens[0], memories[0] = 0 if hidden is None else hidden, 0 if memory is None else memory
+    for states, first in ((hiddens, hidden), (memories, memory)):
+        _ = states[0].zero_() if first is None else states[0].copy_(first)
     moments = gates.new_empty(steps, batch, 2) if weights.norm_weight is not None else None
     call = {"gates": gates, "hidden": hiddens, "memory": memories, "moments": moments}
     _run("forward", cell, weights, keep, call)
@@ -143,7 +145,7 @@ def backward(saved: Saved, grads: Gradients, needs: Sequence[bool]) -> Gradients
     grad_inputs, *rest = parameter_gradients(
         cell, weights, saved.inputs, hiddens, memories, gates, grad_gates, known, (needs[0], *needs[3:])
     )
-    return grad_inputs, grad_hidden, grad_memory, *rest
+    return grad_inputs, grad_hidden if needs[1] else None, grad_memory if needs[2] else None, *rest
 
 
 def own(extent: Extent) -> tuple[Sketch | None, ...]:
