@@ -20,7 +20,17 @@ from fairseq_rkm.modules.arguments import (
     check_switches,
 )  # fmt: skip
 from fairseq_rkm.modules.dropout import LockedDropout, check_probability
-from fairseq_rkm.modules.lstm_weights import GATES_OF_TORCH, LSTM_GATES, converted, is_of_torch, restack
+from fairseq_rkm.modules.lstm_weights import (
+    GATES_OF_TORCH,
+    LSTM_GATES,
+    check_not_reparametrized,
+    converted,
+    copy_from_lstm,
+    copy_to_lstm,
+    is_of_torch,
+    may_be_of_torch,
+    restack,
+)
 from fairseq_rkm.modules.sequences import Batch, Packed, layout_of
 from fairseq_rkm.modules.state import RKMState
 from fairseq_rkm.ops import Weights, recurrence, resolve_cell
@@ -468,14 +478,16 @@ class RKM(nn.Module):
     ) -> None:
         """Load weights and convert an ``nn.LSTM``'s. ``state_dict`` is a copy, as for every module of PyTorch."""
         self._in_doubt = False
-        own = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
-        own = {name: value for name, value in own.items() if "." not in name}
-        if is_of_torch(tuple(own)):
+        names = [key[len(prefix) :] for key in state_dict if key.startswith(prefix)]
+        names = [name for name in names if "." not in name or name.startswith("parametrizations.")]
+        own = {name: state_dict[prefix + name] for name in names if "." not in name}
+        if is_of_torch(names):
             self._check_is_lstm()
+            check_not_reparametrized(names)
             for name in own:
                 del state_dict[prefix + name]
             state_dict.update((prefix + name, value) for name, value in converted(own, self.gates).items())
-        elif self._like_torch and own and all(name.startswith(("weight_ih", "weight_hh")) for name in own):
+        elif self._like_torch and may_be_of_torch(names):
             if "version" not in local_metadata:
                 raise RKMError(
                     f"the weights {prefix}weight_ih_l0, ... have no biases and do not say whose they are, and "
@@ -499,47 +511,41 @@ class RKM(nn.Module):
     def from_lstm(cls, lstm: nn.LSTM) -> "RKM":
         """Make an RKM with ``cell="lstm"`` that computes the same function as ``lstm``; the weights are copied.
 
+        A pruned, normalised or parametrized weight is copied as a call in evaluation uses it. What is frozen stays
+        frozen. The RKM's bias is the sum of the LSTM's two, and is trained if one of them is.
+
         Raises:
-            RKMError: the LSTM has projections (``proj_size``); the RKM has no counterpart.
+            RKMError: ``lstm`` is another module, or has projections (``proj_size``).
         """
+        if not isinstance(lstm, nn.LSTM):
+            raise RKMError(f"from_lstm takes a torch.nn.LSTM, not a {type(lstm).__name__}")
         if lstm.proj_size:
             raise RKMError(f"an LSTM with projections (proj_size={lstm.proj_size}) has no RKM counterpart")
-        first: Tensor = lstm.get_parameter("weight_ih_l0")
+        first: Any = lstm.weight_ih_l0
         rkm = cls(
             lstm.input_size, lstm.hidden_size, lstm.num_layers, "lstm", bias=lstm.bias, dropout=lstm.dropout,
             bidirectional=lstm.bidirectional, batch_first=lstm.batch_first, device=first.device, dtype=first.dtype,
         )  # fmt: skip
-        with torch.no_grad():
-            for name, parameter in rkm.named_parameters():
-                if name.startswith("bias"):
-                    value = getattr(lstm, f"bias_ih{name[4:]}") + getattr(lstm, f"bias_hh{name[4:]}")
-                else:
-                    value = getattr(lstm, name)
-                parameter.copy_(restack(value, LSTM_GATES, rkm.gates))
+        copy_from_lstm(lstm, rkm, rkm.gates)
         return rkm.train(lstm.training)
 
     def to_lstm(self) -> nn.LSTM:
         """Make an ``nn.LSTM`` that computes the same function; the weights are copied.
 
-        ``nn.LSTM`` has no weight dropout: it is left behind.
+        ``nn.LSTM`` has no weight dropout: it is left behind. Pruned, normalised or parametrized weights and frozen
+        ones are copied as by :meth:`from_lstm`. The second of the LSTM's two biases is zero.
 
         Raises:
             RKMError: ``nn.LSTM`` cannot compute this cell, n-gram, feedback, layer norm or bound.
         """
         if self.cell != "lstm" or self.ngram > 1 or not self.feedback or self.layer_norm or self.memory_clip:
             raise RKMError("only cell='lstm' with ngram 1, feedback, no layer norm and no clipping is an nn.LSTM")
-        first = self.get_parameter("weight_ih_l0")
+        first: Any = self.weight_ih_l0
         lstm = nn.LSTM(
             self.input_size, self.hidden_size, self.num_layers, self.bias, self.batch_first, self.dropout.p,
             self.bidirectional, device=first.device, dtype=first.dtype,
         )  # fmt: skip
-        with torch.no_grad():
-            for name, parameter in lstm.named_parameters():
-                if name.startswith("bias_hh"):
-                    parameter.zero_()
-                else:
-                    value = getattr(self, name.replace("bias_ih", "bias"))
-                    parameter.copy_(restack(value, self.gates, LSTM_GATES))
+        copy_to_lstm(self, lstm, self.gates)
         return lstm.train(self.training)
 
     def extra_repr(self) -> str:
@@ -562,9 +568,11 @@ def _settle(rkm: RKM, _keys: object) -> None:
     if not rkm._in_doubt or rkm.dropout.recorded:
         return
     rkm._check_is_lstm()
-    for name, parameter in rkm.named_parameters():
+    weights = dict(rkm.named_parameters()) | dict(rkm.named_buffers())
+    check_not_reparametrized(list(weights))
+    for name, tensor in weights.items():
         if name.startswith("weight"):
-            parameter.data = restack(parameter.data, LSTM_GATES, rkm.gates)
+            tensor.data = restack(tensor.data, LSTM_GATES, rkm.gates)
 
 
 def _is_exporting() -> bool:

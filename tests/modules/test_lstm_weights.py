@@ -7,8 +7,19 @@ import pytest
 import torch
 from helpers import assert_close
 from torch import nn
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from fairseq_rkm import RKM, RKMError
+
+CHANGES = {
+    "pruned": lambda module, name: prune.l1_unstructured(module, name, 0.4),
+    "pruned twice": lambda module, name: prune.random_unstructured(prune.l1_unstructured(module, name, 0.4), name, 0.4),
+    "weight norm": parametrizations.weight_norm,
+    "spectral norm": parametrizations.spectral_norm,
+    "old weight norm": weight_norm,
+    "old spectral norm": spectral_norm,
+}
+"""What PyTorch's users do to a weight: it is then no parameter, but computed from others."""
 
 
 class Model(nn.Module):
@@ -156,3 +167,116 @@ def test_the_mark_survives_what_is_done_to_state_dicts():
     target.load_state_dict(halved)
     assert_close(target.weight_ih_l0.half(), rkm.weight_ih_l0.half())
     assert sum(p.numel() for p in rkm.parameters()) == sum(v.numel() for v in rkm.state_dict().values())
+
+
+def changed(module, change):
+    """Two weights replaced, and all parameters changed once more, as by an optimizer: attributes are stale."""
+    for name in ("weight_hh_l0", "weight_ih_l1_reverse"):
+        CHANGES[change](module, name)
+    module(torch.randn(4, 2, 3))
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(1.5)
+    return module
+
+
+def kept(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("training", [True, False])
+def test_weights_that_are_computed_from_others_are_copied_as_they_act(change, training):
+    arguments = {"num_layers": 2, "bidirectional": True}
+    makers = {
+        "from_lstm": (lambda: nn.LSTM(3, 5, **arguments), RKM.from_lstm),
+        "to_lstm": (lambda: RKM(3, 5, cell="lstm", **arguments), RKM.to_lstm),
+    }
+    for make, convert in makers.values():
+        source = changed(make(), change).train(training)
+        before = kept(source)
+        result = convert(source)
+        assert result.training is training
+        assert all(torch.equal(value, before[name]) for name, value in source.state_dict().items())
+        assert all(part.training is training for part in source.modules())
+        x = torch.randn(4, 2, 3)
+        assert_close(result.eval()(x)[0], source.eval()(x)[0])
+        source.train()(x)[0].sum().backward()
+        assert all(p.grad is not None for p in source.parameters()), "the source is trained as before"
+
+
+@pytest.mark.parametrize("change", [None, *CHANGES])
+def test_frozen_weights_stay_frozen(change):
+    lstm = nn.LSTM(3, 5, 2, bidirectional=True)
+    if change:
+        changed(lstm, change)
+    for name, parameter in lstm.named_parameters():
+        frozen = ("weight_hh_l0", "bias_ih_l0", "bias_hh_l1", "bias_ih_l1")
+        parameter.requires_grad_(not name.removeprefix("parametrizations.").startswith(frozen))
+    rkm = RKM.from_lstm(lstm)
+    trained = {name for name, p in rkm.named_parameters() if p.requires_grad}
+    both = {"weight_hh_l0", "weight_hh_l0_reverse", "bias_l1", "bias_l1_reverse"}
+    assert trained == {name for name, _ in rkm.named_parameters()} - both, "of bias_l0 one half is trained"
+    back = rkm.to_lstm()
+    assert {name for name, p in RKM.from_lstm(back).named_parameters() if p.requires_grad} == trained
+    assert back.bias_hh_l1.requires_grad is back.bias_ih_l1.requires_grad is False
+
+
+def test_another_module_is_refused():
+    for module in (nn.GRU(3, 5), nn.DataParallel(nn.LSTM(3, 5)), RKM(3, 5)):
+        with pytest.raises(RKMError, match=r"from_lstm takes a torch\.nn\.LSTM, not an? " + type(module).__name__):
+            RKM.from_lstm(module)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_types_dropout_and_layout_are_kept(dtype):
+    lstm = nn.LSTM(3, 5, 2, dropout=0.3, batch_first=True, dtype=dtype)
+    rkm = RKM.from_lstm(lstm)
+    for module in (lstm, rkm.to_lstm(), RKM.from_lstm(rkm.to_lstm())):
+        assert {p.dtype for p in module.parameters()} == {dtype}
+        assert module.batch_first
+    assert rkm.dropout.p == rkm.to_lstm().dropout == 0.3
+    assert RKM.from_lstm(nn.LSTM(3, 5, device="meta")).weight_hh_l0.is_meta
+
+
+def test_a_pruned_lstm_s_weights_are_converted():
+    for bias in (True, False):
+        lstm, rkm = nn.LSTM(3, 5, bias=bias), RKM(3, 5, cell="lstm", bias=bias)
+        for module in (lstm, rkm):
+            prune.random_unstructured(module, "weight_hh_l0", 0.5)
+            prune.random_unstructured(module, "weight_ih_l0", 0.5)
+        rkm.load_state_dict(lstm.state_dict())
+        assert_same_function(rkm, lstm)
+
+
+@pytest.mark.parametrize("change", ["weight norm", "spectral norm", "old weight norm", "old spectral norm"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_normalised_lstm_s_weights_are_refused_and_an_rkm_s_are_loaded(change, bias):
+    lstm, rkm, other = nn.LSTM(3, 5, bias=bias), *(RKM(3, 5, cell="lstm", bias=bias) for _ in range(2))
+    for module in (lstm, rkm, other):
+        for name in ("weight_hh_l0", "weight_ih_l0"):
+            CHANGES[change](module, name)
+    for state_dict in (lstm.state_dict(), through_a_file(lstm.state_dict()), bare(lstm.state_dict())):
+        with pytest.raises(RKMError, match=r"take RKM\.from_lstm"):
+            rkm.load_state_dict(state_dict)
+    for take in (through_a_file, bare):
+        rkm.load_state_dict(take(other.state_dict()))
+        x = torch.randn(4, 2, 3)
+        assert_close(rkm.eval()(x)[0], other.eval()(x)[0])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_weights_of_a_wrapped_model_are_converted(bias):
+    """``DataParallel`` and ``DistributedDataParallel`` put ``module.`` before all names."""
+    lstm, rkm = Model(nn.LSTM(3, 5, bias=bias)), Model(RKM(3, 5, cell="lstm", bias=bias))
+    nn.DataParallel(rkm).load_state_dict(nn.DataParallel(lstm).state_dict())
+    assert_same_function(rkm.rnn, lstm.rnn)
+
+
+def test_weights_that_are_computed_count_and_run_under_autocast():
+    for change, apply in CHANGES.items():
+        rkm = changed(RKM(3, 5, 2, bidirectional=True), change)
+        assert rkm.num_weights() == RKM(3, 5, 2, bidirectional=True).num_weights()
+        apply(rkm, "weight_ih_l0")
+        with torch.autocast("cpu"):
+            assert rkm(torch.randn(4, 2, 3))[0].dtype == torch.bfloat16
