@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -31,6 +32,7 @@ from fairseq_rkm.modules.lstm_weights import (
     may_be_of_torch,
     restack,
 )
+from fairseq_rkm.modules.per_sample_gradients import SLOT, watch
 from fairseq_rkm.modules.sequences import Batch, Packed, layout_of
 from fairseq_rkm.modules.state import RKMState
 from fairseq_rkm.ops import Weights, recurrence, resolve_cell
@@ -313,7 +315,10 @@ class RKM(nn.Module):
         autocast = self._autocast_dtype(layout.steps.device)
         steps = layout.steps if autocast is None else layout.steps.to(autocast)
         output, final = self._run(steps, *self._initial_state(steps, state, layout), keep, autocast)
-        return layout.restored(output), layout.leaving(final)
+        results = layout.restored(output), layout.leaving(final)
+        if SLOT in self.__dict__:  # opacus has prepared this layer
+            results = watch(self, given, state, {"padding_mask": padding_mask}, results)
+        return results
 
     def _run(
         self, x: Tensor, hidden: Tensor | None, memory: Tensor | None, context: list[Tensor] | None,
@@ -472,6 +477,10 @@ class RKM(nn.Module):
     def _mark(self) -> str:
         """The key of an empty tensor: it marks weights as an RKM's where names and shapes might be PyTorch's."""
         return f"stacked_{'_'.join(self.gates)}"
+
+    def buffers(self, recurse: bool = True) -> Iterator[Tensor]:
+        """As every module's, without the mark, which is empty: ``opacus`` takes no layer with buffers."""
+        return (value for name, value in self.named_buffers(recurse=recurse) if name != self._mark)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *arguments: Any
