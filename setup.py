@@ -8,6 +8,8 @@ VERSION = re.search(r'__version__ = "(.*)"', (HERE / "fairseq_rkm" / "__init__.p
 PLOTS = ["matplotlib"]
 # The index's fairseq does not import on Python 3.11 and later; fairseq-fixed is the same package repaired.
 FAIRSEQ = ["fairseq-fixed>=0.12.3.1", "sacremoses", "sentencepiece"]
+# Libraries that people use beside nn.LSTM; tests/compatibility tries RKM with each that is there.
+COMPATIBILITY = ["captum", "opacus", "skorch"]
 # A new complaint of a linter in a later version is not what somebody else should see first.
 LINTERS = ["mypy==2.4.1", "ruff==0.17.6"]
 
@@ -53,6 +55,7 @@ setup(
     extras_require={
         "fairseq": FAIRSEQ,
         "plots": PLOTS,
+        "compatibility": COMPATIBILITY,
         "dev": [
             *FAIRSEQ,
             *PLOTS,
