@@ -1,5 +1,6 @@
 """The first and last layers of all word-level models: words to vectors, and vectors to words' scores."""
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -14,6 +15,8 @@ from torch import nn
 from fairseq_rkm.data.word_vectors import load_word_vectors
 from fairseq_rkm.errors import RKMError
 from fairseq_rkm.models.machine_memory import check_machine_memory
+
+logger = logging.getLogger(__name__)
 
 
 def build_embedding(
@@ -80,10 +83,11 @@ def build_softmax(cfg: Any, features: int, types: int, tied: Optional[nn.Embeddi
         RKMError: the cutoffs are not increasing whole numbers below ``types``.
     """
     if cfg.adaptive_softmax_cutoff:
+        cutoffs = parse_cutoffs(cfg.adaptive_softmax_cutoff, types)
+        _tell_of_words_without_features(features, cutoffs, cfg.adaptive_softmax_factor)
         return AdaptiveSoftmax(
-            types, features, parse_cutoffs(cfg.adaptive_softmax_cutoff, types),
-            dropout=cfg.adaptive_softmax_dropout, factor=cfg.adaptive_softmax_factor,
-        )  # fmt: skip
+            types, features, cutoffs, dropout=cfg.adaptive_softmax_dropout, factor=cfg.adaptive_softmax_factor
+        )
     check_machine_memory(types * features, f"a softmax of {types:,} words and size {features:,}")
     linear = nn.Linear(features, types)
     nn.init.uniform_(linear.weight, -0.1, 0.1)
@@ -91,6 +95,17 @@ def build_softmax(cfg: Any, features: int, types: int, tied: Optional[nn.Embeddi
     if tied is not None:
         linear.weight = tied.weight
     return linear
+
+
+def _tell_of_words_without_features(features: int, cutoffs: list[int], factor: float) -> None:
+    """Warn if an adaptive softmax has no features left for its rarest words: each band has ``factor`` times fewer."""
+    for band, first in enumerate(cutoffs, 1):
+        if features // factor**band < 1:
+            logger.warning(
+                f"--adaptive-softmax-factor {factor:g} leaves none of {features} features for words from {first} on: "
+                "the model cannot tell them apart. Give a smaller factor or fewer cutoffs"
+            )
+            return
 
 
 def parse_cutoffs(text: str, types: int) -> list[int]:

@@ -110,7 +110,7 @@ def test_each_dropout_acts_where_its_flag_says(dictionary):
 
 
 def test_adaptive_softmax(dictionary):
-    model = decoder(dictionary, adaptive_softmax_cutoff="10,20")
+    model = decoder(dictionary, adaptive_softmax_cutoff="10,20", adaptive_softmax_factor=2)
     tokens = torch.randint(4, 44, (2, 3))
     output = model(tokens)
     assert output[0].shape == (2, 3, 8)

@@ -211,7 +211,7 @@ def test_a_language_model_s_scores_and_what_cannot_be_are_fairseq_s():
 def test_what_is_not_one_rkm_with_its_softmax_is_fairseq_s(monkeypatch):
     source = batch()[0]
     assert not both([build(), build(cell="ran")], source)[1], "an ensemble"
-    assert not both([build(adaptive_softmax_cutoff="10,20")], source)[1]
+    assert not both([build(adaptive_softmax_cutoff="10,20", adaptive_softmax_factor=2)], source)[1]
     assert not both([build(target=dictionary(3))], source, {"beam_size": 5})[1], "fewer candidates than usual"
     drawing = build(dropout=0.5)
     drawing.decoder.dropout_out.apply_during_inference = True

@@ -371,7 +371,7 @@ def test_word_vectors_of_both_languages(tmp_path):
 
 
 def test_adaptive_softmax():
-    model = build(adaptive_softmax_cutoff="10,20")
+    model = build(adaptive_softmax_cutoff="10,20", adaptive_softmax_factor=2)
     source, tokens = batch()
     output = model(source, None, tokens)
     assert output[0].shape == (3, 7, 8)
