@@ -7,29 +7,14 @@
 #       common.seed=1 common.bf16=true
 # An interrupted run goes on where it stopped. results/ keeps RUN/run.json alone.
 set -euo pipefail
-cd "$(dirname "$0")/../.."
-fail() { printf 'train: %s\n' "$*" >&2; exit 1; }
-[ $# -ge 3 ] || fail "give a configuration, the data's folder and the run's"
-config=$1 data=$(realpath -m "$2") run=$(realpath -m "$3")
-shift 3
-here=examples/language_model
-[ -f "$here/config/$config.yaml" ] || fail "no $here/config/$config.yaml"
+source "$(dirname "$0")/../hydra_training.sh"
 [ -f "$data/test.bin" ] || fail "no data in $data: bash $here/prepare.sh TEXT $data"
-if [ -x .venv/bin/fairseq-hydra-train ]; then PATH=$PWD/.venv/bin:$PATH; fi
-export PYTHONWARNINGS=ignore
 # GPUs multiply float32 matrices in TF32, as recurrences of cuDNN and of this package do by default.
 export TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=${TORCH_ALLOW_TF32_CUBLAS_OVERRIDE:-1}
 mkdir -p "$run"
 
 python scripts/report.py --circumstances "$run" --config "$config"
-if ! grep -q 'done training' "$run/train.log" 2> /dev/null; then
-  fairseq-hydra-train --config-dir "$here/config" --config-name "$config" common.user_dir="$PWD/fairseq_rkm" \
-    task.data="$data" checkpoint.save_dir="$run" hydra.run.dir="$run/hydra" "$@" 2>&1 |
-    python scripts/progress.py "$run/train.log" || fail "training failed; the whole output is in $run/train.log"
-  grep -q 'done training' "$run/train.log" || fail "training ended early; the whole output is in $run/train.log"
-fi
-device=
-for change in "$@"; do [ "${change#+}" != common.cpu=true ] || device=--cpu; done
+train
 for split in valid test; do
   fairseq-eval-lm "$data" --user-dir fairseq_rkm --task stateful_language_modeling --gen-subset "$split" \
     --batch-size 1 --tokens-per-sample 350 --path "$run/checkpoint_best.pt" --num-workers 0 --log-format none $device \
