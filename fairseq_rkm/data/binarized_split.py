@@ -1,45 +1,70 @@
-"""Read a split that fairseq-preprocess wrote, in any of its formats."""
+"""Open a split that fairseq-preprocess wrote, in any of its formats."""
 
+import logging
 from pathlib import Path
 from typing import Any, Optional
 
-import torch
+import numpy as np
 from fairseq.data import Dictionary, data_utils
 from fairseq.data.indexed_dataset import infer_dataset_impl
-from torch import Tensor
 
+from fairseq_rkm.data.indexed_check import REMEDY, read_index
+from fairseq_rkm.data.tokens import HeldTokens, JoinedTokens, StoredTokens, Tokens
 from fairseq_rkm.errors import RKMError
+
+logger = logging.getLogger(__name__)
 
 LEGACY = "lazy", "cached"
 """Two ways to read one format, which is another than mmap's."""
+RAW = "", ".None-None"
+"""Ends of the names of raw text: a language model's has no languages, and fairseq-preprocess puts None there."""
 
 
-def read_tokens(
+def open_tokens(
     path: str, dictionary: Dictionary, implementation: Optional[str] = None, combine: bool = False
-) -> Tensor:
-    """Return all tokens of a split in order, ``(N,)`` int64, end-of-sentence symbols included.
+) -> Tokens:
+    """Open a split. Its tokens are read in order, end-of-sentence symbols included.
 
-    >>> read_tokens("runs/lm/data/train", dictionary)
-    tensor([ 9, 24,  4,  ..., 17,  6,  2])
+    Files of numbers stay on the disk until a stretch of them is read. Raw text is numbered and held in memory.
+
+    >>> open_tokens("runs/lm/data/train", dictionary).read(0, 3)
+    array([ 9, 24,  4])
 
     Args:
         path: the folder and the split's name.
-        dictionary: for raw text.
+        dictionary: of the tokens.
         implementation: ``--dataset-impl``; None tells it from the files.
         combine: read ``train1``, ``train2``, ... after ``train``.
 
     Raises:
-        RKMError: the split is missing, empty, or of another format than ``implementation``.
+        RKMError: the split is missing, empty, damaged, or of another format than ``implementation``, or a token that
+            was looked at is not in the dictionary (see :class:`~fairseq_rkm.data.tokens.StoredTokens`).
     """
-    path, implementation = _locate(path, implementation)
-    sentences = data_utils.load_indexed_dataset(path, dictionary, implementation, combine=combine)
-    if sentences is None or not len(sentences):
-        raise RKMError(f"the split {Path(path).name!r} at {path} is empty")
-    prefetch(sentences)
-    tokens = torch.cat([sentences[i] for i in range(len(sentences))]).long()
+    parts = [_open(path, dictionary, implementation)]
+    while combine and _exists(following := f"{path}{len(parts)}"):
+        parts.append(_open(following, dictionary, implementation))
+    tokens = parts[0] if len(parts) == 1 else JoinedTokens(parts)
     if not len(tokens):
         raise RKMError(f"the split {Path(path).name!r} at {path} is empty")
+    logger.info(f"{path}: {len(tokens):,} tokens")
     return tokens
+
+
+def _open(path: str, dictionary: Dictionary, implementation: Optional[str]) -> Tokens:
+    path, implementation = _locate(path, implementation)
+    if implementation == "raw":
+        sentences = data_utils.load_indexed_dataset(path, dictionary, "raw")
+        return HeldTokens(np.concatenate([sentences[i].numpy().astype(np.int32) for i in range(len(sentences))]))
+    data, index = Path(f"{path}.bin"), Path(f"{path}.idx")
+    if not index.is_file():
+        raise RKMError(f"{index} is missing, beside {data.name}: {REMEDY}")
+    read = read_index(index)
+    if read is None:
+        raise RKMError(
+            f"{index} is of the format huffman, whose numbers are not those of dict.txt: run fairseq-preprocess with "
+            "--dataset-impl mmap"
+        )
+    return StoredTokens(read, data, len(dictionary))
 
 
 def prefetch(sentences: Any) -> None:
@@ -50,24 +75,20 @@ def prefetch(sentences: Any) -> None:
             part.prefetch(range(len(part)))
 
 
+def _exists(path: str) -> bool:
+    return any(Path(f"{path}{end}").is_file() for end in (".bin", ".idx", *RAW))
+
+
 def _locate(path: str, implementation: Optional[str]) -> tuple[str, Optional[str]]:
     """Return the path of a split, and its format if fairseq has to be told."""
     split, binary = Path(path).name, Path(f"{path}.bin")
-    if binary.is_file():
+    raw = next((f"{path}{end}" for end in RAW if Path(f"{path}{end}").is_file()), None)
+    if binary.is_file() and (raw != path or implementation not in {None, "raw"}):
         if not binary.stat().st_size:
             raise RKMError(f"the split {split!r} at {binary} is empty")
-        found = infer_dataset_impl(path)
-        if found is None:
-            raise RKMError(f"{path}.idx is no index of fairseq's: it is damaged, run fairseq-preprocess again")
-        kinds = LEGACY if found in LEGACY else (found,)
-        if implementation is not None and implementation not in kinds and found != "raw":
-            raise RKMError(
-                f"--dataset-impl {implementation}: {binary} is of the format {' or '.join(kinds)}; leave the "
-                "flag out, or run fairseq-preprocess with it"
-            )
+        if implementation is not None:
+            _check_format(path, binary, implementation)
         return path, implementation
-    # A language model's text has no languages: fairseq-preprocess puts None in their place.
-    raw = next((name for name in (path, f"{path}.None-None") if Path(name).is_file()), None)
     if raw is None:
         raise RKMError(f"no binarized split {split!r} at {binary}: was it given to fairseq-preprocess?")
     if implementation not in {None, "raw"}:
@@ -75,3 +96,15 @@ def _locate(path: str, implementation: Optional[str]) -> tuple[str, Optional[str
     if not Path(raw).stat().st_size:
         raise RKMError(f"the split {split!r} at {raw} is empty")
     return raw, "raw"
+
+
+def _check_format(path: str, binary: Path, implementation: str) -> None:
+    """Raise RKMError if binarized data is of another format than ``--dataset-impl``."""
+    found = infer_dataset_impl(path)
+    kinds = LEGACY if found in LEGACY else (found,)
+    # Of a folder or raw text of the same name fairseq says "raw".
+    if found not in {None, "raw"} and implementation not in kinds:
+        raise RKMError(
+            f"--dataset-impl {implementation}: {binary} is of the format {' or '.join(kinds)}; leave the flag out, or "
+            "run fairseq-preprocess with it"
+        )

@@ -7,6 +7,7 @@ Both of fairseq's layouts are known: ``mmap``, which fairseq-preprocess writes, 
 
 import os
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,8 +20,10 @@ from fairseq_rkm.errors import RKMError
 MMAP, OLDER = b"MMIDIDX\x00\x00", b"TNTIDX\x00\x00"
 TYPES = {1: "u1", 2: "i1", 3: "i2", 4: "i4", 5: "i8", 6: "f8", 7: "f8", 8: "u2", 9: "u4", 10: "u8"}
 """numpy's type for each of fairseq's codes. Tokens are integers."""
-CHUNK = 1 << 24
-"""Tokens that are checked at a time."""
+CHUNK = 1 << 22
+"""Tokens or sentences that are checked at a time."""
+BLOCKS = 256
+"""Stretches of a large file that are looked at in place of all of it."""
 REMEDY = "copy both files anew, or run fairseq-preprocess again"
 
 
@@ -111,13 +114,34 @@ def _read_older(content: np.ndarray) -> Index:
     return Index(dtype, sizes, starts[:-1] * width, 1)
 
 
-def check_layout(index: Index, data: Path, path: Path) -> None:
+def spread(total: int, most: int | None = None) -> Iterator[tuple[int, int]]:
+    """Yield stretches ``(first, last + 1)`` of a row of things, in order.
+
+    >>> list(spread(10))
+    [(0, 10)]
+
+    Args:
+        total: the number of things.
+        most: if there are more, there are :data:`BLOCKS` stretches of equal length, which hold about ``most`` things.
+            They lie evenly spread, and the first and the last thing are in them. By default the stretches hold all.
+    """
+    if most is None or total <= most:
+        yield from ((first, min(first + CHUNK, total)) for first in range(0, total, CHUNK))
+        return
+    length = most // BLOCKS
+    for i in range(BLOCKS):
+        first = i * (total - length) // (BLOCKS - 1)
+        yield first, first + length
+
+
+def check_layout(index: Index, data: Path, path: Path, most: int | None = None) -> None:
     """Refuse an index whose sentences do not follow each other and fill the data.
 
     Args:
         index: the index as read.
         data: the ``.bin`` file.
         path: the ``.idx`` file, for messages.
+        most: look at so many sentences only, evenly spread (see :func:`spread`); by default at all.
 
     Raises:
         RKMError: a gap, an overlap, or data of another size.
@@ -125,14 +149,20 @@ def check_layout(index: Index, data: Path, path: Path) -> None:
     there = data.stat().st_size
     if not len(index.sizes) or not there:
         raise RKMError(f"{data if not there else path} is empty: was there text to binarize?")
-    lengths = index.sizes.astype(np.int64) * index.dtype.itemsize
-    wrong = np.flatnonzero((index.sizes < 0) | (index.starts != np.cumsum(lengths) - lengths))
-    if len(wrong):
-        raise RKMError(f"{path} is damaged: sentence {wrong[0] + 1:,} is not where the one before ends; {REMEDY}")
-    if lengths.sum() != there:
+    for first, stop in spread(len(index.sizes), most):
+        lengths = index.sizes[max(first - 1, 0) : stop].astype(np.int64) * index.dtype.itemsize
+        starts = index.starts[first:stop]
+        # A sentence starts where the one before ends, and the first at 0.
+        before = index.starts[first - 1 : stop - 1] + lengths[:-1] if first else np.cumsum(lengths) - lengths
+        wrong = np.flatnonzero((index.sizes[first:stop] < 0) | (starts != before))
+        if len(wrong):
+            at = first + int(wrong[0]) + 1
+            raise RKMError(f"{path} is damaged: sentence {at:,} is not where the one before ends; {REMEDY}")
+    end = int(index.starts[-1]) + int(index.sizes[-1]) * index.dtype.itemsize
+    if end != there:
         raise RKMError(
-            f"{data} has {there:,} bytes, and by {path.name} {lengths.sum():,}: it is cut off, or one of the two is "
-            f"damaged or another's; {REMEDY}"
+            f"{data} has {there:,} bytes, and by {path.name} {end:,}: it is cut off, or one of the two is damaged or "
+            f"another's; {REMEDY}"
         )
 
 
@@ -147,18 +177,52 @@ def check_tokens(index: Index, data: Path, dictionary: Dictionary) -> None:
     Raises:
         RKMError: sentence and token of the first wrong number.
     """
+    check_dtype(index, data)
+    tokens = np.memmap(data, dtype=index.dtype, mode="r")
+    for first, stop in spread(len(tokens)):
+        check_range(tokens[first:stop], first, index.offset, data, len(dictionary))
+
+
+def check_dtype(index: Index, data: Path) -> None:
+    """Raise RKMError if the index's tokens are no whole numbers."""
     if index.dtype.kind == "f":
         raise RKMError(f"{data.with_suffix('.idx')} is damaged: tokens are whole numbers, not {index.dtype}; {REMEDY}")
-    tokens = np.memmap(data, dtype=index.dtype, mode="r")
-    low, high = index.offset, len(dictionary) - 1 + index.offset
-    for first in range(0, len(tokens), CHUNK):
-        chunk = tokens[first : first + CHUNK]
-        if chunk.min() < low or chunk.max() > high:
-            at = first + int(np.flatnonzero((chunk < low) | (chunk > high))[0])
-            sentence = int(np.searchsorted(index.starts, at * index.dtype.itemsize, side="right"))
-            place = at - int(index.starts[sentence - 1]) // index.dtype.itemsize + 1
-            raise RKMError(
-                f"{data}, sentence {sentence:,}: token {place:,} is number {int(tokens[at]) - index.offset}, and the "
-                f"dictionary has 0 to {len(dictionary) - 1}: give the dict.txt that the data was binarized with; if it "
-                "is that, the data is damaged, so run fairseq-preprocess again"
-            )
+
+
+def check_range(tokens: np.ndarray, first: int, offset: int, data: Path, types: int) -> None:
+    """Refuse token numbers that are not in the dictionary.
+
+    Args:
+        tokens: ``(N,)``, a stretch of the data as it is stored.
+        first: the place in the data of the stretch's first token, from 0.
+        offset: a number that has been added to each token number.
+        data: the ``.bin`` file.
+        types: the number of the dictionary's entries.
+
+    Raises:
+        RKMError: sentence and token of the first wrong number.
+    """
+    low, high = offset, types - 1 + offset
+    if not len(tokens) or (tokens.min() >= low and tokens.max() <= high):
+        return
+    wrong = int(np.flatnonzero((tokens < low) | (tokens > high))[0])
+    raise RKMError(
+        f"{data}, {place(data, first + wrong)} is number {int(tokens[wrong]) - offset}, and the dictionary has 0 to "
+        f"{types - 1}: give the dict.txt that the data was binarized with; if it is that, the data is damaged, so run "
+        "fairseq-preprocess again"
+    )
+
+
+def place(data: Path, at: int) -> str:
+    """Return the place of a token in words, for messages.
+
+    Args:
+        data: the ``.bin`` file.
+        at: the token's place in it, from 0.
+    """
+    index = read_index(data.with_suffix(".idx"))
+    if index is None:
+        return f"token {at + 1:,}"
+    sentence = int(np.searchsorted(index.starts, at * index.dtype.itemsize, side="right"))
+    token = at - int(index.starts[sentence - 1]) // index.dtype.itemsize + 1
+    return f"sentence {sentence:,}: token {token:,}"

@@ -1,7 +1,9 @@
 """Cut a corpus, one stream of tokens, into parallel streams, and these into segments that follow each other."""
 
+import functools
 import zlib
-from typing import Any, ClassVar
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -9,31 +11,65 @@ from fairseq.data import FairseqDataset
 from fairseq.data.iterators import EpochBatchIterator
 from torch import Tensor
 
+from fairseq_rkm.data.indexed_check import spread
+from fairseq_rkm.data.tokens import HeldTokens, Tokens
 from fairseq_rkm.errors import RKMError
+
+FINGERPRINT = 1_000_000
+"""The most tokens that a fingerprint is made from."""
+READ_WHOLE = 1 << 24
+"""The most tokens of a text whose fingerprint is made from tokens all over it."""
 
 
 class TokenStream(FairseqDataset):
     """All tokens of a split, in order, end-of-sentence symbols included.
 
     Args:
-        tokens: ``(N,)`` int64.
+        tokens: the tokens, or ``(N,)`` int64.
         eos: the number of the symbol that the first token is predicted from.
         name: the split's name, for messages.
     """
 
-    def __init__(self, tokens: Tensor, eos: int, name: str) -> None:
-        self.tokens, self.eos, self.name = tokens, eos, name
+    def __init__(self, tokens: Tokens | Tensor, eos: int, name: str) -> None:
+        self.tokens = HeldTokens(tokens) if isinstance(tokens, Tensor) else tokens
+        self.eos, self.name = eos, name
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def __getitem__(self, index: int) -> int:
-        return int(self.tokens[index])
+        at = range(len(self))[index]
+        return int(self.tokens.read(at, at + 1)[0])
+
+    def read(self, first: int, stop: int) -> np.ndarray:
+        """Return the tokens from ``first`` to ``stop - 1``, int64. Before the first, at -1, is the symbol ``eos``."""
+        tokens = self.tokens.read(max(first, 0), stop)
+        return tokens if first >= 0 else np.concatenate([[self.eos], tokens])
 
     def fingerprint(self) -> str:
-        """Return the number of tokens, and a checksum of at most a million of them, evenly spread."""
-        spread = self.tokens[:: max(1, len(self) // 1_000_000)].to(torch.int64)
-        return f"{len(self)} tokens, checksum {zlib.crc32(spread.contiguous().numpy().tobytes()):08x}"
+        """Return the number of tokens, and a checksum of at most about a million of them.
+
+        They lie evenly spread. Of a large text stretches are taken, which are in few places of the file.
+        """
+        if len(self) <= READ_WHOLE:
+            return self.spread_fingerprint()
+        parts = (self.tokens.read(*stretch) for stretch in spread(len(self), FINGERPRINT))
+        return f"{len(self)} tokens, checksum of stretches {checksum(parts)}"
+
+    def spread_fingerprint(self) -> str:
+        """Return the fingerprint as it was for texts of any size; it reads all of the text."""
+        step = max(1, len(self) // FINGERPRINT)
+        chunk = step * (FINGERPRINT // 10)
+        starts = range(0, len(self), chunk)
+        parts = (self.tokens.read(first, min(first + chunk, len(self)))[::step] for first in starts)
+        return f"{len(self)} tokens, checksum {checksum(parts)}"
+
+    def has_fingerprint(self, fingerprint: str) -> bool:
+        """Return whether a fingerprint of now or of before is this text's."""
+        if fingerprint == self.fingerprint():
+            return True
+        older = fingerprint.startswith(f"{len(self)} tokens, checksum ") and "stretches" not in fingerprint
+        return older and fingerprint == self.spread_fingerprint()
 
     def check_streams(self, streams: int) -> None:
         """Raise RKMError if there are fewer tokens than streams."""
@@ -42,6 +78,11 @@ class TokenStream(FairseqDataset):
                 f"the split {self.name!r} has {len(self)} tokens, fewer than the {streams} parallel streams "
                 "(--batch-size times processes) that it is to be cut into: use a smaller --batch-size or more text"
             )
+
+
+def checksum(parts: Iterable[np.ndarray]) -> str:
+    """Return the CRC-32 of int64 arrays one after the other, in hexadecimal digits."""
+    return f"{functools.reduce(lambda before, part: zlib.crc32(part.tobytes(), before), parts, 0):08x}"
 
 
 MIN_LENGTH = 5
@@ -71,6 +112,19 @@ def random_lengths(total: int, length: int, seed: tuple[int, int]) -> list[int]:
         lengths.append(left if left < drawn + MIN_LENGTH else drawn)
         left -= lengths[-1]
     return lengths
+
+
+BLOCK = 1 << 19
+"""Tokens that are read at a time, the rows together, unless a segment has more."""
+
+
+class Block(NamedTuple):
+    """Columns ``first`` to ``stop - 1`` of the rows of :class:`StreamSegments`, ``(rows, stop - first)`` int64."""
+
+    first: int
+    stop: int
+    source: np.ndarray
+    target: np.ndarray
 
 
 class StreamSegments(FairseqDataset):
@@ -107,24 +161,18 @@ class StreamSegments(FairseqDataset):
         length_seed: tuple[int, int] | None = None,
     ) -> None:  # fmt: skip
         stream.check_streams(streams)
+        self.stream, self.rows, self.pad = stream, rows, pad
         quotient, longer = divmod(len(stream), streams)
-        lengths = torch.full((streams,), quotient)
-        lengths[:longer] += 1
-        starts = lengths.cumsum(0) - lengths
-        columns = torch.arange(int(lengths.max()))
-        if length_seed is None:
-            self.segments = columns.split(length)
-        else:
-            self.segments = columns.split(random_lengths(len(columns), length, length_seed))
-        here = slice(*rows)
-        index = starts[here].unsqueeze(1) + columns
-        real = columns < lengths[here].unsqueeze(1)
-        before = torch.cat([torch.tensor([stream.eos]), stream.tokens])
-        index = index.clamp(max=len(stream) - 1)
-        self.source = before[index].masked_fill(~real, pad)
-        self.target = stream.tokens[index].masked_fill(~real, pad)
-        self.first_row = rows[0]
-        self.pad = pad
+        self.sizes = [quotient + (row < longer) for row in range(*rows)]
+        self.starts = [row * quotient + min(row, longer) for row in range(*rows)]
+        total = quotient + (longer > 0)
+        self.ends = (
+            range(length, total + length, length)
+            if length_seed is None
+            else np.cumsum(random_lengths(total, length, length_seed))
+        )
+        self.total = total
+        self.block = Block(0, 0, np.empty((0, 0)), np.empty((0, 0)))
         seed = None if length_seed is None else length_seed[0]
         self.cut: dict[str, Any] = {
             "text": stream.fingerprint(), "streams": streams, "length": length, "varied": length_seed is not None,
@@ -132,14 +180,18 @@ class StreamSegments(FairseqDataset):
         }  # fmt: skip
 
     def __len__(self) -> int:
-        return len(self.segments)
+        return len(self.ends)
 
     def __getitem__(self, index: int) -> dict:
-        columns = self.segments[index]
-        source, target = self.source[:, columns].contiguous(), self.target[:, columns].contiguous()
-        rows = source.size(0)
+        index = range(len(self))[index]
+        first, stop = int(self.ends[index - 1]) if index else 0, min(int(self.ends[index]), self.total)
+        if not (self.block.first <= first and stop <= self.block.stop):
+            self.block = self._read(first, max(stop, min(first + BLOCK // len(self.starts), self.total)))
+        columns = slice(first - self.block.first, stop - self.block.first)
+        source, target = (torch.tensor(part[:, columns]) for part in (self.block.source, self.block.target))
+        rows = len(source)
         return {
-            "id": torch.arange(self.first_row, self.first_row + rows),
+            "id": torch.arange(*self.rows),
             "nsentences": rows,
             "ntokens": int(target.ne(self.pad).sum()),
             "net_input": {
@@ -150,16 +202,52 @@ class StreamSegments(FairseqDataset):
             "target": target,
         }
 
+    def _read(self, first: int, stop: int) -> "Block":
+        """Read columns of all rows."""
+        block = Block(first, stop, *np.full((2, len(self.starts), stop - first), self.pad))
+        for row, (start, size) in enumerate(zip(self.starts, self.sizes, strict=True)):
+            here = min(stop, size) - first
+            if here > 0:
+                tokens = self.stream.read(start + first - 1, start + first + here)
+                block.source[row, :here], block.target[row, :here] = tokens[:-1], tokens[1:]
+        return block
+
     def collater(self, samples: list[dict]) -> dict:
         """Return the one segment that is given: it is a batch already."""
         return samples[0] if samples else {}
+
+
+class SingleBatches(Sequence):
+    """Batches of one segment each, in order. Unlike a list of batches they take no memory.
+
+    >>> list(SingleBatches(range(3))[1:])
+    [[1], [2]]
+    """
+
+    def __init__(self, segments: range) -> None:
+        self.segments = segments
+
+    def __len__(self) -> int:
+        return len(self.segments)
+
+    def __getitem__(self, index: Any) -> Any:
+        found = self.segments[index]
+        return SingleBatches(found) if isinstance(index, slice) else [found]
 
 
 class SegmentIterator(EpochBatchIterator):
     """fairseq's iterator over :class:`StreamSegments`. Within an epoch it resumes only at the place where it stopped.
 
     It refuses to resume in a text that was cut into other segments.
+
+    Args:
+        segments: the segments of this process's streams. So fairseq's iterator sees one shard.
+        kwargs: fairseq's arguments ``epoch``, ``num_workers`` and others.
     """
+
+    def __init__(self, segments: StreamSegments, **kwargs: Any) -> None:
+        # The batches are those of frozen_batches below.
+        super().__init__(segments, segments.collater, batch_sampler=(), disable_shuffling=True, **kwargs)
 
     FLAGS: ClassVar = {
         "text": "the training text (--train-subset, the data folder)",
@@ -169,6 +257,15 @@ class SegmentIterator(EpochBatchIterator):
         "seed": "--seed, by which --variable-bptt draws lengths",
     }
     """The flag or data that decides each part of :attr:`StreamSegments.cut`."""
+
+    @property
+    def frozen_batches(self) -> SingleBatches:
+        """The batches of an epoch."""
+        return SingleBatches(range(len(self.dataset)))
+
+    def ordered_batches(self, _epoch: int, _fix_batches_to_gpus: bool, _shuffle: bool) -> SingleBatches:
+        """Return the batches of an epoch in the order in which they are run."""
+        return self.frozen_batches
 
     def state_dict(self) -> dict[str, Any]:
         """Return fairseq's state, and how the text is cut."""
@@ -185,6 +282,8 @@ class SegmentIterator(EpochBatchIterator):
         cut, saved = self.dataset.cut, state.get("cut")
         if within and saved is not None:
             others = [key for key in self.FLAGS if saved.get(key) != cut[key]]
+            if "text" in others and self.dataset.stream.has_fingerprint(saved.get("text", "")):
+                others.remove("text")
             if others:
                 changes = "; ".join(f"{self.FLAGS[key]}: {saved.get(key)}, now {cut[key]}" for key in others)
                 raise RKMError(

@@ -17,7 +17,7 @@ from fairseq.tasks.language_modeling import LanguageModelingTask
 from omegaconf import II
 from torch import Tensor
 
-from fairseq_rkm.data.binarized_split import read_tokens
+from fairseq_rkm.data.binarized_split import open_tokens
 from fairseq_rkm.data.token_stream import SegmentIterator, StreamSegments, TokenStream
 from fairseq_rkm.errors import RKMError, first_line
 from fairseq_rkm.modules import RKMState
@@ -100,7 +100,7 @@ class StatefulLanguageModelingTask(AveragedValidation, GraphedSteps, LanguageMod
         """Load the dictionary and check the flags.
 
         Raises:
-            RKMError: flags that exclude carried state, or no dictionary in the folder of data.
+            RKMError: flags that exclude carried state, no dictionary in the folder of data, or another in another one.
         """
         if any(freq > 1 for freq in cfg.update_freq or []):
             raise RKMError(
@@ -111,10 +111,7 @@ class StatefulLanguageModelingTask(AveragedValidation, GraphedSteps, LanguageMod
             raise RKMError("--no-lr-rescaling says how --variable-bptt is to train: give that too, or neither")
         if cfg.tokens_per_sample < 1:
             raise RKMError(f"--tokens-per-sample must be at least 1, not {cfg.tokens_per_sample}")
-        path = Path(utils.split_paths(cfg.data or "")[0], "dict.txt")
-        if not path.is_file():
-            raise RKMError(f"no dictionary at {path}: give the folder that fairseq-preprocess wrote")
-        dictionary = Dictionary.load(os.fspath(path))
+        dictionary = load_dictionary(utils.split_paths(cfg.data or ""))
         logger.info(f"dictionary: {len(dictionary):,} types")
         return cls(cfg, dictionary)
 
@@ -138,7 +135,9 @@ class StatefulLanguageModelingTask(AveragedValidation, GraphedSteps, LanguageMod
         return model
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> None:
-        """Read a split as one stream.
+        """Open a split as one stream. Of several folders of data each epoch has one, in turn.
+
+        Training data is opened in all folders the first time, so that a fault in one is found before training starts.
 
         Args:
             split: the split's name, for example ``"train"``.
@@ -151,12 +150,20 @@ class StatefulLanguageModelingTask(AveragedValidation, GraphedSteps, LanguageMod
                 streams.
         """
         paths = utils.split_paths(self.args.data)
-        path = os.path.join(paths[(epoch - 1) % len(paths)], split)
-        tokens = read_tokens(path, self.dictionary, self.args.dataset_impl, combine)
+        here = paths[(epoch - 1) % len(paths)]
+        if split == self.args.train_subset and split not in self.datasets:
+            for path in paths:
+                if path != here:
+                    self._open(path, split, combine)
+        self.datasets[split] = self._open(here, split, combine)
+
+    def _open(self, folder: str, split: str, combine: bool) -> TokenStream:
+        path = os.path.join(folder, split)
+        tokens = open_tokens(path, self.dictionary, self.args.dataset_impl, combine)
         stream = TokenStream(tokens, self.dictionary.eos(), split)
         per_process = self.args.batch_size if split == self.args.train_subset else self.args.batch_size_valid
         stream.check_streams((per_process or 1) * max(1, self.args.distributed_world_size))
-        self.datasets[split] = stream
+        return stream
 
     def get_batch_iterator(
         self,
@@ -194,17 +201,10 @@ class StatefulLanguageModelingTask(AveragedValidation, GraphedSteps, LanguageMod
             dataset, num_shards * max_sentences, rows, self.args.tokens_per_sample, self.dictionary.pad(),
             length_seed=(seed, epoch) if varied else None,
         )  # fmt: skip
-        # Each process holds its own streams: fairseq's iterator sees one shard.
         return SegmentIterator(
-            dataset=segments,
-            collate_fn=segments.collater,
-            batch_sampler=[[i] for i in range(len(segments))],
-            num_workers=num_workers,
-            epoch=epoch,
-            buffer_size=data_buffer_size,
-            disable_shuffling=True,
+            segments, num_workers=num_workers, epoch=epoch, buffer_size=data_buffer_size,
             skip_remainder_batch=skip_remainder_batch,
-        )
+        )  # fmt: skip
 
     def eval_lm_dataloader(
         self, dataset: TokenStream, batch_size: Optional[int] = None, context_window: int = 0, **kwargs: Any
@@ -301,6 +301,27 @@ class StatefulLanguageModelingTask(AveragedValidation, GraphedSteps, LanguageMod
         self.training_state.restore(
             state["segment"], _unflatten(state["ranks"][rank], state["shapes"], state["layers"])
         )
+
+
+def load_dictionary(folders: list[str]) -> Dictionary:
+    """Return the dictionary of some folders of data.
+
+    Raises:
+        RKMError: there is none in the first, or another one in another: a number would be another word there.
+    """
+    first, *others = (Path(folder, "dict.txt") for folder in folders)
+    if not first.is_file():
+        raise RKMError(f"no dictionary at {first}: give the folder that fairseq-preprocess wrote")
+    dictionary = Dictionary.load(os.fspath(first))
+    for other in others:
+        if not other.is_file() or other.read_bytes() == first.read_bytes():
+            continue
+        if Dictionary.load(os.fspath(other)).symbols != dictionary.symbols:
+            raise RKMError(
+                f"{other} has other words than {first}: binarize all folders with one dictionary (fairseq-preprocess "
+                f"--srcdict {first})"
+            )
+    return dictionary
 
 
 def _flatten(states: list[RKMState]) -> Tensor:

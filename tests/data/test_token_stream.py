@@ -1,10 +1,12 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fairseq_rkm import RKMError
-from fairseq_rkm.data.token_stream import SegmentIterator, StreamSegments, TokenStream, random_lengths
+from fairseq_rkm.data import token_stream
+from fairseq_rkm.data.token_stream import SegmentIterator, SingleBatches, StreamSegments, TokenStream, random_lengths
 
 PAD, EOS = 1, 2
 
@@ -58,6 +60,41 @@ def test_the_ranks_together_are_the_one_process(count, length):
         assert torch.equal(torch.cat([part[i]["id"] for part in parts]), whole[i]["id"])
 
 
+@given(
+    st.integers(1, 200), st.integers(1, 5), st.integers(1, 3), st.integers(1, 30),
+    st.none() | st.tuples(st.integers(0, 9), st.integers(1, 9)), st.integers(1, 100), st.randoms(),
+)  # fmt: skip
+def test_items_do_not_depend_on_how_much_is_read_at_a_time(count, per_rank, ranks, length, seed, block, order):
+    """They are the columns of a table of all of the text, in any order."""
+    streams = per_rank * ranks
+    count = max(count, streams)
+    tokens = torch.arange(10, 10 + count)
+    sizes = [len(part) for part in np.array_split(np.arange(count), streams)]
+    before = torch.cat([torch.tensor([EOS]), tokens[:-1]])
+    source, target = (
+        torch.nn.utils.rnn.pad_sequence(t.split(sizes), batch_first=True, padding_value=PAD) for t in (before, tokens)
+    )
+    lengths = [length] * (max(sizes) // length + 1) if seed is None else random_lengths(max(sizes), length, seed)
+    ends = np.minimum(np.cumsum(lengths), max(sizes))
+    rank = order.randrange(ranks)
+    rows = slice(rank * per_rank, (rank + 1) * per_rank)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(token_stream, "BLOCK", block)
+        items = segments(tokens.tolist(), streams, length, (rows.start, rows.stop), seed)
+        numbers = list(range(len(items)))
+        order.shuffle(numbers)
+        for number in numbers:
+            item, first = items[number], int(ends[number - 1]) if number else 0
+            columns = slice(first, int(ends[number]))
+            assert torch.equal(item["net_input"]["src_tokens"], source[rows, columns])
+            assert torch.equal(item["target"], target[rows, columns])
+            assert item["net_input"]["segment"] == number
+        assert int(ends[len(items) - 1]) == max(sizes)
+        assert items[-1]["net_input"]["segment"] == len(items) - 1
+    with pytest.raises(IndexError):
+        items[len(items)]
+
+
 @given(st.integers(1, 3000), st.integers(1, 90), st.tuples(st.integers(0, 9), st.integers(1, 9)))
 def test_random_lengths_fill_the_stream_and_depend_on_the_seed_alone(total, length, seed):
     lengths = random_lengths(total, length, seed)
@@ -80,8 +117,7 @@ def test_random_lengths_are_of_the_published_distribution():
 def iterator(tokens: int = 100, streams: int = 4, length: int = 5, seed: tuple[int, int] | None = None, shift: int = 0):
     stream = TokenStream(torch.arange(tokens) + shift, 2, "train")
     segments = StreamSegments(stream, streams, (0, streams), length, 1, length_seed=seed)
-    batches = [[i] for i in range(len(segments))]
-    return SegmentIterator(segments, segments.collater, batch_sampler=batches, disable_shuffling=True)
+    return SegmentIterator(segments)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +143,36 @@ def test_a_text_that_is_cut_otherwise_is_not_gone_on_with(then, now, named):
     ended = before.state_dict()
     assert ended["iterations_in_epoch"] == 0
     iterator(**{**then, **now}).load_state_dict(ended)  # an epoch's start is the same place in any cut
+
+
+def test_checkpoints_of_before_know_their_text():
+    """The checksum of a text that was read whole stays; a large text is known by the old one, too."""
+    small = TokenStream(torch.arange(2_500_000) % 1000, EOS, "train")
+    assert small.fingerprint() == "2500000 tokens, checksum 2d7358a2"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(token_stream, "READ_WHOLE", 1000)
+        assert "checksum of stretches" in small.fingerprint()
+        assert small.has_fingerprint(small.fingerprint())
+        assert small.has_fingerprint("2500000 tokens, checksum 2d7358a2")
+        assert not small.has_fingerprint("2500000 tokens, checksum 2d7358a3")
+        assert not small.has_fingerprint("2500000 tokens, checksum of stretches 2d7358a2")
+        other = TokenStream((torch.arange(2_500_000) + 1) % 1000, EOS, "train")
+        assert other.fingerprint() != small.fingerprint()
+        old = iterator(tokens=2000)
+        batches = old.next_epoch_itr(shuffle=False)
+        next(batches)
+        state = old.state_dict()
+        state["cut"]["text"] = old.dataset.stream.spread_fingerprint()
+        iterator(tokens=2000).load_state_dict(state)
+        with pytest.raises(RKMError, match="the training text"):
+            iterator(tokens=2000, shift=1).load_state_dict(state)
+
+
+def test_batches_of_one_segment_each_are_listed_without_a_list():
+    batches = SingleBatches(range(5))
+    assert list(batches) == [[0], [1], [2], [3], [4]]
+    assert list(batches[2:]) == [[2], [3], [4]]
+    assert (len(batches), len(batches[2:]), batches[-1]) == (5, 3, [4])
 
 
 def test_the_same_cut_goes_on_with_the_next_segment():

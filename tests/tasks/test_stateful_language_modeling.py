@@ -1,10 +1,12 @@
 import pytest
 import torch
 from fairseq.data import Dictionary
+from fairseq.data.indexed_dataset import make_builder
 from fairseq.logging import metrics
 from fairseq.logging.meters import MetersDict
 from omegaconf import OmegaConf
 
+from fairseq_rkm import RKMError
 from fairseq_rkm.data.token_stream import TokenStream, random_lengths
 from fairseq_rkm.optim.nt_asgd import FairseqNonMonotoneASGD, NonMonotoneASGDConfig
 from fairseq_rkm.tasks.stateful_language_modeling import StatefulLanguageModelingConfig, StatefulLanguageModelingTask
@@ -71,6 +73,68 @@ def test_two_processes_draw_the_same_lengths():
     task = build(variable_bptt=True)
     one, two = (lengths(batches(task, num_shards=2, shard_id=rank)) for rank in (0, 1))
     assert one == two
+
+
+def folder_of_data(folder, words, tokens):
+    folder.mkdir()
+    dictionary = Dictionary()
+    for word in words:
+        dictionary.add_symbol(word)
+    dictionary.save(str(folder / "dict.txt"))
+    builder = make_builder(f"{folder}/train.bin", "mmap", vocab_size=len(dictionary))
+    builder.add_item(torch.tensor(tokens))
+    builder.finalize(f"{folder}/train.idx")
+    return str(folder)
+
+
+def test_of_several_folders_each_epoch_has_one(tmp_path):
+    texts = [[4, 5, 6, 5, 4, 2], [6, 5, 6, 6, 2]]
+    paths = [folder_of_data(tmp_path / f"data{k}", "abc", text) for k, text in enumerate(texts)]
+    cfg = build(data=":".join(paths)).args
+    task = StatefulLanguageModelingTask.setup_task(cfg)
+    assert task.has_sharded_data("train")
+    for epoch in (1, 2, 3):
+        task.load_dataset("train", epoch)
+        iterator = task.get_batch_iterator(task.dataset("train"), max_sentences=1, epoch=epoch)
+        (item,) = iterator.next_epoch_itr()
+        wanted = texts[(epoch - 1) % 2]
+        assert item["target"].tolist() == [wanted]
+        assert item["net_input"]["src_tokens"].tolist() == [[2, *wanted[:-1]]]
+        assert item["net_input"]["segment"] == 0, "the state begins anew"
+
+
+@pytest.mark.parametrize(
+    ("words", "tokens", "message"),
+    [
+        ("abd", [4, 5, 2], "data1/dict.txt has other words than .*data0/dict.txt"),
+        ("abc", [4, 7, 2], "data1/train.bin, sentence 1: token 2 is number 7, and the dictionary has 0 to 6"),
+        ("abc", [2], "the split 'train' has 1 tokens, fewer than the 2 parallel streams"),
+        ("abc", None, "no binarized split 'train' at .*data1/train.bin"),
+    ],
+)
+def test_a_fault_in_a_later_folder_is_found_before_training(tmp_path, words, tokens, message):
+    paths = [
+        folder_of_data(tmp_path / "data0", "abc", [4, 5, 2]),
+        folder_of_data(tmp_path / "data1", words, tokens or [2]),
+    ]
+    if tokens is None:
+        (tmp_path / "data1" / "train.bin").unlink()
+    with pytest.raises(RKMError, match=message):
+        StatefulLanguageModelingTask.setup_task(build(data=":".join(paths)).args).load_dataset("train")
+
+
+def test_data_that_workers_read_are_the_same(tmp_path):
+    """Each worker opens the file for itself."""
+    path = folder_of_data(tmp_path / "data", "abcd", (torch.arange(400) % 4 + 4).tolist())
+    task = StatefulLanguageModelingTask.setup_task(build(data=path).args)
+    task.load_dataset("train")
+    read = [
+        list(task.get_batch_iterator(task.dataset("train"), max_sentences=2, num_workers=count).next_epoch_itr())
+        for count in (0, 2)
+    ]
+    assert len(read[0]) == 10
+    for one, other in zip(*read, strict=True):
+        assert torch.equal(one["target"], other["target"])
 
 
 def validate(task, loss, subsets=1):
