@@ -2,6 +2,7 @@
 
     python scripts/benchmark.py recurrence --device cuda --dtype bfloat16 --cell rkm_lstm --shape 70,20,1150,1150
     python scripts/benchmark.py train DATA --user-dir fairseq_rkm --task stateful_language_modeling --arch rkm_lm ...
+    python scripts/benchmark.py corpus --tokens 1000000000 --processes 2
 
 The first command prints, for each shape T,B,m,d, the milliseconds (median and quartiles) of the forward pass and of
 forward and backward. It prints the memory that a forward pass keeps for the backward pass, and the speed relative to
@@ -9,7 +10,8 @@ forward and backward. It prints the memory that a forward pass keeps for the bac
 twice: as PyTorch runs them, and as a CUDA graph, without the host's time to launch. A wrong result is an error, not a
 row.
 
-The second command prints the tokens per second of whole updates.
+The second command prints the tokens per second of whole updates. The third makes a corpus and prints how long a
+language model's data takes to open and to read, and how much memory that takes.
 """
 
 import argparse
@@ -25,6 +27,7 @@ import torch
 
 from fairseq_rkm import CELLS, RKMError
 from fairseq_rkm.experiments.circumstances import circumstances
+from fairseq_rkm.experiments.corpus_benchmark import corpus
 from fairseq_rkm.experiments.fairseq_log import entries
 from fairseq_rkm.experiments.recurrence_benchmark import plot, recurrence, shape_of
 from fairseq_rkm.experiments.result_files import pyplot
@@ -97,6 +100,15 @@ def parse() -> argparse.Namespace:
     two.add_argument("--updates", type=int, default=200)
     two.add_argument("--json", type=Path, help="where to append the result, with hardware, versions and commit")
     two.set_defaults(run=train, plot=None)
+    three = commands.add_parser("corpus", help="how a large text is opened and read")
+    three.add_argument("--tokens", type=int, default=1_000_000_000)
+    three.add_argument("--processes", type=int, default=1)
+    three.add_argument("--batch-size", type=int, default=80, help="streams of each process")
+    three.add_argument("--tokens-per-sample", type=int, default=70)
+    three.add_argument("--batches", type=int, default=1000, help="batches to read")
+    three.add_argument("--folder", type=Path, help="where to make the corpus, which is removed at the end")
+    three.add_argument("--json", type=Path, help="where to append the rows, with hardware, versions and commit")
+    three.set_defaults(run=corpus, plot=None)
     args, rest = parser.parse_known_args()
     if rest and args.run is not train:
         parser.error(f"unknown arguments: {' '.join(rest)}")

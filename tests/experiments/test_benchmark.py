@@ -5,8 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fairseq.data import Dictionary
 
-from fairseq_rkm.experiments import benchmark, recurrence_benchmark
+from fairseq_rkm.data.indexed_check import check_split
+from fairseq_rkm.experiments import benchmark, corpus_benchmark, recurrence_benchmark
 
 
 def run(monkeypatch, *flags) -> None:
@@ -81,3 +83,32 @@ def test_bad_flags_are_explained(monkeypatch, capsys, flags, message):
 def test_whole_updates_of_a_command_that_fails_show_its_end(monkeypatch):
     with pytest.raises(SystemExit, match="fairseq-train failed or was too short"):
         run(monkeypatch, "train", "no-such-folder", "--task", "language_modeling", "--cpu")
+
+
+def test_a_made_corpus_is_read_by_each_process(monkeypatch, tmp_path, capfd):
+    """Here in this process; the command starts one for each rank."""
+    ranks = []
+
+    class Rank:
+        returncode = 0
+
+        def __init__(self, command, **_kwargs):
+            folder, *numbers = command[3:]
+            check_split(f"{folder}/train", Dictionary.load(f"{folder}/dict.txt"))
+            ranks.append(corpus_benchmark.read(folder, *map(int, numbers)))
+
+        def communicate(self):
+            return " ".join(map(str, ranks[-1])), None
+
+    monkeypatch.setattr(corpus_benchmark, "Popen", Rank)
+    monkeypatch.setattr(corpus_benchmark, "CHUNK", 1000)
+    flags = ["--tokens", 30_000, "--processes", 2, "--batch-size", 4, "--batches", 20, "--folder", tmp_path]
+    run(monkeypatch, "corpus", *flags, "--json", tmp_path / "a.json")
+    rows = json.loads((tmp_path / "a.json").read_text())
+    assert [(row["rank"], row["tokens"]) for row in rows] == [(0, 30_000), (1, 30_000)]
+    for row in rows:
+        assert 0 < row["open_s"] < row["first_batch_s"]
+        assert row["batch_us"] > 0
+        assert row["memory_mib"] <= row["peak_mib"]
+    assert capfd.readouterr().out.count("| 30,000 |") == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
