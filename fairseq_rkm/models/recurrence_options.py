@@ -41,6 +41,9 @@ class RKMOptions(FairseqDataclass):
     sigma_i2: float = field(default=0.5, metadata={"help": "constant input scale, within (0, 1)"})
     sigma_f2: float = field(default=0.5, metadata={"help": "constant memory scale, within (0, 1)"})
     learn_sigma: bool = field(default=False, metadata={"help": "learn the constant scales"})
+    learn_initial_state: bool = field(
+        default=False, metadata={"help": "learn the state that sequences start from, in place of zeros"}
+    )
     forget_bias: float = field(default=1.0, metadata={"help": "initial bias of the forget gate"})
     uniform_forget_bias: bool = field(
         default=False, metadata={"help": "draw the forget gate's initial bias as the other gates' (AWD-LSTM)"}
@@ -70,6 +73,7 @@ def build_rkm(options: RKMOptions, input_size: int, hidden_size: int, **argument
         "sigma_i2": options.sigma_i2,
         "sigma_f2": options.sigma_f2,
         "learn_sigma": options.learn_sigma,
+        "learn_initial_state": options.learn_initial_state,
         "forget_bias": None if options.uniform_forget_bias else options.forget_bias,
         "backend": str(options.backend),
     }

@@ -35,11 +35,13 @@ from fairseq_rkm.modules.lstm_weights import (
 from fairseq_rkm.modules.per_sample_gradients import SLOT, watch
 from fairseq_rkm.modules.sequences import Batch, Packed, layout_of
 from fairseq_rkm.modules.state import RKMState
-from fairseq_rkm.ops import Weights, recurrence, resolve_cell
+from fairseq_rkm.ops import Weights, memory_dtype, recurrence, resolve_cell
 from fairseq_rkm.ops.cells import resolve_clip
 from fairseq_rkm.ops.dispatch import check_backend
 from fairseq_rkm.ops.ngram import extend, next_context
 
+Rows = Tensor | list[Tensor]
+"""The rows of all layers and directions, ``(B, d)`` each."""
 NGRAM_PADDINGS = ("causal", "same")
 WITHOUT_CONTEXT = (
     "this RKMState has no n-gram context, and an empty one takes its place. Code that rebuilds tuples, as "
@@ -81,6 +83,10 @@ class RKM(nn.Module):
         device: where the parameters live.
         dtype: their type.
         proj_size: 0; an RKM has no projections.
+        learn_initial_state: learn ``h_0`` and ``c_0`` of each layer and direction. They start at zero, and sequences
+            start there that are given no state. A layer without feedback has no ``h_0``, a cell without memory no
+            ``c_0``; with neither there is nothing to learn, and an error. Neither ``memory_clip`` nor layer
+            normalisation acts on ``c_0``, as on a state that is given.
 
     Example:
         >>> rnn = RKM(200, 400, num_layers=2, ngram=3, dropout=0.3)  # was nn.LSTM(200, 400, num_layers=2, dropout=0.3)
@@ -109,14 +115,16 @@ class RKM(nn.Module):
     Parameters, for layer k and the suffix ``""`` or ``"_reverse"``:
         ``weight_ih_l{k}`` ``(len(gates) * d, n * m)``, ``weight_hh_l{k}`` ``(len(recurrent_gates) * d, d)``,
         ``bias_l{k}`` ``(len(gates) * d,)``, ``norm_weight_l{k}``, ``norm_bias_l{k}``, ``sigma_f_logit_l{k}`` ``(d,)``,
-        ``sigma_i_logit_l{k}`` ``()``.
+        ``sigma_i_logit_l{k}`` ``()``, ``initial_hidden_l{k}``, ``initial_memory_l{k}`` ``(d,)``.
 
     Raises:
         RKMError: an argument of another type, or outside its range.
     """
 
     dropout: LockedDropout
+    # An RKM that was pickled by an earlier version lacks these.
     proj_size = 0
+    learn_initial_state = False
 
     def __init__(
         self,
@@ -142,6 +150,7 @@ class RKM(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         proj_size: int = 0,
+        learn_initial_state: bool = False,
     ) -> None:
         super().__init__()
         check_cell(cell)
@@ -149,6 +158,7 @@ class RKM(nn.Module):
         check_switches(
             bias=bias, layer_norm=layer_norm, learn_sigma=learn_sigma, bidirectional=bidirectional,
             batch_first=batch_first, feedback=feedback is not None and feedback,
+            learn_initial_state=learn_initial_state,
         )  # fmt: skip
         check_numbers(sigma_i2=sigma_i2, sigma_f2=sigma_f2, weight_dropout=weight_dropout)
         check_numbers(forget_bias=0.0 if forget_bias is None else forget_bias)
@@ -171,7 +181,10 @@ class RKM(nn.Module):
         self.forget_bias, self.weight_dropout = forget_bias, weight_dropout
         self.bidirectional, self.batch_first, self.backend = bidirectional, batch_first, backend
         self.dropout = dropout  # type: ignore[assignment]  # __setattr__ makes it a module
-        self._kinds = tuple(self._shapes(0))
+        self.learn_initial_state = learn_initial_state
+        if learn_initial_state and not (self.feedback or self._cell.has_memory):
+            raise RKMError(f"the cell {cell!r} has no state to learn: leave learn_initial_state out")
+        self._kinds = tuple(kind for kind in self._shapes(0) if not kind.startswith("initial"))
         for layer in range(num_layers):
             for suffix in self._suffixes:
                 for name, shape in self._shapes(layer).items():
@@ -209,6 +222,11 @@ class RKM(nn.Module):
     def _suffixes(self) -> tuple[str, ...]:
         return ("", "_reverse") if self.bidirectional else ("",)
 
+    @property
+    def _places(self) -> list[str]:
+        """The ends of parameters' names: each layer and direction, in the order of a state's rows."""
+        return [f"l{layer}{suffix}" for layer in range(self.num_layers) for suffix in self._suffixes]
+
     def layer_input_size(self, layer: int) -> int:
         """The features of an input of layer ``layer``, counted from 0."""
         return self.input_size if layer == 0 else self.hidden_size * len(self._suffixes)
@@ -228,16 +246,20 @@ class RKM(nn.Module):
             shapes["sigma_i_logit"] = ()
         if self.learn_sigma and cell.forget_is_constant:
             shapes["sigma_f_logit"] = (d,)
+        if self.learn_initial_state and self.feedback:
+            shapes["initial_hidden"] = (d,)
+        if self.learn_initial_state and cell.has_memory:
+            shapes["initial_memory"] = (d,)
         return shapes
 
     def reset_parameters(self) -> None:
-        """Draw matrices and biases from U(-1/sqrt(d), 1/sqrt(d)), as ``nn.LSTM``; set forget bias, norms and sigmas."""
+        """Draw matrices and biases from U(-1/sqrt(d), 1/sqrt(d)), as ``nn.LSTM``; set all other parameters."""
         bound = 1 / math.sqrt(self.hidden_size)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 if name.startswith("norm_weight"):
                     parameter.fill_(1)
-                elif name.startswith("norm_bias"):
+                elif name.startswith(("norm_bias", "initial")):
                     parameter.zero_()
                 elif name.startswith("sigma"):
                     parameter.fill_(_logit(self.sigma_i2 if name.startswith("sigma_i") else self.sigma_f2))
@@ -255,8 +277,7 @@ class RKM(nn.Module):
     @property
     def _all_weights(self) -> list[list[str]]:
         """The parameters' names, one list a layer and direction, as ``nn.LSTM``'s: code that initializes reads them."""
-        places = [f"l{layer}{suffix}" for layer in range(self.num_layers) for suffix in self._suffixes]
-        return [[f"{kind}_{place}" for kind in self._kinds] for place in places]
+        return [[f"{kind}_{place}" for kind in self._shapes(0)] for place in self._places]
 
     @property
     def all_weights(self) -> list[list[Tensor]]:
@@ -278,6 +299,31 @@ class RKM(nn.Module):
             value = LockedDropout(value)
         super().__setattr__(name, value)
 
+    def initial_state(self, batch_size: int | None = None) -> RKMState:
+        """The state that sequences start from where none is given: zeros, or the learned state.
+
+        Args:
+            batch_size: B. None is one sequence without a batch: the state's tensors then lack this dimension.
+
+        Returns:
+            A state that begins a sequence, and that gradients reach the learned state through.
+        """
+        like, rows = self._flat_weights[0], () if batch_size is None else (batch_size,)
+        hidden, memory = like.new_zeros(*rows, self.hidden_size), like.new_zeros(*rows, self.hidden_size)
+        starts = [self._start(place) for place in self._places]
+        hiddens = torch.stack([hidden if h is None else h.expand_as(hidden) for h, _ in starts])
+        memories = torch.stack([memory if c is None else c.expand_as(memory) for _, c in starts])
+        sizes = [self.layer_input_size(layer) for layer in range(self.num_layers)]
+        context = [like.new_zeros(self.ngram - 1, *rows, size) for size in sizes] if self.ngram > 1 else None
+        return RKMState(hiddens, memories.to(memory_dtype(like.dtype)), context)
+
+    def _start(self, place: str) -> tuple[Tensor | None, Tensor | None]:
+        """``h_0`` and ``c_0`` of a layer and direction, ``(d,)`` each; None stands for zeros."""
+        if not self.learn_initial_state:
+            return None, None
+        hidden = getattr(self, f"initial_hidden_{place}") if self.feedback else None
+        return hidden, getattr(self, f"initial_memory_{place}") if self._cell.has_memory else None
+
     def forward(
         self,
         x: Tensor | PackedSequence | None = None,
@@ -293,8 +339,8 @@ class RKM(nn.Module):
             x: ``(T, B, m)``, or ``(B, T, m)`` with ``batch_first``. One sequence alone is ``(T, m)``. A
                 ``PackedSequence`` is taken, too.
             state: the state that an earlier call returned, or a pair ``(hidden, cell)``, in the order of the user's
-                batch. None stands for zeros. A plain pair has an empty n-gram context. In a bidirectional stack the
-                forward direction takes the context; the backward one starts without.
+                batch. None stands for :meth:`initial_state`. A plain pair has an empty n-gram context. In a
+                bidirectional stack the forward direction takes the context; the backward one starts without.
             padding_mask: ``(B, T)`` bool, True at padding, on either side; ``(T,)`` for one sequence alone. At padding
                 the state stands still, the output is zero, and inputs count as zero in every window.
             input: another name for ``x``, as in ``nn.LSTM``.
@@ -321,7 +367,7 @@ class RKM(nn.Module):
         return results
 
     def _run(
-        self, x: Tensor, hidden: Tensor | None, memory: Tensor | None, context: list[Tensor] | None,
+        self, x: Tensor, hidden: Rows | None, memory: Rows | None, context: list[Tensor] | None,
         keep: Tensor | None, autocast: torch.dtype | None,
     ) -> tuple[Tensor, RKMState]:  # fmt: skip
         """The last layer's output, ``(T, B, d * directions)``, and the final state of all layers."""
@@ -341,8 +387,8 @@ class RKM(nn.Module):
                 i = layer * len(self._suffixes) + direction
                 first_hidden = None if hidden is None else hidden[i]
                 first_memory = None if memory is None else memory[i]
-                name = f"l{layer}{suffix}"
-                output, *final = self._direction(name, x, first_hidden, first_memory, before, keep, autocast)
+                place = f"l{layer}{suffix}"
+                output, *final = self._direction(place, x, first_hidden, first_memory, before, keep, autocast)
                 outputs.append(output)
                 hiddens.append(final[0])
                 memories.append(final[1])
@@ -425,10 +471,10 @@ class RKM(nn.Module):
 
     def _initial_state(
         self, x: Tensor, state: Any, layout: Batch
-    ) -> tuple[Tensor | None, Tensor | None, list[Tensor] | None]:
+    ) -> tuple[Rows | None, Rows | None, list[Tensor] | None]:
         """Hidden state, memory and context with the rows of ``x``; None stands for zeros."""
         if state is None:
-            return None, None, None
+            return *self._learned_rows(x.size(1)), None
         if not isinstance(state, tuple | list) or not 2 <= len(state) <= 3:
             given = f"{len(state)} of them" if isinstance(state, tuple | list) else type(state).__name__
             raise RKMError(f"the state must be an RKMState or a pair (hidden, cell) of tensors, not {given}")
@@ -453,6 +499,13 @@ class RKM(nn.Module):
             state = state._replace(context=self._initial_context(x, state.context, rows))
         state = layout.entering(state)
         return state.hidden, state.cell, state.context
+
+    def _learned_rows(self, batch: int) -> tuple[Rows | None, Rows | None]:
+        """Hidden state and memory of each layer and direction, as learned; None stands for zeros."""
+        starts = [self._start(place) for place in self._places] if self.learn_initial_state else []
+        hiddens = [hidden.expand(batch, -1) for hidden, _ in starts if hidden is not None]
+        memories = [memory.expand(batch, -1) for _, memory in starts if memory is not None]
+        return hiddens or None, memories or None
 
     def _initial_context(self, x: Tensor, context: Any, rows: tuple[int, ...]) -> list[Tensor]:
         if not isinstance(context, tuple | list) or not all(torch.is_tensor(c) for c in context):
@@ -496,6 +549,7 @@ class RKM(nn.Module):
             for name in own:
                 del state_dict[prefix + name]
             state_dict.update((prefix + name, value) for name, value in converted(own, self.gates).items())
+            self._start_at_zeros(state_dict, prefix)
         elif self._like_torch and may_be_of_torch(names):
             if "version" not in local_metadata:
                 raise RKMError(
@@ -505,9 +559,16 @@ class RKM(nn.Module):
                     f"saved before this was told, say so: state_dict[{prefix + self._mark!r}] = torch.empty(0)"
                 )
             self._in_doubt = True
+            self._start_at_zeros(state_dict, prefix)
         if self._mark in self._buffers:
             state_dict.setdefault(prefix + self._mark, self._buffers[self._mark])
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *arguments)
+
+    def _start_at_zeros(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Complete weights that are, or may be, an ``nn.LSTM``'s: it starts from zeros."""
+        for name, parameter in self.named_parameters():
+            if name.startswith("initial"):
+                state_dict.setdefault(prefix + name, torch.zeros_like(parameter))
 
     def _check_is_lstm(self) -> None:
         if self.cell != "lstm" or not self.feedback:
@@ -545,10 +606,16 @@ class RKM(nn.Module):
         ones are copied as by :meth:`from_lstm`. The second of the LSTM's two biases is zero.
 
         Raises:
-            RKMError: ``nn.LSTM`` cannot compute this cell, n-gram, feedback, layer norm or bound.
+            RKMError: ``nn.LSTM`` cannot compute this cell, n-gram, feedback, layer norm or bound, or start from the
+                learned initial state.
         """
         if self.cell != "lstm" or self.ngram > 1 or not self.feedback or self.layer_norm or self.memory_clip:
             raise RKMError("only cell='lstm' with ngram 1, feedback, no layer norm and no clipping is an nn.LSTM")
+        if self.learn_initial_state and any(tensor.any() for tensor in self.initial_state()):
+            raise RKMError(
+                "nn.LSTM starts from zeros and has no place for a learned initial state: set the parameters "
+                "initial_... to zero here, and give the LSTM their values as its hx"
+            )
         first: Any = self.weight_ih_l0
         lstm = nn.LSTM(
             self.input_size, self.hidden_size, self.num_layers, self.bias, self.batch_first, self.dropout.p,
@@ -563,7 +630,7 @@ class RKM(nn.Module):
             text += f", ngram={self.ngram}, ngram_padding={self.ngram_padding!r}"
         if self.memory_clip is not None or resolve_clip("auto", self._cell, self.layer_norm) is not None:
             text += f", memory_clip={self.memory_clip}"
-        flags = ("layer_norm", "learn_sigma", "bidirectional", "batch_first")
+        flags = ("layer_norm", "learn_sigma", "learn_initial_state", "bidirectional", "batch_first")
         text += "".join(f", {flag}=True" for flag in flags if getattr(self, flag))
         return text + ("" if self.feedback else ", feedback=False")
 

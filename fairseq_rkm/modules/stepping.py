@@ -26,9 +26,8 @@ class Stepper:
     Example:
         >>> layer = RKM(200, 400).eval()
         >>> step = Stepper(layer)
-        >>> zeros = torch.zeros(1, 20, 400)
         >>> with torch.no_grad():
-        ...     output, state = step(torch.randn(1, 20, 200), RKMState(zeros, zeros))  # (1, 20, 400)
+        ...     output, state = step(torch.randn(1, 20, 200), layer.initial_state(20))  # (1, 20, 400)
     """
 
     def __init__(self, layer: RKM) -> None:

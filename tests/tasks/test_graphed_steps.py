@@ -87,7 +87,7 @@ def graphs_of(model, optimizer, device):
     "flags",
     [
         {"cell": "rkm_lstm", "share_decoder_input_output_embed": True},
-        {"cell": "lstm", "ngram": 2, "memory_clip": None},
+        {"cell": "lstm", "ngram": 2, "memory_clip": None, "learn_initial_state": True},
         {"cell": "rkm_cifg", "no_feedback": True, "ngram": 2},
     ],
     ids=lambda flags: flags["cell"],

@@ -89,6 +89,7 @@ class RKMTranslationDecoder(FairseqIncrementalDecoder):
             build_rkm(
                 cfg, m, d, ngram_padding="causal", cell=str(first_given(cfg.decoder_cell, cfg.cell)),
                 ngram=first_given(cfg.decoder_ngram, cfg.ngram), weight_dropout=cfg.dropout_weights,
+                learn_initial_state=False,  # the bridges' biases are one
             )
             for m, d in zip(inputs, outputs, strict=True)
         ]  # fmt: skip

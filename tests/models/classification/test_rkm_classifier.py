@@ -76,6 +76,20 @@ def test_every_cell_reads_documents_of_one_token_and_of_none_and_all_its_paramet
         assert parameter.grad.ne(0).any(), name
 
 
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_documents_start_from_the_learned_state(bidirectional):
+    model = classifier(learn_initial_state=True, encoder_layers=2, encoder_bidirectional=bidirectional)
+    tokens = batch([torch.tensor([4, 5, 6]), torch.tensor([7])], 4)
+    wanted = logits(model, tokens)
+    wanted.sum().backward()
+    starts = [p for name, p in model.named_parameters() if ".initial_" in name]
+    assert len(starts) == 4 * (1 + bidirectional)
+    for start in starts:
+        assert start.grad.ne(0).any()
+        start.detach().zero_()
+    assert not torch.allclose(logits(model, tokens), wanted)
+
+
 def test_the_defaults_are_those_of_table_2():
     cfg = OmegaConf.structured(RKMClassifierConfig(max_positions=10))
     model = RKMClassifier(cfg, WORDS)

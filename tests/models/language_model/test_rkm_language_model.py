@@ -74,6 +74,25 @@ def test_segments_carry_the_state_and_training_and_evaluation_do_not_mix(diction
         model(tokens[:1, :3], segment=3)
 
 
+def test_sentences_and_streams_start_from_the_learned_state(dictionary):
+    model = decoder(dictionary, ngram=2, learn_initial_state=True)
+    tokens = torch.randint(4, 44, (2, 6))
+    full, _ = model(tokens)
+    starts = [layer.initial_state(2) for layer in model.layers]
+    assert_close(model.output_layer(model._run(tokens, starts, None)[0].transpose(0, 1)), full)
+    incremental: dict = {}
+    for t in range(6):
+        assert_close(model(tokens[:, : t + 1], incremental_state=incremental)[0][:, 0], full[:, t])
+    model.train()
+    first, _ = model(tokens[:, :3], segment=0)
+    assert_close(first, full[:, :3])
+    assert_close(model(tokens[:, 3:], segment=1)[0], full[:, 3:])
+    first.sum().backward()
+    learned = {name: p for name, p in model.named_parameters() if ".initial_" in name}
+    assert len(learned) == 4
+    assert all(p.grad.ne(0).any() for p in learned.values())
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing(dictionary, side):
     model = decoder(dictionary, ngram=2, layer_norm=True)

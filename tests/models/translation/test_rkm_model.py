@@ -311,6 +311,16 @@ def test_no_cell_leaves_parameters_without_a_gradient(cell):
     assert not {name for name, p in model.named_parameters() if p.grad is None}
 
 
+def test_the_encoder_learns_where_it_starts_and_the_bridges_start_the_decoder():
+    model = build(learn_initial_state=True, encoder_bidirectional=True, encoder_layers=2, ngram=3)
+    source, tokens = batch()
+    model(source, None, tokens)[0].sum().backward()
+    learned = {name: p for name, p in model.named_parameters() if "initial" in name}
+    assert len(learned) == 8
+    assert all(name.startswith("encoder.layers") and p.grad.ne(0).any() for name, p in learned.items())
+    assert_steps_equal_the_full_pass(model)
+
+
 def test_no_step_sees_the_target_ahead_but_each_sees_all_of_the_source():
     for flags in ({}, {"input_feeding": True}, {"decoder_layers": 2, "attention_layer": 1}):
         model = build(ngram=3, ngram_padding="same", **flags)
@@ -491,7 +501,9 @@ def test_checkpoints_of_another_dictionary_are_refused():
         build(target=dictionary(41)).load_state_dict(dict(state))
 
 
-@pytest.mark.parametrize("flags", [{"ngram": 3, "dropout_words": 0.2}, {"input_feeding": True}])
+@pytest.mark.parametrize(
+    "flags", [{"ngram": 3, "dropout_words": 0.2}, {"input_feeding": True, "learn_initial_state": True}]
+)
 def test_replayed_training_is_the_same(monkeypatch, flags):
     """Recording and replaying is done again, on a CPU: :mod:`graphs.test_graphed_function` has it on GPUs."""
     monkeypatch.setattr(rkm_model, "check_graphs", lambda _tokens: None)
