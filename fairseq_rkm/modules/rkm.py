@@ -490,11 +490,6 @@ class RKM(nn.Module):
                 raise RKMError(f"the state's {what} must be one tensor {names}, not a {type(tensor).__name__}")
             if tensor.shape != shape:
                 raise RKMError(f"the state's {what} must have shape {names} = {shape}, not {tuple(tensor.shape)}")
-            if tensor.device != x.device:
-                called = "memory" if what == "cell" else "hidden state"
-                raise RKMError(
-                    f"the inputs are on {x.device} but the {called} on {tensor.device}; move them to one device"
-                )
         if state.context is not None:
             state = state._replace(context=self._initial_context(x, state.context, rows))
         state = layout.entering(state)
@@ -502,7 +497,9 @@ class RKM(nn.Module):
 
     def _learned_rows(self, batch: int) -> tuple[Rows | None, Rows | None]:
         """Hidden state and memory of each layer and direction, as learned; None stands for zeros."""
-        starts = [self._start(place) for place in self._places] if self.learn_initial_state else []
+        if not self.learn_initial_state:
+            return None, None
+        starts = [self._start(place) for place in self._places]
         hiddens = [hidden.expand(batch, -1) for hidden, _ in starts if hidden is not None]
         memories = [memory.expand(batch, -1) for _, memory in starts if memory is not None]
         return hiddens or None, memories or None

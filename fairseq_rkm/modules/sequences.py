@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from fairseq_rkm.errors import RKMError
 from fairseq_rkm.modules.state import RKMState
 
 
@@ -88,7 +89,14 @@ class Packed(Batch):
 
     def entering(self, state: RKMState) -> RKMState:
         order = self.packed.sorted_indices
-        return state if order is None else state.index_select(order)
+        if order is None:
+            return state
+        for tensor in state:
+            if tensor.device != order.device:
+                raise RKMError(
+                    f"the inputs are on {order.device} but the state on {tensor.device}; move them to one device"
+                )
+        return state.index_select(order)
 
     def leaving(self, state: RKMState) -> RKMState:
         order = self.packed.unsorted_indices

@@ -115,5 +115,5 @@ def test_what_does_not_fit_these_layouts_is_refused_in_a_sentence():
     alone = RKMState(*(torch.zeros(1, 4),) * 2, [torch.zeros(1, 2, 3)])
     with pytest.raises(RKMError, match=r"one tensor a layer of shapes \[\(1, 3\)\], not \[\(1, 2, 3\)\]"):
         rkm(x[:, 0], alone)
-    with pytest.raises(RKMError, match="inputs are on cpu but the hidden state on meta"):
-        rkm(pack_padded_sequence(x, [3, 5], enforce_sorted=False), state.to("meta"))
+    with pytest.raises(RKMError, match="inputs are on cpu but the state on meta"):
+        rkm(pack_padded_sequence(x, [3, 5], enforce_sorted=False), tuple(state.to("meta")))
