@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fairseq_rkm.errors import RKMError
+from fairseq_rkm.modules.constant_numbers import ConstantNumber
 
 
 def check_probability(what: str, p: float) -> None:
@@ -31,6 +32,8 @@ class LockedDropout(nn.Module):
     Example:
         >>> LockedDropout(0.5)(torch.ones(3, 1, 4))[:, 0]  # each column all zeros or all twos
     """
+
+    p = ConstantNumber()
 
     def __init__(self, p: float, name: str = "dropout") -> None:
         super().__init__()

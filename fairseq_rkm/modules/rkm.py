@@ -20,6 +20,7 @@ from fairseq_rkm.modules.arguments import (
     check_sizes,
     check_switches,
 )  # fmt: skip
+from fairseq_rkm.modules.constant_numbers import ConstantNumber
 from fairseq_rkm.modules.dropout import LockedDropout, check_probability
 from fairseq_rkm.modules.lstm_weights import (
     GATES_OF_TORCH,
@@ -125,6 +126,10 @@ class RKM(nn.Module):
     # An RKM that was pickled by an earlier version lacks these.
     proj_size = 0
     learn_initial_state = False
+
+    sigma_i2 = ConstantNumber()
+    sigma_f2 = ConstantNumber()
+    weight_dropout = ConstantNumber()
 
     def __init__(
         self,
