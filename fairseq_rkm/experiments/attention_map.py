@@ -7,7 +7,10 @@ MODEL is a folder made by table.py (OUT/MODEL-SEED), or any folder that RKMModel
 
 import argparse
 import logging
+import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -18,6 +21,15 @@ from fairseq_rkm.experiments.result_files import pyplot
 def draw(source: list[str], target: list[str], weights: Tensor, path: Path) -> None:
     """Draw the weights, ``(T, S)``, into the file ``path``: the source across, the translation down."""
     plt = pyplot()
+    families, missing = fonts_with({letter for token in source + target for letter in _shown(token)})
+    if missing:
+        print(f"no font here has {' '.join(sorted(missing))}: a box stands in the picture for each", file=sys.stderr)
+    with plt.rc_context({"font.family": families}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        _draw(plt, source, target, weights, path)
+
+
+def _draw(plt: Any, source: list[str], target: list[str], weights: Tensor, path: Path) -> None:
     width, height = 2.5 + 0.34 * len(source), 1.8 + 0.3 * len(target)
     figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
     image = axes.imshow(weights.numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
@@ -27,6 +39,29 @@ def draw(source: list[str], target: list[str], weights: Tensor, path: Path) -> N
     figure.colorbar(image, label="attention")
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def fonts_with(letters: set[str]) -> tuple[list[str], set[str]]:
+    """Choose fonts: matplotlib's usual ones and, for letters that they lack, others of the machine.
+
+    Returns:
+        The families in the order in which a letter is looked for, and the letters that no font has.
+    """
+    from matplotlib import font_manager, rcParams
+
+    families = list(rcParams["font.family"])
+    missing = {ord(letter) for letter in letters}
+    missing -= font_manager.get_font(font_manager.findfont(font_manager.FontProperties())).get_charmap().keys()
+    # The Last Resort font has a box for every letter.
+    files = {font.name: font.fname for font in font_manager.fontManager.ttflist if "Last Resort" not in font.name}
+    for family, file in sorted(files.items()):
+        if not missing:
+            break
+        found = missing & font_manager.get_font(file).get_charmap().keys()
+        if found:
+            families.append(family)
+            missing -= found
+    return families, {chr(letter) for letter in missing}
 
 
 def _shown(token: str) -> str:
