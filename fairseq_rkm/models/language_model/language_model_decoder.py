@@ -1,7 +1,7 @@
 """The network of ``rkm_lm``: an embedding, a stack of RKM layers and a softmax, with the state of its three modes."""
 
 from itertools import pairwise
-from typing import Any, Optional
+from typing import Any, Optional, cast
 
 from fairseq.data import Dictionary
 from fairseq.models import FairseqIncrementalDecoder
@@ -12,7 +12,7 @@ from fairseq_rkm.errors import RKMError
 from fairseq_rkm.models.language_model.carried_state import CarriedState
 from fairseq_rkm.models.recurrence_options import NO_LIMIT, build_rkm
 from fairseq_rkm.models.word_layers import build_embedding, build_softmax
-from fairseq_rkm.modules import LockedDropout, RKMState, dropped_embedding
+from fairseq_rkm.modules import RKM, LockedDropout, RKMState, dropped_embedding
 from fairseq_rkm.modules.continuous_cache import CacheMemory, ContinuousCache
 from fairseq_rkm.modules.dropout import check_probability
 
@@ -130,6 +130,8 @@ class RKMLanguageModelDecoder(FairseqIncrementalDecoder):
         """The last layer's output, ``(T, B, d)``, for tokens ``(B, T)``, and the next state."""
         x = dropped_embedding(self.embed_tokens, tokens.t(), self.dropout_words, self.training)
         x = self.dropout_input(x)
+        if states is not None and self.training:
+            states = [_with_start(cast(RKM, layer), state) for layer, state in zip(self.layers, states, strict=True)]
         new_states = []
         for i, layer in enumerate(self.layers):
             if i:
@@ -159,6 +161,17 @@ class RKMLanguageModelDecoder(FairseqIncrementalDecoder):
     def upgrade_state_dict_named(self, state_dict: dict, name: str) -> None:
         """Refuse a checkpoint of another dictionary before reading its weights."""
         check_fingerprint(state_dict, f"{name}.", self, self.dictionary)
+
+
+def _with_start(layer: RKM, state: RKMState) -> RKMState:
+    """The same state, from which gradients of zero reach the learned initial state.
+
+    Segments after the first do not read it, and ``DistributedDataParallel`` fails on weights without a gradient.
+    """
+    if not layer.learn_initial_state:
+        return state
+    start = layer.initial_state(state.hidden.size(1))
+    return state._replace(hidden=state.hidden + 0 * start.hidden, cell=state.cell + 0 * start.cell)
 
 
 def check_streams(states: States, tokens: Tensor) -> States:

@@ -93,6 +93,20 @@ def test_sentences_and_streams_start_from_the_learned_state(dictionary):
     assert all(p.grad.ne(0).any() for p in learned.values())
 
 
+@pytest.mark.parametrize("no_feedback", [False, True])
+def test_no_segment_leaves_parameters_without_a_gradient(dictionary, no_feedback):
+    """Which distributed training would stumble over."""
+    model = decoder(dictionary, learn_initial_state=True, no_feedback=no_feedback).train()
+    tokens = torch.randint(4, 44, (2, 6))
+    full, _ = model(tokens)
+    for segment in (0, 1):
+        model.zero_grad()
+        output, _ = model(tokens[:, 3 * segment : 3 * segment + 3], segment=segment)
+        assert_close(output, full[:, 3 * segment : 3 * segment + 3])
+        output.sum().backward()
+        assert not {name for name, p in model.named_parameters() if p.grad is None}
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing(dictionary, side):
     model = decoder(dictionary, ngram=2, layer_norm=True)
