@@ -5,11 +5,12 @@ Both of fairseq's layouts are known: ``mmap``, which fairseq-preprocess writes, 
 ``lazy``. Data of other kinds passes.
 """
 
+import bisect
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from fairseq.data import Dictionary
@@ -27,6 +28,29 @@ BLOCKS = 256
 REMEDY = "copy both files anew, or run fairseq-preprocess again"
 
 
+class StoredNumbers(Sequence):
+    """Numbers in a file, which are read when they are asked for.
+
+    Args:
+        path: the file.
+        dtype: of the numbers.
+        length: how many there are.
+        offset: the bytes before them.
+    """
+
+    def __init__(self, path: Path, dtype: str, length: int, offset: int) -> None:
+        self.path, self.dtype, self.length, self.offset = path, np.dtype(dtype), length, offset
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: Any) -> Any:
+        found = range(self.length)[index]
+        here = found if isinstance(index, slice) else range(found, found + 1)
+        read = np.fromfile(self.path, self.dtype, len(here), offset=self.offset + here.start * self.dtype.itemsize)
+        return read if isinstance(index, slice) else read[0]
+
+
 class Index(NamedTuple):
     """The contents of an index of N sentences.
 
@@ -38,8 +62,8 @@ class Index(NamedTuple):
     """
 
     dtype: np.dtype
-    sizes: np.ndarray
-    starts: np.ndarray
+    sizes: "np.ndarray | StoredNumbers"
+    starts: "np.ndarray | StoredNumbers"
     offset: int
 
 
@@ -77,27 +101,31 @@ def read_index(path: Path) -> Index | None:
     Raises:
         RKMError: the file is damaged.
     """
-    content = np.memmap(path, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
-    start = content[:9].tobytes()
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(26)
     try:
-        if start == MMAP:
-            return _read_mmap(content)
+        if start[:9] == MMAP:
+            return _read_mmap(path, start, size)
         if start[:8] == OLDER:
-            return _read_older(content)
+            return _read_older(np.memmap(path, mode="r"))
     except (struct.error, ValueError, OverflowError):
-        raise RKMError(f"{path} is damaged: its header does not fit its {len(content):,} bytes; {REMEDY}") from None
+        raise RKMError(f"{path} is damaged: its header does not fit its {size:,} bytes; {REMEDY}") from None
     if start[:8] == b"HUFFIDX\x00":
         return None
-    raise RKMError(f"{path} is damaged, or no index of fairseq's: it begins with {start!r}; {REMEDY}")
+    raise RKMError(f"{path} is damaged, or no index of fairseq's: it begins with {start[:9]!r}; {REMEDY}")
 
 
-def _read_mmap(content: np.ndarray) -> Index:
-    version, code, count = struct.unpack("<QBQ", content[9:26].tobytes())
-    if version != 1 or code not in TYPES or len(content) != 26 + 12 * count:
+def _read_mmap(path: Path, start: bytes, size: int) -> Index:
+    version, code, count = struct.unpack("<QBQ", start[9:])
+    if version != 1 or code not in TYPES or size != 26 + 12 * count:
         raise ValueError
-    sizes = np.frombuffer(content, "<i4", count, 26)
-    starts = np.frombuffer(content, "<i8", count, 26 + 4 * count)
-    return Index(np.dtype("<" + TYPES[code]), sizes, starts, 0)
+    return Index(
+        np.dtype("<" + TYPES[code]),
+        StoredNumbers(path, "<i4", count, 26),
+        StoredNumbers(path, "<i8", count, 26 + 4 * count),
+        0,
+    )
 
 
 def _read_older(content: np.ndarray) -> Index:
@@ -150,13 +178,14 @@ def check_layout(index: Index, data: Path, path: Path, most: int | None = None) 
     if not len(index.sizes) or not there:
         raise RKMError(f"{data if not there else path} is empty: was there text to binarize?")
     for first, stop in spread(len(index.sizes), most):
-        lengths = index.sizes[max(first - 1, 0) : stop].astype(np.int64) * index.dtype.itemsize
-        starts = index.starts[first:stop]
-        # A sentence starts where the one before ends, and the first at 0.
-        before = index.starts[first - 1 : stop - 1] + lengths[:-1] if first else np.cumsum(lengths) - lengths
-        wrong = np.flatnonzero((index.sizes[first:stop] < 0) | (starts != before))
+        # One sentence more than the stretch has, so that its first is held to the one before.
+        from_ = max(first - 1, 0)
+        lengths = index.sizes[from_:stop].astype(np.int64) * index.dtype.itemsize
+        starts = index.starts[from_:stop]
+        places = np.append(starts[0] if from_ else 0, (starts + lengths)[:-1])
+        wrong = np.flatnonzero((lengths < 0) | (starts != places))
         if len(wrong):
-            at = first + int(wrong[0]) + 1
+            at = from_ + int(wrong[0]) + 1
             raise RKMError(f"{path} is damaged: sentence {at:,} is not where the one before ends; {REMEDY}")
     end = int(index.starts[-1]) + int(index.sizes[-1]) * index.dtype.itemsize
     if end != there:
@@ -223,6 +252,6 @@ def place(data: Path, at: int) -> str:
     index = read_index(data.with_suffix(".idx"))
     if index is None:
         return f"token {at + 1:,}"
-    sentence = int(np.searchsorted(index.starts, at * index.dtype.itemsize, side="right"))
+    sentence = bisect.bisect_right(index.starts, at * index.dtype.itemsize)
     token = at - int(index.starts[sentence - 1]) // index.dtype.itemsize + 1
     return f"sentence {sentence:,}: token {token:,}"
