@@ -70,6 +70,24 @@ def write_all(save: Any) -> Any:
 
 
 @patch(
+    checkpoint_utils,
+    "save_checkpoint",
+    why="one process writes checkpoints, and what a task holds in the others is not in them",
+    until="fairseq asks the tasks of all processes for their state before one writes it",
+)
+def gather_state(save: Any) -> Any:
+    """Make ``save_checkpoint``, which all processes call, gather the task's state before one process writes."""
+
+    def save_checkpoint(cfg: Any, trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        gather = getattr(trainer.task, "gather_checkpoint_state", None)
+        if gather is not None and not cfg.no_save:
+            gather()
+        return save(cfg, trainer, *args, **kwargs)
+
+    return save_checkpoint
+
+
+@patch(
     PathManager,
     "copy",
     why="a run that is killed while fairseq copies checkpoint_last.pt leaves it truncated, and cannot resume",

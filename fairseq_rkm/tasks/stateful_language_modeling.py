@@ -11,7 +11,6 @@ from fairseq import utils
 from fairseq.data import Dictionary, iterators
 from fairseq.data.indexed_dataset import get_available_dataset_impl
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
-from fairseq.distributed import utils as distributed_utils
 from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingTask
 from omegaconf import II
@@ -20,10 +19,10 @@ from torch import Tensor
 from fairseq_rkm.data.binarized_split import open_tokens
 from fairseq_rkm.data.token_stream import SegmentIterator, StreamSegments, TokenStream
 from fairseq_rkm.errors import RKMError, first_line
-from fairseq_rkm.modules import RKMState
 from fairseq_rkm.modules.continuous_cache import ContinuousCache
+from fairseq_rkm.tasks import saved_streams
 from fairseq_rkm.tasks.averaged_validation import AveragedValidation
-from fairseq_rkm.tasks.graphed_steps import GraphedSteps, state_tensors
+from fairseq_rkm.tasks.graphed_steps import GraphedSteps
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +92,7 @@ class StatefulLanguageModelingTask(AveragedValidation, GraphedSteps, LanguageMod
         super().__init__(cfg, dictionary, targets=["future"])
         self.training_state: Any = None
         self.gathered: Optional[list[Tensor]] = None
+        self.train_iterator: Optional[SegmentIterator] = None
         self.lr_scale = 1.0
 
     @classmethod
@@ -201,10 +201,13 @@ class StatefulLanguageModelingTask(AveragedValidation, GraphedSteps, LanguageMod
             dataset, num_shards * max_sentences, rows, self.args.tokens_per_sample, self.dictionary.pad(),
             length_seed=(seed, epoch) if varied else None,
         )  # fmt: skip
-        return SegmentIterator(
+        iterator = SegmentIterator(
             segments, num_workers=num_workers, epoch=epoch, buffer_size=data_buffer_size,
             skip_remainder_batch=skip_remainder_batch,
         )  # fmt: skip
+        if dataset.name == self.args.train_subset:
+            self.train_iterator = iterator
+        return iterator
 
     def eval_lm_dataloader(
         self, dataset: TokenStream, batch_size: Optional[int] = None, context_window: int = 0, **kwargs: Any
@@ -248,59 +251,49 @@ class StatefulLanguageModelingTask(AveragedValidation, GraphedSteps, LanguageMod
             raise MemoryError(first_line(error)) from error
 
     def optimizer_step(self, optimizer: Any, model: Any, update_num: int) -> None:
-        """Update at the segment's learning rate.
-
-        Before, each process learns the state of all streams: only one process writes checkpoints.
-        """
-        if distributed_utils.get_data_parallel_world_size() > 1:
-            self.gathered = _gather(_flatten(self.training_state.left))
+        """Update at the segment's learning rate."""
         scheduled = optimizer.get_lr()
         optimizer.set_lr(scheduled * self.lr_scale)
         super().optimizer_step(optimizer, model, update_num)
         optimizer.set_lr(scheduled)
 
+    def gather_checkpoint_state(self) -> None:
+        """Collect the state of all processes' streams. Each process calls this before one writes a checkpoint."""
+        left = self.training_state.left
+        self.gathered = None if left is None else saved_streams.gather(left)
+
     def get_checkpoint_dict(self) -> dict[str, dict[str, Any]]:
         """Return the last segment's number and the state that it left, for a checkpoint in the middle of an epoch.
 
         Returns:
-            A dictionary under the task's name: ``segment``, ``layers``, ``shapes`` of the state's tensors, and
-            ``ranks``: for each process its state as one vector on the CPU. It is empty before the first segment.
-        """
-        left = self.training_state.left
-        if left is None:
-            return {}
-        flat = [_flatten(left)] if self.gathered is None else self.gathered
-        shapes = [list(tensor.shape) for tensor in state_tensors(left)]
-        state = {
-            "segment": self.training_state.segment,
-            "layers": len(left),
-            "shapes": shapes,
-            "ranks": [tensor.cpu().clone() for tensor in flat],
-        }
-        return {type(self).__name__: state}
-
-    def set_checkpoint_dict(self, state: dict[str, Any]) -> None:
-        """Go on from the state that :meth:`get_checkpoint_dict` returned.
+            A dictionary under the task's name: ``segment``, and what :func:`fairseq_rkm.tasks.saved_streams.save`
+            returns. It is empty before the first segment.
 
         Raises:
-            RKMError: the checkpoint has another number of processes, or of streams in each.
+            RKMError: :meth:`gather_checkpoint_state` was not called.
         """
-        streams = state["shapes"][0][-2]
-        if streams != self.args.batch_size:
+        left, gathered = self.training_state.left, self.gathered
+        if left is None:
+            return {}
+        if gathered is None:
             raise RKMError(
-                f"the checkpoint carries the state of {streams} streams in each process, and --batch-size is "
-                f"{self.args.batch_size}: give the same, or begin an epoch anew with --reset-dataloader"
+                "the state of all streams was not gathered before this checkpoint: do not switch off the plugin's "
+                "change checkpoint_writing.gather_state (FAIRSEQ_RKM_PATCHES)"
             )
-        world = distributed_utils.get_data_parallel_world_size()
-        rank = distributed_utils.get_data_parallel_rank() if world > 1 else 0
-        if len(state["ranks"]) != world:
-            raise RKMError(
-                f"the checkpoint carries the state of {len(state['ranks'])} processes' streams, but {world} resume: "
-                "start as many, or begin an epoch anew with --reset-dataloader"
-            )
-        self.training_state.restore(
-            state["segment"], _unflatten(state["ranks"][rank], state["shapes"], state["layers"])
-        )
+        self.gathered = None  # it is of this checkpoint alone
+        return {type(self).__name__: {"segment": self.training_state.segment, **saved_streams.save(left, gathered)}}
+
+    def set_checkpoint_dict(self, state: dict[str, Any]) -> None:
+        """Go on from the state that :meth:`get_checkpoint_dict` returned. An epoch's start needs none.
+
+        The number of processes and the batch size may have changed, if their product is the same.
+
+        Raises:
+            RKMError: the checkpoint has another number of streams.
+        """
+        if self.train_iterator is not None and not self.train_iterator.iterations_in_epoch:
+            return
+        self.training_state.restore(state["segment"], saved_streams.restore(state, self.args.batch_size))
 
 
 def load_dictionary(folders: list[str]) -> Dictionary:
@@ -322,23 +315,3 @@ def load_dictionary(folders: list[str]) -> Dictionary:
                 f"--srcdict {first})"
             )
     return dictionary
-
-
-def _flatten(states: list[RKMState]) -> Tensor:
-    """Return the state as one vector, of the widest dtype within it, which holds the others exactly."""
-    return torch.cat([tensor.flatten().to(states[0].cell.dtype) for tensor in state_tensors(states)])
-
-
-def _unflatten(flat: Tensor, shapes: list[list[int]], layers: int) -> list[RKMState]:
-    """Reverse :func:`_flatten`."""
-    sizes = [torch.Size(shape).numel() for shape in shapes]
-    tensors = [piece.view(shape) for piece, shape in zip(flat.split(sizes), shapes, strict=True)]
-    each = len(tensors) // layers
-    groups = [tensors[i * each : (i + 1) * each] for i in range(layers)]
-    return [RKMState(hidden, cell, context or None) for hidden, cell, *context in groups]
-
-
-def _gather(flat: Tensor) -> list[Tensor]:
-    gathered = [torch.empty_like(flat) for _ in range(distributed_utils.get_data_parallel_world_size())]
-    torch.distributed.all_gather(gathered, flat, group=distributed_utils.get_data_parallel_group())
-    return gathered
