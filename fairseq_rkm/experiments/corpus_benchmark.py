@@ -17,11 +17,11 @@ from omegaconf import OmegaConf
 import fairseq_rkm
 from fairseq_rkm.tasks.stateful_language_modeling import StatefulLanguageModelingConfig, StatefulLanguageModelingTask
 
-WORDS = 50_000
+TYPES_MADE = 50_000
 """Words of the made language. Their numbers are stored in 16 bits."""
-LENGTH = 49
+LONGEST_MADE = 49
 """The most tokens of a sentence."""
-CHUNK = 1 << 24
+MADE_AT_ONCE = 1 << 24
 """Tokens that are made at a time."""
 
 
@@ -63,20 +63,20 @@ def make_corpus(folder: Path, tokens: int) -> None:
 
     Args:
         folder: an existing folder.
-        tokens: in sentences of 1 to :data:`LENGTH` tokens.
+        tokens: in sentences of 1 to :data:`LONGEST_MADE` tokens.
     """
     draw = np.random.default_rng(1)
     dictionary = Dictionary()
-    (folder / "dict.txt").write_text("".join(f"w{i} 1\n" for i in range(WORDS)))
-    sizes = draw.integers(1, LENGTH + 1, tokens // (LENGTH // 2) + 1).astype("<i4")
+    (folder / "dict.txt").write_text("".join(f"w{i} 1\n" for i in range(TYPES_MADE)))
+    sizes = draw.integers(1, LONGEST_MADE + 1, tokens // (LONGEST_MADE // 2) + 1).astype("<i4")
     ends = np.minimum(np.cumsum(sizes, dtype=np.int64), tokens)
     ends[-1] = tokens
     ends = np.unique(ends)
     sizes = np.diff(ends, prepend=0).astype("<i4")
     with open(folder / "train.bin", "wb") as file:
-        for first in range(0, tokens, CHUNK):
-            stop = min(first + CHUNK, tokens)
-            part = draw.integers(dictionary.nspecial, dictionary.nspecial + WORDS, stop - first).astype("<u2")
+        for first in range(0, tokens, MADE_AT_ONCE):
+            stop = min(first + MADE_AT_ONCE, tokens)
+            part = draw.integers(dictionary.nspecial, dictionary.nspecial + TYPES_MADE, stop - first).astype("<u2")
             part[ends[(ends > first) & (ends <= stop)] - 1 - first] = dictionary.eos()
             part.tofile(file)
     with open(folder / "train.idx", "wb") as file:

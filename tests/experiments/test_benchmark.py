@@ -101,7 +101,7 @@ def test_a_made_corpus_is_read_by_each_process(monkeypatch, tmp_path, capfd):
             return " ".join(map(str, ranks[-1])), None
 
     monkeypatch.setattr(corpus_benchmark, "Popen", Rank)
-    monkeypatch.setattr(corpus_benchmark, "CHUNK", 1000)
+    monkeypatch.setattr(corpus_benchmark, "MADE_AT_ONCE", 1000)
     flags = ["--tokens", 30_000, "--processes", 2, "--batch-size", 4, "--batches", 20, "--folder", tmp_path]
     run(monkeypatch, "corpus", *flags, "--json", tmp_path / "a.json")
     rows = json.loads((tmp_path / "a.json").read_text())
