@@ -37,8 +37,16 @@ AVERAGED = [
 ]  # fmt: skip
 
 
+def assert_close(one, other) -> None:
+    """The weights of two runs' last checkpoints are the same but for rounding."""
+    weights = [checkpoint(run)["model"] for run in (one, other)]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
 @pytest.mark.parametrize("recipe", [PLAIN, AVERAGED], ids=["plain", "averaged"])
 def test_two_processes_train_as_one_with_the_same_global_batch(data, tmp_path, recipe):
+    """And either goes on from the other's checkpoint in the middle of an epoch."""
     flags = ["--max-update", 8, "--save-interval-updates", 4, "--ngram", 2, *recipe, "--adam-eps", "1e-4"]
     one = succeed("train", data, *SMALL, *flags, "--batch-size", 8, "--save-dir", tmp_path / "one")
     two = two_processes(data, tmp_path / "two", *flags, "--batch-size", 4)
@@ -46,9 +54,15 @@ def test_two_processes_train_as_one_with_the_same_global_batch(data, tmp_path, r
         values = [[float(entry[key]) for entry in result.entries("train_inner")] for result in (one, two)]
         assert len(values[0]) == 8
         assert values[1] == pytest.approx(values[0], rel=2e-3), "as printed, to three decimals"
-    weights = [checkpoint(tmp_path / name)["model"] for name in ("one", "two")]
-    for name, value in weights[0].items():
-        torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    assert_close(tmp_path / "one", tmp_path / "two")
+    from_, to = ("two", "one") if recipe is PLAIN else ("one", "two")
+    middle = ["--restore-file", tmp_path / from_ / "checkpoint_1_4.pt"]
+    if to == "one":
+        resumed = succeed("train", data, *SMALL, *flags, *middle, "--batch-size", 8, "--save-dir", tmp_path / "other")
+    else:
+        resumed = two_processes(data, tmp_path / "other", *flags, *middle, "--batch-size", 4)
+    assert len(resumed.entries("train_inner")) == 4
+    assert_close(tmp_path / from_, tmp_path / "other")
 
 
 @pytest.mark.gpu(count=2)
