@@ -135,7 +135,7 @@ def test_learned_sigmas_and_two_layers(backend, cell, mask):
         compare(backend, mask=mask, cell=cell, learn_sigma=True, layer_norm=layer_norm, num_layers=2, seed=7)
 
 
-def clear_bound(cell, steps, batch, sizes, dtype):
+def clear_bound(cell, steps, batch, sizes, dtype, feedback=None):
     """For the problem of :func:`compare`, a ``memory_clip`` that clips, and that no value before it comes close to.
 
     A value that rounding takes across the bound has another gradient, which no tolerance covers.
@@ -143,7 +143,7 @@ def clear_bound(cell, steps, batch, sizes, dtype):
 
     def distance(clip):
         torch.manual_seed(0)
-        rkm = randomized(RKM(*sizes, dtype=dtype, cell=cell, memory_clip=None)).double()
+        rkm = randomized(RKM(*sizes, dtype=dtype, cell=cell, feedback=feedback, memory_clip=None)).double()
         x, hidden, memory, _ = problem(rkm, steps, batch, dtype)
         weights, closest, clips = rkm._weights("l0", None), torch.inf, False
         hidden, memory = hidden[0].double(), memory[0].double()

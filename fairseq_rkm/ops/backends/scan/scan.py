@@ -24,6 +24,8 @@ from fairseq_rkm.ops.weights import LAYER_NORM_EPS, Weights, memory_dtype
 BLOCK_T, BLOCK_D, WARPS = 32, 32, 4
 MAX_NORMED = 8192
 """The most units of a layer that one program normalises, 16 in a thread."""
+LARGEST_CLIP = 1e30
+"""The largest bound of a memory: sums over a chunk of its size are finite in float32."""
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton runs its kernels on the CPU; it too looks once."""
 
@@ -39,8 +41,10 @@ def refuses(cell: Cell, inputs: Tensor, weights: Weights) -> str | None:
         return f"it runs on CUDA GPUs, and the inputs are on {inputs.device}"
     if weights.recurrent is not None:
         return "with feedback a step has to wait for the one before"
-    if cell.clip is not None:
-        return "with clipping the memory is no linear recurrence"
+    if cell.clip is not None and cell.clip > LARGEST_CLIP:
+        return f"it clips at {LARGEST_CLIP:g} or below, not at {cell.clip:g}"
+    if cell.clip is not None and weights.norm_weight is not None:
+        return "it clips no memory that is normalised"
     if weights.norm_weight is not None and not cell.has_memory:
         return "without memory it does not normalise: there is no loop to speed up"
     if weights.norm_weight is not None and weights.norm_weight.numel() > MAX_NORMED:
@@ -148,6 +152,9 @@ def _run(
     if not normed:
         grid: tuple[int, ...] = (batch, -(-size // BLOCK_D))
         shape = {"BLOCK_T": BLOCK_T, "BLOCK_D": BLOCK_D, "HAS_MEMORY": cell.has_memory, "num_warps": WARPS}
+        shape["CLIP"] = cell.clip
+        if direction == "forward":
+            shape["FINITE"] = LARGEST_CLIP
     else:
         block = 1 << (size - 1).bit_length()
         grid = (batch,)

@@ -4,6 +4,10 @@ A program has one row of the batch and ``BLOCK_D`` units. It takes the sequence 
 each chunk in parallel: the pairs ``(f, u)`` of ``c_t = f_t c_{t-1} + u_t`` compose to ``(f_1 f_2, f_2 u_1 + u_2)``.
 Without logarithm and division, gates at 0 and 1 do no harm.
 
+A clipped memory is no linear recurrence, but parallel in time all the same. With ``0 <= f_t <= 1`` a step is a map
+``x -> clamp(f x + u, low, high)`` that never falls, and two of its kind compose to a third. Going back, a step that
+clipped passes no gradient on: the recurrence of the gradients stays linear.
+
 Layer normalisation makes the recurrence nonlinear. The ``normed`` kernels go step by step. A program has one row and
 all its units, and fetches a step's gates while it computes the step before.
 """
@@ -15,6 +19,33 @@ import triton.language as tl
 @triton.jit
 def _compose(f_left, u_left, f_right, u_right):
     return f_left * f_right, f_right * u_left + u_right
+
+
+@triton.jit
+def _clamp(x, low, high):
+    """As ``torch.clamp``: NaN stays NaN."""
+    raised = tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(raised, high, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _compose_clipped(f_left, u_left, low_left, high_left, f_right, u_right, low_right, high_right):
+    low = _clamp(f_right * low_left + u_right, low_right, high_right)
+    high = _clamp(f_right * high_left + u_right, low_right, high_right)
+    return f_left * f_right, f_right * u_left + u_right, low, high
+
+
+@triton.jit
+def _scan_clipped(f, u, carry, real, bound, FINITE: tl.constexpr):
+    """A chunk's clipped ``c_t`` from ``c`` before it, ``carry``; a step that is not real keeps it."""
+    # No memory within the chunk is larger than ``reach``. It stands for infinity, times which a gate of 0 is NaN.
+    reach = tl.where(tl.abs(carry) > bound, tl.abs(carry), bound)
+    reach = tl.where(reach < FINITE, reach, FINITE)[None, :]
+    limit = tl.where(real, bound[None, :], reach)
+    # A sum beyond this is clipped whatever the memory is.
+    u = _clamp(u, -limit - reach, limit + reach)
+    product, c, low, high = tl.associative_scan((f, u, -limit, limit), 0, _compose_clipped)
+    return _clamp(c + product * carry[None, :], low, high)
 
 
 @triton.jit
@@ -54,7 +85,7 @@ def forward(
     gates, first_memory, memory, output, last_output, last_memory, keep, scale_i, scale_f, steps, batch, size,
     GATES: tl.constexpr, INPUT: tl.constexpr, FORGET: tl.constexpr, OUTPUT: tl.constexpr, HAS_MEMORY: tl.constexpr,
     SQUASH_CANDIDATE: tl.constexpr, SQUASH_OUTPUT: tl.constexpr, MASK: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, HAS_FIRST: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, CLIP: tl.constexpr, FINITE: tl.constexpr, HAS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """All ``c_t``, ``(T + 1, B, d)``, and ``h_t`` from ``W X + b``, ``(T, B, GATES * d)``, and ``c_0``.
 
@@ -64,6 +95,8 @@ def forward(
     units = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = units < size
     carry = tl.zeros((BLOCK_D,), dtype=WIDE)
+    if CLIP is not None:
+        bound = tl.full((BLOCK_D,), CLIP, dtype=WIDE)
     if HAS_FIRST:
         carry = tl.load(first_memory + row * size + units, mask=inside, other=0.0)
     tl.store(memory + row * size + units, carry, mask=inside)
@@ -82,12 +115,17 @@ def forward(
         if HAS_MEMORY:
             f = tl.where(real, f, 1.0)
             u = tl.where(real, u, 0.0)
-            product, c = tl.associative_scan((f, u), 0, _compose)
-            c += product * carry[None, :]
+            if CLIP is None:
+                product, c = tl.associative_scan((f, u), 0, _compose)
+                c += product * carry[None, :]
+            else:
+                c = _scan_clipped(f, u, carry, real, bound, FINITE)
             # Steps past the end carry the memory on: the last one holds it.
             carry = tl.sum(tl.where((tl.arange(0, BLOCK_T) == BLOCK_T - 1)[:, None], c, 0.0), axis=0)
-        else:
+        elif CLIP is None:
             c = u
+        else:
+            c = _clamp(u, -bound[None, :], bound[None, :])
         tl.store(memory + (at + batch) * size + units[None, :], c, mask=mask)
         h = c
         if SQUASH_OUTPUT:
@@ -107,7 +145,8 @@ def backward(
     scale_i, scale_f, steps, batch, size,
     GATES: tl.constexpr, INPUT: tl.constexpr, FORGET: tl.constexpr, OUTPUT: tl.constexpr, HAS_MEMORY: tl.constexpr,
     SQUASH_CANDIDATE: tl.constexpr, SQUASH_OUTPUT: tl.constexpr, MASK: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, HAS_LAST_HIDDEN: tl.constexpr, HAS_LAST_MEMORY: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, CLIP: tl.constexpr, HAS_LAST_HIDDEN: tl.constexpr,
+    HAS_LAST_MEMORY: tl.constexpr,
 ):  # fmt: skip
     """The gradients of the pre-activations and of ``c_0`` from the gradients of all ``h_t`` and the final state.
 
@@ -153,6 +192,13 @@ def backward(
             to_c = to_c * o
             tl.store(grad_gates + place + OUTPUT * size, tl.where(real, to_h * q * o * (1 - o), 0.0), mask=mask)
         to_c = tl.where(real, to_c + tl.where(is_last, to_last_c, 0.0), 0.0)
+        if CLIP is not None:
+            raw = i * candidate
+            if HAS_MEMORY:
+                raw += f * tl.load(memory + at * size + units[None, :], mask=mask, other=0.0)
+            # At the bound itself the gradient passes, as through ``torch.clamp``.
+            passes = (tl.abs(raw) <= tl.full((BLOCK_D,), CLIP, dtype=WIDE)[None, :]) | (real == 0)
+            to_c = tl.where(passes, to_c, 0.0)
         if HAS_MEMORY:
             following = (t + 1 < steps)[:, None] & inside[None, :]
             if FORGET >= 0:
@@ -161,7 +207,10 @@ def backward(
                 next_f = tl.zeros_like(c) + s_f
             if MASK:
                 following &= tl.load(keep + at + batch, mask=(t + 1 < steps)[:, None], other=0) != 0
-            product, to_c = tl.associative_scan((tl.where(following, next_f, 1.0), to_c), 0, _compose, reverse=True)
+            next_f = tl.where(following, next_f, 1.0)
+            if CLIP is not None:
+                next_f = tl.where(passes, next_f, 0.0)
+            product, to_c = tl.associative_scan((next_f, to_c), 0, _compose, reverse=True)
             to_c += product * carry[None, :]
             is_first = (tl.arange(0, BLOCK_T) == 0)[:, None]
             carry = tl.sum(tl.where(is_first, to_c, 0.0), axis=0)
