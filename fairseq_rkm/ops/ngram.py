@@ -29,11 +29,42 @@ def extend(x: Tensor, ngram: int, padding: str, context: Tensor | None) -> Tenso
         context = x.new_zeros(ngram - 1, *x.shape[1:])
     if padding == "causal":
         return torch.cat([context, x])
-    half = (ngram - 1) // 2
+    half = steps_ahead(ngram, padding)
     return torch.cat([context[half:], x, x.new_zeros(half, *x.shape[1:])])
 
 
-def next_context(x: Tensor, ngram: int, context: Tensor | None, keep: Tensor | None) -> Tensor:
+def steps_ahead(ngram: int, padding: str) -> int:
+    """The number of inputs after its step that a window holds."""
+    return (ngram - 1) // 2 if padding == "same" else 0
+
+
+def windows_within(inputs: Tensor, ngram: int, ahead: int, reset: Tensor) -> Tensor:
+    """All windows, written out; none reaches across a reset. They are inputs of a recurrence with n = 1.
+
+    Args:
+        inputs: extended inputs, ``(T + n - 1, B, m)``.
+        ngram: n.
+        ahead: the inputs after its step that a window holds.
+        reset: ``(T, B)`` bool, True where the sequence begins anew before the step.
+
+    Returns:
+        ``(T, B, n * m)``, newest input first; zero on the other side of a reset.
+    """
+    steps = reset.size(0)
+    number = reset.cumsum(0)
+    numbers = torch.cat([
+        number.new_zeros(ngram - 1 - ahead, number.size(1)), number, number.new_zeros(ahead, number.size(1))
+    ])  # fmt: skip
+    taps = []
+    for start in range(ngram - 1, -1, -1):
+        across = numbers[start : start + steps] != number
+        taps.append(inputs[start : start + steps].masked_fill(across.unsqueeze(-1), 0))
+    return torch.cat(taps, dim=2)
+
+
+def next_context(
+    x: Tensor, ngram: int, context: Tensor | None, keep: Tensor | None, reset: Tensor | None = None
+) -> Tensor:
     """The last ``n - 1`` inputs up to each row's last real step; the next segment's windows reach back to them.
 
     Args:
@@ -41,16 +72,24 @@ def next_context(x: Tensor, ngram: int, context: Tensor | None, keep: Tensor | N
         ngram: n, at least 2.
         context: as in :func:`extend`.
         keep: ``(T, B)`` bool, True at real steps; None if all steps are real.
+        reset: ``(T, B)`` bool; inputs before a row's last True count as zero. None is False everywhere.
 
     Returns:
         ``(n - 1, B, m)``, oldest first.
     """
     extended = extend(x, ngram, "causal", context)
     if keep is None:
-        return extended[x.size(0) :].clone()
-    lengths = last_real_step(keep)
-    index = lengths + torch.arange(ngram - 1, device=x.device).unsqueeze(1)
-    return extended.gather(0, index.unsqueeze(-1).expand(-1, -1, x.size(2)))
+        last = extended[x.size(0) :].clone()
+        lengths = torch.full((x.size(1),), x.size(0), device=x.device)
+    else:
+        lengths = last_real_step(keep)
+        index = lengths + torch.arange(ngram - 1, device=x.device).unsqueeze(1)
+        last = extended.gather(0, index.unsqueeze(-1).expand(-1, -1, x.size(2)))
+    if reset is None:
+        return last
+    begun = last_real_step(reset)  # counted from 1; 0 without a reset
+    number = lengths + torch.arange(2 - ngram, 1, device=x.device).unsqueeze(1)
+    return last.masked_fill(((number < begun) & (begun > 0)).unsqueeze(-1), 0)
 
 
 def last_real_step(keep: Tensor) -> Tensor:

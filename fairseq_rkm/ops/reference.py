@@ -12,9 +12,10 @@ from fairseq_rkm.ops.weights import LAYER_NORM_EPS, Weights
 
 
 def recurrence(
-    cell: Cell, inputs: Tensor, weights: Weights, hidden: Tensor, memory: Tensor, keep: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Run a cell over a sequence. Every backend has this signature.
+    cell: Cell, inputs: Tensor, weights: Weights, hidden: Tensor, memory: Tensor, keep: Tensor | None = None,
+    reset: Tensor | None = None, fresh: tuple[Tensor | float, Tensor | float] = (0.0, 0.0),
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Run a cell over a sequence. Every backend has this signature, without ``reset`` and ``fresh``.
 
     Args:
         cell: a row of :data:`fairseq_rkm.ops.cells.CELLS`, perhaps without its feedback.
@@ -24,6 +25,9 @@ def recurrence(
         memory: ``c_0``, ``(B, d)``, float32 for inputs of 16 bits, else of the inputs' dtype.
         keep: ``(T, B)`` bool, True at real steps; None if all steps are real. At other steps the state stands still and
             the output is zero.
+        reset: ``(T, B)`` bool, True where the state begins anew before the step; None if it nowhere does. The windows
+            are then written out (:func:`fairseq_rkm.ops.ngram.windows_within`): n is 1.
+        fresh: the hidden state and the memory that a reset begins with, ``(d,)`` each, or 0.
 
     Returns:
         The output, ``(T, B, d)``, and the final hidden state and memory, ``(B, d)`` each.
@@ -34,6 +38,9 @@ def recurrence(
     rows = inputs.unbind()
     for t in range(len(rows) - ngram + 1):
         window = torch.cat([rows[t + ngram - 1 - k] for k in range(ngram)], dim=1)
+        if reset is not None:
+            begins = reset[t].unsqueeze(1)
+            hidden, memory = torch.where(begins, fresh[0], hidden), torch.where(begins, fresh[1], memory)
         new_hidden, new_memory = step(cell, window, weights, hidden, memory)
         if keep is None:
             hidden, memory, output = new_hidden, new_memory, new_hidden

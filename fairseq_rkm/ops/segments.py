@@ -1,0 +1,251 @@
+"""Sequences that begin anew within a batch: each row is cut at its resets, and the segments are a batch of their own.
+
+No backend knows of resets. A segment is a row of a new batch. A row's first segment takes the given state, the others
+the fresh one. Segments of like length run together, so that padding at most doubles the work. The host reads the mask
+once. Where it cannot (under ``torch.compile``, in CUDA graphs, while tracing) the reference looks at the mask at each
+step.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fairseq_rkm.ops import dispatch, reference
+from fairseq_rkm.ops.cells import Cell
+from fairseq_rkm.ops.higher_derivatives import zeros_for_none
+from fairseq_rkm.ops.ngram import windows_within
+from fairseq_rkm.ops.plain_tensors import obstacle
+from fairseq_rkm.ops.problem_checks import check, laid_out
+from fairseq_rkm.ops.weights import Weights, memory_dtype
+
+Fresh = tuple[Tensor | None, Tensor | None]
+"""The hidden state and the memory, ``(d,)`` each, that a reset begins with; None stands for zeros."""
+MOST_PADDING = 2
+"""A group of segments takes at most this many times the steps that it holds."""
+
+
+class Group(NamedTuple):
+    """Segments that run together, ``S`` of them.
+
+    Attributes:
+        rows: ``(S,)`` int64, the row of each in the batch.
+        starts: ``(S,)`` int64, its first step.
+        lengths: ``(S,)`` int64, its number of steps.
+        goes_on: ``(S,)`` bool, whether it takes the given state and context, and not the fresh ones.
+        steps: the steps of the longest.
+        even: whether all are as long.
+    """
+
+    rows: Tensor
+    starts: Tensor
+    lengths: Tensor
+    goes_on: Tensor
+    steps: int
+    even: bool
+
+    def inputs(self, inputs: Tensor, ngram: int, ahead: int) -> Tensor:
+        """The segments' extended inputs, ``(steps + n - 1, S, m)``; no window reaches beyond its segment."""
+        before = ngram - 1 - ahead
+        step = torch.arange(self.steps + ngram - 1, device=inputs.device).unsqueeze(1)
+        taken = self._take(inputs, step)
+        if ngram == 1 and self.even:
+            return taken
+        inside = (step < self.lengths + before) & ((step >= before) | self.goes_on)
+        return taken.masked_fill(~inside.unsqueeze(-1), 0)
+
+    def keep(self, keep: Tensor | None) -> Tensor | None:
+        """The segments' real steps, ``(steps, S)`` bool; None if all are real."""
+        if keep is None and self.even:
+            return None
+        step = torch.arange(self.steps, device=self.rows.device).unsqueeze(1)
+        inside = step < self.lengths
+        return inside if keep is None else self._take(keep, step) & inside
+
+    def state(self, given: Tensor | None, fresh: Tensor | None) -> Tensor | None:
+        """The states, ``(S, d)``, that the segments begin with, from ``(B, d)`` and ``(d,)``; None stands for zeros."""
+        if given is None:
+            return None if fresh is None else torch.where(self.goes_on.unsqueeze(1), 0.0, fresh)
+        begun = given.index_select(0, self.rows)
+        return torch.where(self.goes_on.unsqueeze(1), begun, 0.0 if fresh is None else fresh)
+
+    def _take(self, tensor: Tensor, step: Tensor) -> Tensor:
+        """Read ``(T, B, ...)`` at each segment's steps; beyond the end, anything."""
+        index = ((self.starts + step) * tensor.size(1) + self.rows).clamp(max=tensor.size(0) * tensor.size(1) - 1)
+        return tensor.flatten(0, 1).index_select(0, index.flatten()).unflatten(0, index.shape)
+
+
+class Segments(NamedTuple):
+    """All segments of a batch.
+
+    Attributes:
+        groups: the segments, the longest first.
+        places: ``(T * B,)`` int64, the place of each step of each row in the groups' outputs, one after the other.
+        last: ``(B,)`` int64, the number of each row's last segment, counted over the groups.
+    """
+
+    groups: list[Group]
+    places: Tensor
+    last: Tensor
+
+
+class Reset:
+    """The steps before which a sequence begins anew, in one direction of travel.
+
+    Args:
+        mask: ``(T, B)`` bool, True where the state is as at a sequence's start before the step.
+        host: the same in the host's memory; None lets it be read when it may be.
+    """
+
+    def __init__(self, mask: Tensor, host: Tensor | None = None) -> None:
+        self.mask = mask
+        self.host = host if host is not None or not _may_read(mask) else mask.cpu()
+        self._segments: Segments | None = None
+
+    @property
+    def nowhere(self) -> bool:
+        """Whether it is known that nothing begins anew."""
+        return self.host is not None and not self.host.any()
+
+    @property
+    def at_first_alone(self) -> bool:
+        """Whether it is known that no step but the first begins anew."""
+        return self.mask.size(0) == 1 or (self.host is not None and not self.host[1:].any())
+
+    def backward(self) -> "Reset":
+        """The same boundaries for the other direction: from step t to step t - 1 the state begins anew."""
+        return Reset(_turned(self.mask), None if self.host is None else _turned(self.host))
+
+    def segments(self) -> Segments | None:
+        """The batch cut at all resets; None if the host does not know the mask."""
+        if self._segments is None and self.host is not None:
+            self._segments = _cut(self.host.numpy(), self.mask)
+        return self._segments
+
+
+def _may_read(mask: Tensor) -> bool:
+    """Whether the host may read the mask now."""
+    if torch.compiler.is_compiling() or obstacle(mask) is not None:
+        return False
+    return not (mask.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _turned(mask: Tensor) -> Tensor:
+    return torch.cat([torch.zeros_like(mask[:1]), mask[1:].flip(0)])
+
+
+def _cut(host: np.ndarray, mask: Tensor) -> Segments:
+    """Cut the rows of ``(T, B)`` at each True, sort the segments by length and group them."""
+    steps, batch = host.shape
+    begins = host.T.copy()
+    begins[:, 0] = True
+    rows, starts = np.nonzero(begins)
+    ends = np.append(starts[1:], steps)
+    ends[ends == 0] = steps  # the next segment is the next row's first
+    lengths = ends - starts
+    order = np.argsort(-lengths, kind="stable")
+    goes_on = (starts == 0) & ~host[0, rows]
+    sizes = _group_sizes(lengths[order])
+    # For each segment, in order of length: its row, start, length and state, and the place of its first output.
+    first = np.cumsum([0, *(lengths[order[at]] * size for at, size in zip(_firsts(sizes), sizes, strict=True))])
+    place = np.concatenate([first[i] + np.arange(size) for i, size in enumerate(sizes)])
+    table = np.stack([rows[order], starts[order], lengths[order], goes_on[order], place, np.repeat(sizes, sizes)])
+    # For each segment in order of rows: its number in the order of length.
+    number = np.empty_like(order)
+    number[order] = np.arange(len(order))
+    last = number[np.cumsum(np.bincount(rows, minlength=batch)) - 1]
+    flat = torch.from_numpy(np.concatenate([table.ravel(), number, last])).to(mask.device, non_blocking=True)
+    columns = flat[: table.size].view(table.shape)
+    number_of, last_of = flat[table.size : -batch], flat[-batch:]
+
+    anew = mask.t().clone()
+    anew[:, 0] = True
+    segment = number_of[anew.flatten().cumsum(0) - 1].view(batch, steps).t()
+    step = torch.arange(steps, device=mask.device).unsqueeze(1)
+    places = columns[4][segment] + (step - columns[1][segment]) * columns[5][segment]
+    groups = []
+    for at, size in zip(_firsts(sizes), sizes, strict=True):
+        row, start, length, on = columns[:4, at : at + size]
+        longest, shortest = int(lengths[order[at]]), int(lengths[order[at + size - 1]])
+        groups.append(Group(row, start, length, on.bool(), longest, longest == shortest))
+    return Segments(groups, places.flatten(), last_of)
+
+
+def _firsts(sizes: list[int]) -> np.ndarray:
+    """The number of each group's first segment."""
+    return np.cumsum([0, *sizes])[:-1]
+
+
+def _group_sizes(lengths: np.ndarray) -> list[int]:
+    """The sizes of the groups of segments whose lengths, from the longest, are given.
+
+    A group takes further, shorter segments as long as padding at most doubles its work. The next one begins with less
+    than half of the length: there are few groups.
+    """
+    sizes, at = [], 0
+    while at < len(lengths):
+        rest = lengths[at:]
+        padded = rest[0] * np.arange(1, len(rest) + 1)
+        too_much = padded > MOST_PADDING * np.cumsum(rest)
+        sizes.append(int(too_much.argmax()) if too_much.any() else len(rest))
+        at += sizes[-1]
+    return sizes
+
+
+def recurrence(
+    cell: Cell, inputs: Tensor, weights: Weights, size: int, hidden: Tensor | None, memory: Tensor | None,
+    keep: Tensor | None, backend: str, reset: Reset, fresh: Fresh = (None, None), ahead: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """As :func:`fairseq_rkm.ops.dispatch.recurrence`, with resets.
+
+    Args:
+        cell: a cell.
+        inputs: extended inputs, ``(T + n - 1, B, m)``.
+        weights: its weights.
+        size: d.
+        hidden: ``(B, d)`` or None for zeros.
+        memory: ``(B, d)`` or None for zeros.
+        keep: ``(T, B)`` bool or None.
+        backend: ``"auto"`` or a backend's name.
+        reset: where a sequence begins anew.
+        fresh: the state that it begins with.
+        ahead: the inputs after its step that a window holds.
+
+    Returns:
+        The output, ``(T, B, d)``, and the final hidden state and memory, ``(B, d)`` each.
+
+    Raises:
+        RKMError: an error of :func:`fairseq_rkm.ops.dispatch.recurrence`; or a backend is named where only the
+            reference can follow the mask.
+    """
+    if reset.nowhere:
+        return dispatch.recurrence(cell, inputs, weights, size, hidden, memory, keep, backend)
+    ngram = inputs.size(0) - reset.mask.size(0) + 1
+    if backend != "reference" and reset.at_first_alone:
+        begins = reset.mask[0].unsqueeze(1) if reset.mask.size(0) else reset.mask.new_zeros(inputs.size(1), 1)
+        context = inputs[: ngram - 1 - ahead].masked_fill(begins, 0)
+        inputs = torch.cat([context, inputs[ngram - 1 - ahead :]]) if ngram > 1 else inputs
+        hidden, memory = (_begun(begins, *states) for states in zip((hidden, memory), fresh, strict=True))
+        return dispatch.recurrence(cell, inputs, weights, size, hidden, memory, keep, backend)
+    segments = None if backend == "reference" else reset.segments()
+    if segments is None:
+        windows = windows_within(inputs, ngram, ahead, reset.mask) if ngram > 1 else inputs
+        return dispatch.recurrence(cell, windows, weights, size, hidden, memory, keep, backend, reset.mask, fresh)
+    outputs, hiddens, memories = [], [], []
+    for group in segments.groups:
+        state = group.state(hidden, fresh[0]), group.state(memory, fresh[1])
+        taken = group.inputs(inputs, ngram, ahead)
+        output, *final = dispatch.recurrence(cell, taken, weights, size, *state, group.keep(keep), backend)
+        outputs.append(output.flatten(0, 1))
+        hiddens.append(final[0])
+        memories.append(final[1])
+    output = torch.cat(outputs).index_select(0, segments.places).view(*reset.mask.shape, size)
+    return output, torch.cat(hiddens).index_select(0, segments.last), torch.cat(memories).index_select(0, segments.last)
+
+
+def _begun(begins: Tensor, given: Tensor | None, fresh: Tensor | None) -> Tensor | None:
+    """The states, ``(B, d)``, with the fresh one where a row begins anew, ``(B, 1)``; None stands for zeros."""
+    if given is None and fresh is None:
+        return None
+    return torch.where(begins, 0.0 if fresh is None else fresh, 0.0 if given is None else given)
