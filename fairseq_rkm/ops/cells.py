@@ -105,6 +105,12 @@ class Cell:
         """The same cell with ``U`` dropped: its gates see ``X_t`` alone."""
         return replace(self, recurrent_gates=())
 
+    @functools.cache  # noqa: B019 - as above
+    def memory_alone(self) -> "Cell":
+        """The cell whose output is this one's memory: no output gate, no squashing, no feedback."""
+        gates = tuple(gate for gate in self.gates if gate != OUTPUT)
+        return replace(self, name=f"{self.name}_memory", gates=gates, recurrent_gates=(), squash_output=False)
+
     def clipped(self, clip: float | None) -> "Cell":
         """The same cell with ``c_t <- min(max(c_t, -clip), clip)`` (Sak et al. 2014); this bounds the feedback."""
         return replace(self, clip=None if clip is None else float(clip))

@@ -38,27 +38,28 @@ def steps_ahead(ngram: int, padding: str) -> int:
     return (ngram - 1) // 2 if padding == "same" else 0
 
 
-def windows_within(inputs: Tensor, ngram: int, ahead: int, reset: Tensor) -> Tensor:
+def windows(inputs: Tensor, ngram: int, ahead: int = 0, reset: Tensor | None = None) -> Tensor:
     """All windows, written out; none reaches across a reset. They are inputs of a recurrence with n = 1.
 
     Args:
         inputs: extended inputs, ``(T + n - 1, B, m)``.
         ngram: n.
         ahead: the inputs after its step that a window holds.
-        reset: ``(T, B)`` bool, True where the sequence begins anew before the step.
+        reset: ``(T, B)`` bool, True where the sequence begins anew before the step; None is False everywhere.
 
     Returns:
         ``(T, B, n * m)``, newest input first; zero on the other side of a reset.
     """
-    steps = reset.size(0)
-    number = reset.cumsum(0)
-    numbers = torch.cat([
-        number.new_zeros(ngram - 1 - ahead, number.size(1)), number, number.new_zeros(ahead, number.size(1))
-    ])  # fmt: skip
-    taps = []
-    for start in range(ngram - 1, -1, -1):
-        across = numbers[start : start + steps] != number
-        taps.append(inputs[start : start + steps].masked_fill(across.unsqueeze(-1), 0))
+    if ngram == 1:
+        return inputs
+    steps = inputs.size(0) - ngram + 1
+    taps = [inputs[start : start + steps] for start in range(ngram - 1, -1, -1)]
+    if reset is not None:
+        number = reset.cumsum(0)
+        none = number.new_zeros(ngram - 1, number.size(1))
+        numbers = torch.cat([none[ahead:], number, none[:ahead]])
+        near = [numbers[start : start + steps] for start in range(ngram - 1, -1, -1)]
+        taps = [t.masked_fill((other != number).unsqueeze(-1), 0) for t, other in zip(taps, near, strict=True)]
     return torch.cat(taps, dim=2)
 
 

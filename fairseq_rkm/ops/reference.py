@@ -26,7 +26,7 @@ def recurrence(
         keep: ``(T, B)`` bool, True at real steps; None if all steps are real. At other steps the state stands still and
             the output is zero.
         reset: ``(T, B)`` bool, True where the state begins anew before the step; None if it nowhere does. The windows
-            are then written out (:func:`fairseq_rkm.ops.ngram.windows_within`): n is 1.
+            are then written out (:func:`fairseq_rkm.ops.ngram.windows`): n is 1.
         fresh: the hidden state and the memory that a reset begins with, ``(d,)`` each, or 0.
 
     Returns:

@@ -15,7 +15,7 @@ from torch import Tensor
 from fairseq_rkm.ops import dispatch, reference
 from fairseq_rkm.ops.cells import Cell
 from fairseq_rkm.ops.higher_derivatives import zeros_for_none
-from fairseq_rkm.ops.ngram import windows_within
+from fairseq_rkm.ops.ngram import windows
 from fairseq_rkm.ops.plain_tensors import obstacle
 from fairseq_rkm.ops.problem_checks import check, laid_out
 from fairseq_rkm.ops.weights import Weights, memory_dtype
@@ -230,8 +230,8 @@ def recurrence(
         return dispatch.recurrence(cell, inputs, weights, size, hidden, memory, keep, backend)
     segments = None if backend == "reference" else reset.segments()
     if segments is None:
-        windows = windows_within(inputs, ngram, ahead, reset.mask) if ngram > 1 else inputs
-        return dispatch.recurrence(cell, windows, weights, size, hidden, memory, keep, backend, reset.mask, fresh)
+        written_out = windows(inputs, ngram, ahead, reset.mask)
+        return dispatch.recurrence(cell, written_out, weights, size, hidden, memory, keep, backend, reset.mask, fresh)
     outputs, hiddens, memories = [], [], []
     for group in segments.groups:
         state = group.state(hidden, fresh[0]), group.state(memory, fresh[1])

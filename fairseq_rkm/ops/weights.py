@@ -29,6 +29,11 @@ class Weights(NamedTuple):
     sigma_i: Tensor | float = 0.5
     sigma_f: Tensor | float = 0.5
 
+    def widened(self, wide: torch.dtype) -> "Weights":
+        """The same weights in another dtype."""
+        fields: list[Any] = [v.to(wide) if isinstance(v, Tensor) else v for v in self]
+        return Weights(*fields)
+
     def laid_out(self, wide: torch.dtype) -> "Weights":
         """The same weights, contiguous in memory, as backends read them.
 

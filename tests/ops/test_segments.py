@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import DEVICES, assert_close
+from helpers import DEVICES, assert_close, join_scales
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,7 +34,7 @@ def problems(draw):
     return {
         "cell": resolve_cell(name, draw(st.sampled_from([None, False]))),
         "ngram": ngram, "padding": padding, "keep": keep, "reset": reset,
-        "layer_norm": draw(st.booleans()), "given": draw(st.booleans()), "fresh": draw(st.booleans()),
+        **{name: draw(st.booleans()) for name in ("layer_norm", "bias", "scales", "given", "fresh")},
         "seed": draw(st.integers(0, 99)),
     }  # fmt: skip
 
@@ -48,6 +48,7 @@ def leaves_of(problem):
         return torch.randn(shape, generator=generator, dtype=DOUBLE)
 
     norm, given_, fresh = problem["layer_norm"], problem["given"], problem["fresh"]
+    scales = problem["scales"] and not norm  # a normalised memory hardly depends on its scale
     x = draw(steps, batch, M)
     if problem["keep"] is not None:
         x = x.masked_fill(~problem["keep"].unsqueeze(-1), 0)
@@ -55,7 +56,9 @@ def leaves_of(problem):
         "x": x,
         "input": draw(len(cell.gates) * D, n * M),
         "recurrent": draw(len(cell.recurrent_gates) * D, D) if cell.has_feedback else None,
-        "bias": draw(len(cell.gates) * D),
+        "bias": draw(len(cell.gates) * D) if problem["bias"] else None,
+        "sigma_i": draw().sigmoid() if scales and cell.input_is_constant else None,
+        "sigma_f": draw(D).sigmoid() if scales and cell.forget_is_constant else None,
         "norm_weight": draw(D) if norm else None,
         "norm_bias": draw(D) if norm else None,
         "hidden": draw(batch, D) if given_ else None,
@@ -67,11 +70,17 @@ def leaves_of(problem):
     return {name: None if leaf is None else leaf.requires_grad_() for name, leaf in leaves.items()}
 
 
+def weights_of(leaves):
+    weights = Weights(**{name: leaves[name] for name in ("input", "recurrent", "bias", "norm_weight", "norm_bias")})
+    scales = {name: leaves[name] for name in ("sigma_i", "sigma_f") if leaves[name] is not None}
+    return weights._replace(**scales)
+
+
 def with_gradients(problem, run, device="cpu"):
     """The results of ``run(problem, leaves, weights)`` and the gradients of a random projection of them."""
     leaves = {n: v if v is None else v.detach().to(device).requires_grad_() for n, v in leaves_of(problem).items()}
     moved = {n: v.to(device) if torch.is_tensor(v) else v for n, v in problem.items()}
-    weights = Weights(**{name: leaves[name] for name in ("input", "recurrent", "bias", "norm_weight", "norm_bias")})
+    weights = weights_of(leaves)
     results = dict(zip(("output", "hidden", "memory", "context"), run(moved, leaves, weights), strict=False))
     generator = torch.Generator().manual_seed(1)
     loss = sum((torch.randn(v.shape, generator=generator, dtype=DOUBLE).to(device) * v).sum() for v in results.values())
@@ -127,6 +136,7 @@ def piece_by_piece(problem, leaves, weights):
 
 
 def compare(given_, wanted):
+    given_, wanted = join_scales(given_), join_scales(wanted)
     assert given_.keys() == wanted.keys()
     for what, value in wanted.items():
         assert_close(given_[what].cpu(), value, what)
@@ -167,7 +177,7 @@ def random_problem(steps, batch, share, **changes):
     reset = torch.rand(steps, batch, generator=generator) < share
     problem = {
         "cell": resolve_cell("rkm_lstm"), "ngram": 1, "padding": "causal", "keep": None, "reset": reset,
-        "layer_norm": False, "given": True, "fresh": True, "seed": 0,
+        "layer_norm": False, "bias": True, "scales": False, "given": True, "fresh": True, "seed": 0,
     }  # fmt: skip
     return problem | changes
 
@@ -206,7 +216,7 @@ def test_nothing_of_a_dropped_state_gets_through(backend, ngram):
     reset[0, 0] = reset[2, 1] = True
     problem = random_problem(5, 2, 0, reset=reset, ngram=ngram)
     leaves = leaves_of(problem)
-    weights = Weights(**{name: leaves[name] for name in ("input", "recurrent", "bias")})
+    weights = weights_of(leaves)
 
     def run():
         output, *_ = by(backend)(problem, leaves, weights)
@@ -230,7 +240,7 @@ def test_nothing_of_a_dropped_state_gets_through(backend, ngram):
 def test_the_dtypes_of_states_are_kept(device, dtype):
     problem = random_problem(6, 3, 0.3)
     leaves = {n: v if v is None else v.detach().to(device, dtype) for n, v in leaves_of(problem).items()}
-    weights = Weights(**{name: leaves[name] for name in ("input", "recurrent", "bias")})
+    weights = weights_of(leaves)
     moved = problem | {"reset": problem["reset"].to(device)}
     for backend in ("auto", "reference"):
         given_ = by(backend)(moved, leaves | {"memory": leaves["memory"].float()}, weights)

@@ -1,0 +1,92 @@
+"""All memories ``c_t`` of a recurrence, differentiable, by any backend.
+
+No backend gives them out. But ``c_t`` is a function of ``X_t``, ``h_{t-1}`` and ``c_{t-1}``, and the outputs tell all
+``h_{t-1}``: a second recurrence, without feedback, has the memories as its outputs. Its inputs are ``[X_t, h_{t-1}]``
+and its weights ``[W, U]``. Gradients go through both recurrences.
+"""
+
+import torch
+from torch import Tensor
+
+from fairseq_rkm.ops import dispatch, segments
+from fairseq_rkm.ops.cells import OUTPUT, Cell
+from fairseq_rkm.ops.dispatch import Fresh
+from fairseq_rkm.ops.gate_layout import gate_slices
+from fairseq_rkm.ops.ngram import windows
+from fairseq_rkm.ops.segments import Reset
+from fairseq_rkm.ops.weights import Weights, memory_dtype
+
+
+def memories(
+    cell: Cell, inputs: Tensor, weights: Weights, size: int, output: Tensor, hidden: Tensor | None,
+    memory: Tensor | None, keep: Tensor | None, backend: str, reset: Reset | None = None, fresh: Fresh = (None, None),
+    ahead: int = 0,
+) -> Tensor:  # fmt: skip
+    """The memory of each step of a recurrence that has run.
+
+    The second recurrence goes by the backend that ``"auto"`` picks for it: few backends run both cells. ``"reference"``
+    stays what it is. Models of 16 bits have memories of 32: it computes in float32.
+
+    Args:
+        cell: the cell that ran; it and the following are the arguments that it ran with.
+        inputs: extended inputs, ``(T + n - 1, B, m)``.
+        weights: its weights.
+        size: d.
+        output: its output, ``(T, B, d)``.
+        hidden: ``(B, d)`` or None for zeros.
+        memory: ``(B, d)`` or None for zeros.
+        keep: ``(T, B)`` bool or None.
+        backend: ``"auto"`` or a backend's name.
+        reset: where a sequence begins anew, or None.
+        fresh: the state that it begins with.
+        ahead: the inputs after its step that a window holds.
+
+    Returns:
+        ``(T, B, d)``, zero at padding; float32 for inputs of 16 bits, else of the inputs' dtype.
+    """
+    wide = memory_dtype(inputs.dtype)
+    backend = "reference" if backend == "reference" else "auto"
+    if weights.recurrent is not None:
+        ngram = inputs.size(0) - output.size(0) + 1
+        within = windows(inputs, ngram, ahead, None if reset is None else reset.mask)
+        before = _previous(output, hidden, keep, None if reset is None else reset.mask, fresh[0])
+        inputs, ahead = torch.cat([within, before], dim=2), 0
+    own, stacked = cell.memory_alone(), _without_output(cell, weights, size)
+    arguments = own, inputs.to(wide), stacked.widened(wide), size, None, memory, keep, backend
+    if reset is None:
+        return dispatch.recurrence(*arguments)[0]
+    return segments.recurrence(*arguments, reset, fresh, ahead)[0]
+
+
+def _without_output(cell: Cell, weights: Weights, size: int) -> Weights:
+    """The weights of :meth:`~fairseq_rkm.ops.cells.Cell.memory_alone`: ``[W, U]`` and biases of all other gates."""
+    rows = (len(cell.gates) - cell.output_is_gate) * size  # the output gate comes last
+    matrix, bias = weights.input[:rows], None if weights.bias is None else weights.bias[:rows]
+    if weights.recurrent is not None:
+        parts = dict(zip(cell.recurrent_gates, weights.recurrent.split(size), strict=True))
+        zeros = weights.recurrent.new_zeros(size, size)
+        fed_back = [parts.get(gate, zeros) for gate in gate_slices(cell, size) if gate != OUTPUT]
+        matrix = torch.cat([matrix, torch.cat(fed_back)], dim=1)
+    return weights._replace(input=matrix, recurrent=None, bias=bias)
+
+
+def _previous(
+    output: Tensor, hidden: Tensor | None, keep: Tensor | None, reset: Tensor | None, fresh: Tensor | None
+) -> Tensor:
+    """``h_{t-1}`` of all steps, ``(T, B, d)``."""
+    steps, batch, size = output.shape
+    first = output.new_zeros(1, batch, size) if hidden is None else hidden.to(output.dtype).unsqueeze(0)
+    if keep is None and reset is None:
+        return torch.cat([first, output[:-1]]) if steps else output
+    anew = output.new_zeros(1, batch, size)
+    anew = anew if fresh is None else anew + fresh.to(output.dtype)
+    # Entries of states: the given one, the fresh one, and each step's output. The latest event before a step decides.
+    number = torch.arange(steps, device=output.device).unsqueeze(1).expand(steps, batch)
+    real = number + 1 if keep is None else torch.where(keep, number + 1, 0)
+    real = torch.cat([real.new_zeros(1, batch), real]).cummax(0).values[:-1]  # the last real step, counted from 1
+    entry = torch.where(real > 0, real + 1, 0)
+    if reset is not None:
+        begun = torch.where(reset, number + 1, 0).cummax(0).values  # the last reset, counted from 1
+        entry = torch.where((begun > 0) & (begun > real), 1, entry)
+    states = torch.cat([first, anew, output])
+    return states.gather(0, entry.unsqueeze(-1).expand(-1, -1, size))
