@@ -84,14 +84,24 @@ def join_scales(results: dict[str, Tensor]) -> dict[str, Tensor]:
     return joined
 
 
-def forward_and_gradients(rkm: RKM, x: Tensor, hidden: Tensor, cell: Tensor, context, mask) -> dict[str, Tensor]:
+def random_reset(batch: int, steps: int) -> Tensor:
+    """``(B, T)``, True where a sequence begins anew: at the first step of one row, and here and there."""
+    reset = torch.rand(batch, steps, generator=torch.Generator().manual_seed(5)) < 0.3
+    reset[:1, :1] = True
+    return reset
+
+
+def forward_and_gradients(
+    rkm: RKM, x: Tensor, hidden: Tensor, cell: Tensor, context, mask, **options
+) -> dict[str, Tensor]:
     """Everything that a call gives: outputs, final state, and all gradients of a random projection of them."""
     leaves = {"x": x, "hidden": hidden, "cell": cell}
     leaves |= {f"context{i}": c for i, c in enumerate(context or [])}
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in leaves.items()}
     contexts = [leaves[f"context{i}"] for i in range(len(context))] if context else None
-    output, state = rkm(leaves["x"], (leaves["hidden"], leaves["cell"], contexts), mask)
-    results = {"output": output, "final hidden": state.hidden, "final cell": state.cell}
+    output, state, *memories = rkm(leaves["x"], (leaves["hidden"], leaves["cell"], contexts), mask, **options)
+    results = {"memories": memories[0]} if memories else {}
+    results |= {"output": output, "final hidden": state.hidden, "final cell": state.cell}
     results |= {f"final context{i}": c for i, c in enumerate(state.context or [])}
     generator = torch.Generator().manual_seed(1)
     loss = torch.zeros((), dtype=torch.float64, device=x.device)

@@ -23,6 +23,9 @@ SLOT = "ft_compute_sample_grad"
 CALLS = "_calls_in_order"
 """The attribute with the calls that wait for their backward pass, the last first out, as ``opacus`` has it."""
 
+ALONG_TIME = "output", "memories"
+"""The names of results that have a time dimension."""
+
 
 class Call:
     """One call of a layer: its arguments, and the gradients of its results as they come in.
@@ -34,22 +37,24 @@ class Call:
         state: the tensors of the given state, ``(.., B, ..)`` each, or None.
         masks: masks by their argument's name, ``(B, T)`` each.
         final: the final state.
+        memories: whether the memories are a result, too.
     """
 
     def __init__(
-        self, layer: Any, owner: Any, x: Tensor, state: list[Tensor] | None, masks: dict[str, Tensor], final: Any
-    ) -> None:
+        self, layer: Any, owner: Any, x: Tensor, state: list[Tensor] | None, masks: dict[str, Tensor], final: Any,
+        memories: bool,
+    ) -> None:  # fmt: skip
         self.layer, self.owner = layer, owner
         self.x, self.masks = x.detach(), masks
         self.state = None if state is None else [tensor.detach() for tensor in state]
-        self.state_type = type(final)
+        self.state_type, self.memories = type(final), memories
         self.batch_dim = 0 if layer.batch_first else 1
         device = x.device.type
         self.autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         self.noted: dict[str, Tensor] = {}
 
     def watch(self, result: str, tensor: Tensor) -> Tensor:
-        """Have the gradient of a result noted: ``"output"``, or the number of a tensor of the final state."""
+        """Have the gradient of a result noted: one of :data:`ALONG_TIME`, or the number of a tensor of the state."""
         if tensor.requires_grad:
             tensor.register_hook(partial(self._note, result))
         return tensor
@@ -92,19 +97,21 @@ class Call:
                 hidden, memory, *context = [tensor.unsqueeze(1) for tensor in state]
                 state = self.state_type(hidden, memory, context or None)
             options = {"state": state, **{name: mask.unsqueeze(0) for name, mask in masks.items()}}
-            output, final = functional_call(layer, parameters, (x.unsqueeze(batch_dim),), options)
+            options |= {"return_memory": True} if self.memories else {}
+            output, final, *more = functional_call(layer, parameters, (x.unsqueeze(batch_dim),), options)
             results = {str(number): tensor.squeeze(1) for number, tensor in enumerate(final.tensors())}
-            results["output"] = output.squeeze(batch_dim)
+            for name, tensor in zip(ALONG_TIME, (output, *more), strict=False):
+                results[name] = tensor.squeeze(batch_dim)
             return torch.stack([(results[name] * g).sum().to(wide) for name, g in noted.items()]).sum()
 
-        over_noted = {name: batch_dim if name == "output" else 1 for name in noted}
+        over_noted = {name: batch_dim if name in ALONG_TIME else 1 for name in noted}
         over = None, batch_dim, None if self.state is None else 1, 0, over_noted
         device = self.x.device.type
         with nullcontext() if self.autocast is None else torch.autocast(device, self.autocast):
             return vmap(grad(product), over)(parameters, self.x, self.state, self.masks, noted)
 
 
-def watch(layer: nn.Module, x: Tensor, state: Any, masks: dict[str, Tensor | None], results: tuple[Any, Any]) -> Any:
+def watch(layer: nn.Module, x: Tensor, state: Any, masks: dict[str, Tensor | None], results: tuple[Any, ...]) -> Any:
     """Have gradients of each sample computed in the backward pass, if ``opacus`` asks for them.
 
     Args:
@@ -112,7 +119,7 @@ def watch(layer: nn.Module, x: Tensor, state: Any, masks: dict[str, Tensor | Non
         x: the call's input.
         state: the state given, a pair with or without a context, or None.
         masks: other arguments, ``(B, T)`` each, by name.
-        results: the call's output and final state.
+        results: the call's output and final state, perhaps followed by its memories.
 
     Returns:
         The results to give out.
@@ -126,16 +133,18 @@ def watch(layer: nn.Module, x: Tensor, state: Any, masks: dict[str, Tensor | Non
     if owner is None or not owner.hooks_enabled or not layer.training or not torch.is_grad_enabled():
         return results
     _check(layer, owner, x)
-    output, final = results
+    output, final, *memories = results
     given = None if state is None else [state[0], state[1], *(getattr(state, "context", None) or [])]
-    call = Call(layer, owner, x, given, {name: mask for name, mask in masks.items() if mask is not None}, final)
+    present = {name: mask for name, mask in masks.items() if mask is not None}
+    call = Call(layer, owner, x, given, present, final, bool(memories))
     if hasattr(owner, "max_grad_norm"):
         layer.__dict__.setdefault(CALLS, []).append(call)
         layer.__dict__[SLOT] = partial(_at_once, layer)
-        return output, final.map(_refuse)
+        return output, final.map(_refuse), *map(_refuse, memories)
     layer.__dict__[SLOT] = _later
     numbers = iter(range(len(final.tensors())))
-    return call.watch("output", output), final.map(lambda tensor: call.watch(str(next(numbers)), tensor))
+    final = final.map(lambda tensor: call.watch(str(next(numbers)), tensor))
+    return call.watch("output", output), final, *(call.watch("memories", tensor) for tensor in memories)
 
 
 def _later(parameters: list[Tensor], _inputs: Tensor, backprops: Tensor) -> list[Tensor]:
@@ -152,7 +161,8 @@ def _at_once(layer: Any, _parameters: Any, _inputs: Tensor, backprops: Tensor) -
 def _refuse(tensor: Tensor) -> Tensor:
     def refuse(_gradient: Tensor) -> None:
         raise RKMError(
-            "opacus' fast gradient clipping sees an RKM's output alone, and the loss reads its final state, too: "
+            "opacus' fast gradient clipping sees an RKM's output alone, and the loss reads its final state or its "
+            "memories, too: "
             "take the last step of the output, or grad_sample_mode='hooks'"
         )
 

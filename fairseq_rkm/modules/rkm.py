@@ -36,10 +36,12 @@ from fairseq_rkm.modules.lstm_weights import (
 from fairseq_rkm.modules.per_sample_gradients import SLOT, watch
 from fairseq_rkm.modules.sequences import Batch, Packed, layout_of
 from fairseq_rkm.modules.state import RKMState
-from fairseq_rkm.ops import Weights, memory_dtype, recurrence, resolve_cell
+from fairseq_rkm.ops import Weights, memory_dtype, recurrence, resolve_cell, segments
 from fairseq_rkm.ops.cells import resolve_clip
 from fairseq_rkm.ops.dispatch import check_backend
-from fairseq_rkm.ops.ngram import extend, next_context
+from fairseq_rkm.ops.memories import memories
+from fairseq_rkm.ops.ngram import extend, next_context, steps_ahead
+from fairseq_rkm.ops.segments import Reset
 
 Rows = Tensor | list[Tensor]
 """The rows of all layers and directions, ``(B, d)`` each."""
@@ -335,9 +337,11 @@ class RKM(nn.Module):
         state: RKMState | tuple[Tensor, Tensor] | None = None,
         padding_mask: Tensor | None = None,
         *,
+        reset: Tensor | Reset | None = None,
+        return_memory: bool = False,
         input: Tensor | PackedSequence | None = None,  # noqa: A002 - nn.LSTM's name
         hx: RKMState | tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Any, RKMState]:
+    ) -> tuple[Any, ...]:
         """Run the stack over a batch of sequences.
 
         Args:
@@ -348,12 +352,19 @@ class RKM(nn.Module):
                 bidirectional stack the forward direction takes the context; the backward one starts without.
             padding_mask: ``(B, T)`` bool, True at padding, on either side; ``(T,)`` for one sequence alone. At padding
                 the state stands still, the output is zero, and inputs count as zero in every window.
+            reset: ``(B, T)`` bool; ``(T,)`` for one sequence alone. Where True, state and n-gram context are before the
+                step as :meth:`initial_state`: episodes, or documents packed into one row. No window reaches across. The
+                backward direction is cut at the same places; it ends in the state of a row's first part. Modules with
+                one mask may share a :class:`fairseq_rkm.ops.segments.Reset`: the host then reads it once.
+            return_memory: give the memories, too.
             input: another name for ``x``, as in ``nn.LSTM``.
             hx: another name for ``state``, as in ``nn.LSTM``.
 
         Returns:
             The last layer's output in the layout of the input, with ``d * directions`` features, and the final state,
-            each sequence's own. For one sequence alone the state's tensors lack the dimension of the batch.
+            each sequence's own. For one sequence alone the state's tensors lack the dimension of the batch. With
+            ``return_memory`` the last layer's memories ``c_t`` follow, in the layout of the output, with gradients.
+            They are zero at padding, and float32 for models of 16 bits.
 
         Raises:
             RKMError: a shape, type or device does not fit, or an argument is given by both of its names.
@@ -363,22 +374,25 @@ class RKM(nn.Module):
         self._check_input(given)
         layout = layout_of(given, self.batch_first)
         keep = self._keep(layout, padding_mask)
+        anew = self._anew(layout, reset)
         autocast = self._autocast_dtype(layout.steps.device)
         steps = layout.steps if autocast is None else layout.steps.to(autocast)
-        output, final = self._run(steps, *self._initial_state(steps, state, layout), keep, autocast)
-        results = layout.restored(output), layout.leaving(final)
+        initial = self._initial_state(steps, state, layout)
+        along, final = self._run(steps, *initial, keep, anew, autocast, return_memory)
+        output, *more = [layout.restored(tensor) for tensor in along]
+        results = output, layout.leaving(final), *more
         if SLOT in self.__dict__:  # opacus has prepared this layer
-            results = watch(self, given, state, {"padding_mask": padding_mask}, results)
+            results = watch(self, given, state, {"padding_mask": padding_mask, "reset": _mask_of(reset)}, results)
         return results
 
     def _run(
         self, x: Tensor, hidden: Rows | None, memory: Rows | None, context: list[Tensor] | None,
-        keep: Tensor | None, autocast: torch.dtype | None,
-    ) -> tuple[Tensor, RKMState]:  # fmt: skip
-        """The last layer's output, ``(T, B, d * directions)``, and the final state of all layers."""
+        keep: Tensor | None, reset: Reset | None, autocast: torch.dtype | None, wants_memories: bool,
+    ) -> tuple[list[Tensor], RKMState]:  # fmt: skip
+        """The last layer's output, ``(T, B, d * directions)``, perhaps its memories, and the final state of all."""
         contexts: list[Tensor] = []
         hiddens: list[Tensor] = []
-        memories: list[Tensor] = []
+        final_memories: list[Tensor] = []
         for layer in range(self.num_layers):
             if layer:
                 x = self.dropout(x)
@@ -386,19 +400,24 @@ class RKM(nn.Module):
                 x = x.masked_fill(~keep.unsqueeze(-1), 0)
             before = None if context is None else context[layer]
             if self.ngram > 1:
-                contexts.append(next_context(x, self.ngram, before, keep))
-            outputs = []
+                contexts.append(next_context(x, self.ngram, before, keep, None if reset is None else reset.mask))
+            results = []
+            memories_too = wants_memories and layer == self.num_layers - 1
             for direction, suffix in enumerate(self._suffixes):
                 i = layer * len(self._suffixes) + direction
                 first_hidden = None if hidden is None else hidden[i]
                 first_memory = None if memory is None else memory[i]
                 place = f"l{layer}{suffix}"
-                output, *final = self._direction(place, x, first_hidden, first_memory, before, keep, autocast)
-                outputs.append(output)
-                hiddens.append(final[0])
-                memories.append(final[1])
-            x = torch.cat(outputs, dim=-1) if self.bidirectional else outputs[0]
-        return x, RKMState(_stack(hiddens), _stack(memories), contexts or None)
+                along, final_hidden, final_memory = self._direction(
+                    place, x, first_hidden, first_memory, before, keep, reset, autocast, memories_too
+                )
+                results.append(along)
+                hiddens.append(final_hidden)
+                final_memories.append(final_memory)
+            x, *more = [
+                torch.cat(both, dim=-1) if self.bidirectional else both[0] for both in zip(*results, strict=True)
+            ]
+        return [x, *more], RKMState(_stack(hiddens), _stack(final_memories), contexts or None)
 
     def _check_input(self, x: Any) -> None:
         packed = isinstance(x, PackedSequence)
@@ -422,19 +441,29 @@ class RKM(nn.Module):
 
     def _direction(
         self, name: str, x: Tensor, hidden: Tensor | None, memory: Tensor | None, context: Tensor | None,
-        keep: Tensor | None, autocast: torch.dtype | None,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
+        keep: Tensor | None, reset: Reset | None, autocast: torch.dtype | None, wants_memories: bool,
+    ) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
+        """The output, ``(T, B, d)``, perhaps followed by the memories; the final hidden state and memory."""
         reverse = name.endswith("_reverse")
         if reverse:
             x, context = x.flip(0), None
             keep = None if keep is None else keep.flip(0)
+            reset = None if reset is None else reset.backward()
         inputs = extend(x, self.ngram, self.ngram_padding, context)
         weights = self._weights(name, autocast)
         # An exported program can hold PyTorch's own operations alone.
         backend = "reference" if self.backend == "auto" and _is_exporting() else self.backend
+        problem = self._cell, inputs, weights, self.hidden_size, hidden, memory, keep, backend
+        ahead = steps_ahead(self.ngram, self.ngram_padding)
         with nullcontext() if autocast is None else torch.autocast(x.device.type, enabled=False):
-            output, *final = recurrence(self._cell, inputs, weights, self.hidden_size, hidden, memory, keep, backend)
-        return output.flip(0) if reverse else output, *final
+            if reset is None:
+                output, *final = recurrence(*problem)
+            else:
+                output, *final = segments.recurrence(*problem, reset, self._start(name), ahead)
+            along = [output]
+            if wants_memories:
+                along.append(memories(output, *problem, reset, self._start(name), ahead))
+        return [tensor.flip(0) for tensor in along] if reverse else along, final[0], final[1]
 
     def _weights(self, name: str, dtype: torch.dtype | None) -> Weights:
         """The tensors of one layer and direction; matrices and biases in autocast's ``dtype``, if there is one."""
@@ -458,21 +487,39 @@ class RKM(nn.Module):
         """``(T, B)``, True at real steps; None if all are."""
         if padding_mask is None:
             return layout.keep
-        x = layout.steps
         if isinstance(layout, Packed):
             raise RKMError("a PackedSequence tells its padding: give no padding_mask beside it")
-        if not torch.is_tensor(padding_mask) or padding_mask.device != x.device:
-            given = (
-                f"a tensor on {padding_mask.device}" if torch.is_tensor(padding_mask) else type(padding_mask).__name__
-            )
-            raise RKMError(f"padding_mask must be a tensor on {x.device}, as the input is, not {given}")
+        return ~self._marks("padding_mask", layout, padding_mask)
+
+    def _anew(self, layout: Batch, reset: Tensor | Reset | None) -> Reset | None:
+        """Where sequences begin anew; None if it is known that they nowhere do."""
+        if reset is None:
+            return None
+        if isinstance(reset, Reset):
+            self._check_marks("reset.mask", reset.mask, layout.steps, "(T, B)", tuple(layout.steps.shape[:2]))
+            if isinstance(layout, Packed):
+                raise RKMError("the rows of a PackedSequence are sorted: give reset as a tensor (B, T), in your order")
+        else:
+            mask = self._marks("reset", layout, reset)
+            # A packed sequence has no steps behind its last.
+            reset = Reset(mask if layout.keep is None else mask & layout.keep)
+        return None if reset.nowhere else reset
+
+    def _marks(self, name: str, layout: Batch, marks: Any) -> Tensor:
+        """A user's marks at steps as ``(T, B)``."""
+        x = layout.steps
         names, shape = ("(B, T)", (x.size(1), x.size(0))) if layout.batched else ("(T,)", (x.size(0),))
-        if padding_mask.shape != shape or padding_mask.dtype != torch.bool:
+        self._check_marks(name, marks, x, names, shape)
+        return layout.marks(marks).t()
+
+    def _check_marks(self, name: str, marks: Any, x: Tensor, names: str, shape: tuple[int, ...]) -> None:
+        if not torch.is_tensor(marks) or marks.device != x.device:
+            given = f"a tensor on {marks.device}" if torch.is_tensor(marks) else type(marks).__name__
+            raise RKMError(f"{name} must be a tensor on {x.device}, as the input is, not {given}")
+        if marks.shape != shape or marks.dtype != torch.bool:
             raise RKMError(
-                f"padding_mask must be bool of shape {names} = {shape}, "
-                f"not {padding_mask.dtype} of shape {tuple(padding_mask.shape)}"
+                f"{name} must be bool of shape {names} = {shape}, not {marks.dtype} of shape {tuple(marks.shape)}"
             )
-        return ~layout.marks(padding_mask).t()
 
     def _initial_state(
         self, x: Tensor, state: Any, layout: Batch
@@ -656,6 +703,11 @@ def _settle(rkm: RKM, _keys: object) -> None:
 def _is_exporting() -> bool:
     """Whether ``torch.export`` is tracing; before torch 2.7, which cannot tell, whether anything is."""
     return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
+
+
+def _mask_of(reset: Tensor | Reset | None) -> Tensor | None:
+    """The mask of a reset, ``(B, T)``."""
+    return reset.mask.t() if isinstance(reset, Reset) else reset
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:

@@ -19,6 +19,8 @@ from fairseq_rkm.errors import RKMError
 
 CANDIDATE, INPUT, FORGET, OUTPUT = "candidate", "input", "forget", "output"
 
+ALONE = "_memory"
+"""The end of the name of a cell that is another's memory alone."""
 AUTO_CLIP = 1.0
 """The bound of ``memory_clip="auto"`` for a memory without another bound; a tanh has the same."""
 
@@ -109,7 +111,7 @@ class Cell:
     def memory_alone(self) -> "Cell":
         """The cell whose output is this one's memory: no output gate, no squashing, no feedback."""
         gates = tuple(gate for gate in self.gates if gate != OUTPUT)
-        return replace(self, name=f"{self.name}_memory", gates=gates, recurrent_gates=(), squash_output=False)
+        return replace(self, name=self.name + ALONE, gates=gates, recurrent_gates=(), squash_output=False)
 
     def clipped(self, clip: float | None) -> "Cell":
         """The same cell with ``c_t <- min(max(c_t, -clip), clip)`` (Sak et al. 2014); this bounds the feedback."""
@@ -203,7 +205,9 @@ def cell_of_key(key: str) -> Cell:
     """
     try:
         name, feedback, clip = key.split("/")
-        cell = resolve_cell(name, None if int(feedback) else False)
+        alone = name.endswith(ALONE)
+        cell = resolve_cell(name.removesuffix(ALONE), None if int(feedback) or alone else False)
+        cell = cell.memory_alone() if alone else cell
         return cell.clipped(None if clip == "None" else float(clip))
     except ValueError as error:
         raise RKMError(f"{key!r} names no cell: it must be NAME/FEEDBACK/CLIP, as in rkm_lstm/1/1.0") from error

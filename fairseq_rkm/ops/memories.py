@@ -10,15 +10,14 @@ from torch import Tensor
 
 from fairseq_rkm.ops import dispatch, segments
 from fairseq_rkm.ops.cells import OUTPUT, Cell
-from fairseq_rkm.ops.dispatch import Fresh
 from fairseq_rkm.ops.gate_layout import gate_slices
 from fairseq_rkm.ops.ngram import windows
-from fairseq_rkm.ops.segments import Reset
+from fairseq_rkm.ops.segments import Fresh, Reset
 from fairseq_rkm.ops.weights import Weights, memory_dtype
 
 
 def memories(
-    cell: Cell, inputs: Tensor, weights: Weights, size: int, output: Tensor, hidden: Tensor | None,
+    output: Tensor, cell: Cell, inputs: Tensor, weights: Weights, size: int, hidden: Tensor | None,
     memory: Tensor | None, keep: Tensor | None, backend: str, reset: Reset | None = None, fresh: Fresh = (None, None),
     ahead: int = 0,
 ) -> Tensor:  # fmt: skip
@@ -28,11 +27,11 @@ def memories(
     stays what it is. Models of 16 bits have memories of 32: it computes in float32.
 
     Args:
+        output: the recurrence's output, ``(T, B, d)``.
         cell: the cell that ran; it and the following are the arguments that it ran with.
         inputs: extended inputs, ``(T + n - 1, B, m)``.
         weights: its weights.
         size: d.
-        output: its output, ``(T, B, d)``.
         hidden: ``(B, d)`` or None for zeros.
         memory: ``(B, d)`` or None for zeros.
         keep: ``(T, B)`` bool or None.

@@ -16,12 +16,13 @@ from fairseq_rkm.ops import dispatch, reference
 from fairseq_rkm.ops.cells import Cell
 from fairseq_rkm.ops.higher_derivatives import zeros_for_none
 from fairseq_rkm.ops.ngram import windows
-from fairseq_rkm.ops.plain_tensors import obstacle
+from fairseq_rkm.ops.plain_tensors import are_plain
 from fairseq_rkm.ops.problem_checks import check, laid_out
-from fairseq_rkm.ops.weights import Weights, memory_dtype
+from fairseq_rkm.ops.weights import Weights
 
 Fresh = tuple[Tensor | None, Tensor | None]
 """The hidden state and the memory, ``(d,)`` each, that a reset begins with; None stands for zeros."""
+UNREAD = "the reset mask cannot be read here (torch.compile, CUDA graphs, tracing), and it alone looks at each step"
 MOST_PADDING = 2
 """A group of segments takes at most this many times the steps that it holds."""
 
@@ -126,7 +127,7 @@ class Reset:
 
 def _may_read(mask: Tensor) -> bool:
     """Whether the host may read the mask now."""
-    if torch.compiler.is_compiling() or obstacle(mask) is not None:
+    if torch.compiler.is_compiling() or not are_plain(mask):
         return False
     return not (mask.is_cuda and torch.cuda.is_current_stream_capturing())
 
@@ -230,8 +231,8 @@ def recurrence(
         return dispatch.recurrence(cell, inputs, weights, size, hidden, memory, keep, backend)
     segments = None if backend == "reference" else reset.segments()
     if segments is None:
-        written_out = windows(inputs, ngram, ahead, reset.mask)
-        return dispatch.recurrence(cell, written_out, weights, size, hidden, memory, keep, backend, reset.mask, fresh)
+        inputs = windows(inputs, ngram, ahead, reset.mask)
+        return _step_by_step(cell, inputs, weights, size, hidden, memory, keep, backend, reset.mask, fresh)
     outputs, hiddens, memories = [], [], []
     for group in segments.groups:
         state = group.state(hidden, fresh[0]), group.state(memory, fresh[1])
@@ -242,6 +243,20 @@ def recurrence(
         memories.append(final[1])
     output = torch.cat(outputs).index_select(0, segments.places).view(*reset.mask.shape, size)
     return output, torch.cat(hiddens).index_select(0, segments.last), torch.cat(memories).index_select(0, segments.last)
+
+
+def _step_by_step(
+    cell: Cell, inputs: Tensor, weights: Weights, size: int, hidden: Tensor | None, memory: Tensor | None,
+    keep: Tensor | None, backend: str, mask: Tensor, fresh: Fresh,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The recurrence by the reference, which looks at the mask before each step."""
+    if not torch.jit.is_tracing():  # tracing warns of each comparison
+        check(cell, inputs, weights, size, hidden, memory, keep)
+    dispatch.pick(backend, cell, inputs, weights, UNREAD)
+    inputs, weights, hidden, memory = laid_out(inputs, weights, hidden, memory)
+    hidden, memory = zeros_for_none(cell, inputs, weights, hidden, memory)
+    begin = [0.0 if f is None else f.to(s.dtype) for f, s in zip(fresh, (hidden, memory), strict=True)]
+    return reference.recurrence(cell, inputs, weights, hidden, memory, keep, mask, (begin[0], begin[1]))
 
 
 def _begun(begins: Tensor, given: Tensor | None, fresh: Tensor | None) -> Tensor | None:

@@ -31,8 +31,7 @@ class Weights(NamedTuple):
 
     def widened(self, wide: torch.dtype) -> "Weights":
         """The same weights in another dtype."""
-        fields: list[Any] = [v.to(wide) if isinstance(v, Tensor) else v for v in self]
-        return Weights(*fields)
+        return Weights(*(v.to(wide) if isinstance(v, Tensor) else v for v in self))  # type: ignore[arg-type]
 
     def laid_out(self, wide: torch.dtype) -> "Weights":
         """The same weights, contiguous in memory, as backends read them.

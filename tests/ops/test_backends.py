@@ -4,7 +4,15 @@ import itertools
 
 import pytest
 import torch
-from helpers import assert_close, forward_and_gradients, join_scales, random_mask, randomized, training_losses
+from helpers import (
+    assert_close,
+    forward_and_gradients,
+    join_scales,
+    random_mask,
+    random_reset,
+    randomized,
+    training_losses,
+)
 
 from fairseq_rkm import CELLS, RKM
 from fairseq_rkm.ops import BACKENDS, reference
@@ -28,7 +36,7 @@ def problem(rkm, steps, batch, dtype):
 
 def compare(
     backend, steps=5, batch=4, sizes=(3, 5), mask="none", dtype=torch.float64, device="cpu", tf32=False, seed=0,
-    **arguments,
+    reset=False, return_memory=False, **arguments,
 ):  # fmt: skip
     """A backend in a dtype against the reference in float64 with the same (rounded) weights and inputs.
 
@@ -42,10 +50,15 @@ def compare(
     x, hidden, memory, context = problem(fast, steps, batch, dtype)
     padding = random_mask(mask, batch, steps)
     double = [c.double() for c in context] if context else None
-    wanted = forward_and_gradients(exact, x.double(), hidden.double(), memory.double(), double, padding)
+    options = {"return_memory": True} if return_memory else {}
+    options |= {"reset": random_reset(batch, steps)} if reset else {}
+    wanted = forward_and_gradients(exact, x.double(), hidden.double(), memory.double(), double, padding, **options)
     moved = [t.to(device) for t in context] if context else None
     padding = None if padding is None else padding.to(device)
-    given = forward_and_gradients(fast.to(device), x.to(device), hidden.to(device), memory.to(device), moved, padding)
+    options |= {"reset": options["reset"].to(device)} if reset else {}
+    given = forward_and_gradients(
+        fast.to(device), x.to(device), hidden.to(device), memory.to(device), moved, padding, **options
+    )
     if dtype != torch.float64:
         given, wanted = join_scales(given), join_scales(wanted)
     for what, value in wanted.items():
@@ -63,6 +76,22 @@ def test_all_variants(backend, cell, ngram, padding):
             backend, mask=mask, cell=cell, ngram=ngram, ngram_padding=padding, feedback=feedback,
             layer_norm=layer_norm, bidirectional=bidirectional,
         )  # fmt: skip
+
+
+EPISODES = [
+    {"ngram": 1},
+    {"ngram": 3, "mask": "mixed", "bidirectional": True},
+    {"ngram": 3, "ngram_padding": "same", "num_layers": 2, "layer_norm": True},
+]
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("arguments", EPISODES, ids=str)
+def test_sequences_that_begin_anew_and_all_memories(backend, cell, arguments):
+    for feedback in (None, False):
+        compare(backend, cell=cell, feedback=feedback, reset=True, return_memory=True, steps=7, **arguments)
 
 
 def check_missing_numbers_stay_where_they_are(backend, dtype=torch.float64, device="cpu", **arguments):
@@ -218,7 +247,8 @@ def test_a_memory_that_was_clipped_and_is_kept_whole_stands_at_the_bound(backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_other_dtypes(backend, cell, dtype):
     for layer_norm in (False, True):
-        compare(backend, dtype=dtype, cell=cell, layer_norm=layer_norm, steps=7, batch=3, sizes=(6, 9))
+        for more in ({}, {"reset": True, "return_memory": True}):
+            compare(backend, dtype=dtype, cell=cell, layer_norm=layer_norm, steps=7, batch=3, sizes=(6, 9), **more)
 
 
 @pytest.mark.parametrize("backend", FAST)

@@ -26,7 +26,7 @@ def by(backend):
     def run(problem, leaves, weights):
         common, anew = arguments_of(problem, leaves, weights)
         output, *final = segments.recurrence(*common, backend, *anew)
-        given_ = memories(*common[:4], output, *common[4:], backend, *anew)
+        given_ = memories(output, *common, backend, *anew)
         return output, *final, given_
 
     return run

@@ -186,7 +186,7 @@ def test_a_named_backend_says_that_it_cannot_follow_an_unread_mask():
     problem = random_problem(5, 3, 0.3)
     reset = Reset(problem["reset"])
     reset.host = None
-    with pytest.raises(RKMError, match=r"backend 'batched' cannot run this: the reset mask is not read here"):
+    with pytest.raises(RKMError, match=r"backend 'batched' cannot run this: the reset mask cannot be read here"):
         with_gradients(problem, by("batched", reset=reset))
 
 

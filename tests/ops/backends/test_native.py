@@ -14,6 +14,7 @@ from fairseq_rkm import CELLS, RKM, RKMError
 from fairseq_rkm.ops.backends.native import native
 from fairseq_rkm.ops.compilation import c_compiler
 from ops.test_backends import (
+    EPISODES,
     MISSING,
     NGRAMS,
     check_missing_numbers_stay_where_they_are,
@@ -36,6 +37,18 @@ def test_all_variants(cell, feedback, ngram, padding):
         compare(
             "native", dtype=torch.float32, cell=cell, feedback=feedback, layer_norm=layer_norm, mask=mask,
             bidirectional=bidirectional, learn_sigma=learn_sigma, ngram=ngram, ngram_padding=padding,
+        )  # fmt: skip
+
+
+@compiled
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("arguments", EPISODES, ids=str)
+def test_sequences_that_begin_anew_and_all_memories(cell, arguments):
+    for feedback in (None, False):
+        compare(
+            "native", dtype=torch.float32, cell=cell, feedback=feedback, reset=True, return_memory=True, steps=9,
+            **arguments,
         )  # fmt: skip
 
 

@@ -31,6 +31,18 @@ def test_all_variants(cell, dtype):
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("cell", FEEDBACK)
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_sequences_that_begin_anew_and_all_memories(cell, dtype):
+    for bidirectional, mask in itertools.product((False, True), ("none", "mixed")):
+        compare(
+            "persistent", device="cuda", dtype=dtype, cell=cell, bidirectional=bidirectional, mask=mask, steps=7,
+            batch=5, sizes=(6, 37), ngram=2, tf32=True, reset=True, return_memory=True,
+        )  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("cell", FEEDBACK)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_clipped_memory(cell, dtype):
     shape = {"steps": 4, "batch": 2, "sizes": (6, 5)}
     bound = clear_bound(cell, dtype=dtype, **shape)

@@ -168,6 +168,15 @@ def test_layer_norm(cell, mask):
 
 
 @runs
+@pytest.mark.parametrize(("cell", "mask"), [("rkm_cifg", "none"), ("lstm", "mixed")])
+def test_sequences_that_begin_anew_and_all_memories(cell, mask):
+    compare(
+        "scan", device=DEVICE, cell=cell, feedback=False, mask=mask, ngram=3, reset=True, return_memory=True,
+        steps=4, batch=3,
+    )  # fmt: skip
+
+
+@runs
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_layer_norm_in_other_dtypes(dtype):
     for cell, mask in itertools.product(("rkm_lstm", "rkm_cifg", "lstm"), ("none", "mixed")):
