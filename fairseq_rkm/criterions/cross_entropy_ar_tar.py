@@ -37,8 +37,9 @@ class CrossEntropyARTARCriterion(CrossEntropyCriterion):
     """Cross entropy + alpha * AR + beta * TAR in training, and cross entropy alone in evaluation.
 
     The last layer's output h is ``(T, B, d)``. AR is the mean of ``dropped(h)_t ** 2``, and TAR the mean of ``(h_t -
-    h_{t-1}) ** 2``, over positions that are not padded (Merity et al. 2018). The logged ``nll_loss`` and ``ppl`` are of
-    the cross entropy alone. ``ar`` and ``tar`` are logged without their weights.
+    h_{t-1}) ** 2``, over positions that are not padded (Merity et al. 2018). A step before which the state begins anew
+    has no change to count. The logged ``nll_loss`` and ``ppl`` are of the cross entropy alone. ``ar`` and ``tar`` are
+    logged without their weights.
 
         fairseq-train ... --arch rkm_lm --criterion cross_entropy_ar_tar --alpha 2 --beta 1
 
@@ -89,7 +90,7 @@ class CrossEntropyARTARCriterion(CrossEntropyCriterion):
                     f"--criterion cross_entropy_ar_tar needs a model that gives its last layer's output, which "
                     f"{type(model).__name__} does not: use --arch rkm_lm"
                 )
-            ar, tar = self._regularisers(extra["features"], extra["raw_features"], sample)
+            ar, tar = self._regularisers(extra, sample)
             loss = nll + sample_size * (self.alpha * ar + self.beta * tar)
             # Sums over tokens, so that processes and updates can be added up.
             logged |= {"ar": ntokens * ar.data, "tar": ntokens * tar.data}
@@ -108,15 +109,17 @@ class CrossEntropyARTARCriterion(CrossEntropyCriterion):
         ]
         return torch.stack(parts).sum() if reduce else torch.cat(parts)
 
-    def _regularisers(self, dropped: Tensor, raw: Tensor, sample: dict) -> tuple[Tensor, Tensor]:
+    def _regularisers(self, extra: dict[str, Any], sample: dict) -> tuple[Tensor, Tensor]:
         """Return AR and TAR in float32, from outputs ``(T, B, d)`` with and without dropout."""
-        squares = dropped.float().square()
+        raw, reset = extra["raw_features"], extra.get("reset")
+        squares = extra["features"].float().square()
         changes = (raw[1:] - raw[:-1]).float().square()
-        if sample["ntokens"] == sample["target"].numel():
+        if sample["ntokens"] == sample["target"].numel() and reset is None:
             # A mean over no steps is NaN: a single step has not changed.
             return squares.mean(), changes.mean() if len(changes) else changes.sum()
         real = sample["target"].ne(self.padding_idx).t()
-        return _mean_where(squares, real), _mean_where(changes, real[1:] & real[:-1])
+        pairs = real[1:] & real[:-1]
+        return _mean_where(squares, real), _mean_where(changes, pairs if reset is None else pairs & ~reset[1:])
 
     @staticmethod
     def reduce_metrics(logging_outputs: list[dict[str, Any]]) -> None:

@@ -96,13 +96,20 @@ class Reset:
 
     Args:
         mask: ``(T, B)`` bool, True where the state is as at a sequence's start before the step.
-        host: the same in the host's memory; None lets it be read when it may be.
+        host: the same in the host's memory; None lets it be read once it is needed.
     """
 
     def __init__(self, mask: Tensor, host: Tensor | None = None) -> None:
         self.mask = mask
-        self.host = host if host is not None or not _may_read(mask) else mask.cpu()
+        self._host = host
         self._segments: Segments | None = None
+
+    @property
+    def host(self) -> Tensor | None:
+        """The mask in the host's memory; None where it may not be read. A single step is not worth the reading."""
+        if self._host is None and self.mask.size(0) > 1 and _may_read(self.mask):
+            self._host = self.mask.cpu()
+        return self._host
 
     @property
     def nowhere(self) -> bool:
@@ -112,7 +119,7 @@ class Reset:
     @property
     def at_first_alone(self) -> bool:
         """Whether it is known that no step but the first begins anew."""
-        return self.mask.size(0) == 1 or (self.host is not None and not self.host[1:].any())
+        return self.mask.size(0) <= 1 or (self.host is not None and not self.host[1:].any())
 
     def backward(self) -> "Reset":
         """The same boundaries for the other direction: from step t to step t - 1 the state begins anew."""

@@ -70,6 +70,9 @@ def check_graphs(args: Any, model: Any) -> None:
         "cannot be had with an adaptive softmax, whose sizes depend on the words": (
             getattr(model.decoder, "adaptive_softmax", None) is not None
         ),
+        "cannot be had with --reset-at-eos, which cuts each segment into its sentences": (
+            getattr(model.decoder, "reset_at_eos", False)
+        ),
     }
     refuse("--cuda-graphs", refusals)
 

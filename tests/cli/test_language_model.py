@@ -87,6 +87,18 @@ def test_eval_lm_with_several_streams_counts_every_token_too(trained, data):
     assert perplexity(result) < 30
 
 
+def test_with_reset_at_eos_a_stream_is_scored_sentence_by_sentence(data, tmp_path):
+    flags = ["--reset-at-eos", "--ngram", 2, "--max-update", 3, "--criterion", "cross_entropy_ar_tar"]
+    succeed("train", data, *SMALL, *flags, "--save-dir", tmp_path)
+    common = ["--path", tmp_path / "checkpoint_last.pt", "--gen-subset", "test", "--cpu"]
+    stream = succeed("eval_lm", data, *TASK, *common, "--batch-size", 1, "--tokens-per-sample", 5)
+    alone = succeed(
+        "eval_lm", data, "--user-dir", "fairseq_rkm", "--task", "language_modeling", *common, "--sample-break-mode",
+        "eos", "--batch-size", 4, "--required-batch-size-multiple", 1,
+    )  # fmt: skip
+    assert perplexity(stream) == perplexity(alone)
+
+
 def test_fairseq_validate_agrees_with_training_s_validation(trained, data):
     run, training = trained
     result = succeed(

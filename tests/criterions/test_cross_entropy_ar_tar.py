@@ -51,7 +51,7 @@ def by_hand(built, batch, alpha, beta):
                 continue
             nll += torch.logsumexp(logits[b, t], 0).item() - logits[b, t, word].item()
             ar += sum(v * v for v in extra["features"][t, b].tolist()) / extra["features"].size(2)
-            if t:
+            if t and not (built.decoder.reset_at_eos and batch["net_input"]["src_tokens"][b, t] == 2):
                 change = (extra["raw_features"][t, b] - extra["raw_features"][t - 1, b]).tolist()
                 tar += sum(v * v for v in change) / len(change)
                 pairs += 1
@@ -59,9 +59,12 @@ def by_hand(built, batch, alpha, beta):
     return nll + tokens * (alpha * ar / tokens + beta * (tar / pairs if pairs else 0)), nll, ar
 
 
+@pytest.mark.parametrize("anew", [False, True])
 @pytest.mark.parametrize(("steps", "padded"), [(7, 0), (7, 2), (1, 0)])
-def test_the_loss_is_the_sums_by_hand(steps, padded):
-    built, batch = model().train(), sample(steps=steps, padded=padded)
+def test_the_loss_is_the_sums_by_hand(steps, padded, anew):
+    """With ``--reset-at-eos`` a sentence's first output is no change of the last one's before."""
+    built, batch = model(reset_at_eos=anew).train(), sample(steps=steps, padded=padded)
+    batch["net_input"]["src_tokens"][1, 3 % steps] = TASK.target_dictionary.eos()
     expected, nll, ar = by_hand(built, batch, 2.0, 1.5)
     torch.manual_seed(7)
     loss, size, logged = CrossEntropyARTARCriterion(TASK, False, 2.0, 1.5)(built, batch)

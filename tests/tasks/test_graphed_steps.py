@@ -168,18 +168,19 @@ def test_the_task_replays_what_it_can(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("flags", "softmax", "message"),
+    ("flags", "decoder", "message"),
     [
-        ({"cpu": True}, None, "needs a CUDA GPU"),
-        ({"distributed_world_size": 2}, None, "is for one process"),
-        ({"fp16": True}, None, "use --bf16"),
-        ({"amp": True}, None, "use --bf16"),
-        ({}, object(), "adaptive softmax"),
+        ({"cpu": True}, {}, "needs a CUDA GPU"),
+        ({"distributed_world_size": 2}, {}, "is for one process"),
+        ({"fp16": True}, {}, "use --bf16"),
+        ({"amp": True}, {}, "use --bf16"),
+        ({}, {"adaptive_softmax": object()}, "adaptive softmax"),
+        ({}, {"reset_at_eos": True}, "cannot be had with --reset-at-eos, which cuts"),
     ],
 )
-def test_where_there_can_be_none_training_does_not_begin(monkeypatch, flags, softmax, message):
+def test_where_there_can_be_none_training_does_not_begin(monkeypatch, flags, decoder, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    model = Namespace(decoder=Namespace(adaptive_softmax=softmax))
+    model = Namespace(decoder=Namespace(**{"adaptive_softmax": None, "reset_at_eos": False, **decoder}))
     given = {"cpu": False, "distributed_world_size": 1, "fp16": False, "amp": False, **flags}
     with pytest.raises(RKMError, match=f"--cuda-graphs.*{message}"):
         check_graphs(Namespace(**given), model)

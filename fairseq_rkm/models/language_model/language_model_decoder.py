@@ -15,6 +15,7 @@ from fairseq_rkm.models.word_layers import build_embedding, build_softmax
 from fairseq_rkm.modules import RKM, LockedDropout, RKMState, dropped_embedding
 from fairseq_rkm.modules.continuous_cache import CacheMemory, ContinuousCache
 from fairseq_rkm.modules.dropout import check_probability
+from fairseq_rkm.ops.segments import Reset
 
 States = list[RKMState]
 """One state for each layer of the stack."""
@@ -26,6 +27,9 @@ class RKMLanguageModelDecoder(FairseqIncrementalDecoder):
     It has three modes. It runs over whole sequences from a zero state. It runs step by step with fairseq's incremental
     state. Or it runs over segments of a stream and carries the state from one to the next
     (:mod:`fairseq_rkm.models.language_model.carried_state`); training and evaluation each carry their own.
+
+    With ``--reset-at-eos`` the state begins anew, in all three, before a step that reads the end-of-sentence symbol.
+    fairseq begins a sentence alone with this symbol, too: sentences in a stream are scored as sentences alone.
     """
 
     def __init__(self, cfg: Any, dictionary: Dictionary, output_dictionary: Dictionary) -> None:
@@ -54,6 +58,7 @@ class RKMLanguageModelDecoder(FairseqIncrementalDecoder):
             self.adaptive_softmax = softmax
         else:
             self.output_projection = softmax
+        self.reset_at_eos = cfg.reset_at_eos
         self.carried = {True: CarriedState[States](), False: CarriedState[States]()}
         self.cache: Optional[ContinuousCache] = None
         self.cache_memory = CarriedState[CacheMemory]()
@@ -81,7 +86,8 @@ class RKMLanguageModelDecoder(FairseqIncrementalDecoder):
         Returns:
             Logits, ``(B, T, V)``; a cache makes them log probabilities. An adaptive softmax or ``features_only`` gives
             features, ``(B, T, d)``. Fairseq's extras follow: ``attn`` is None, and ``features`` and ``raw_features``
-            are the last layer's output, ``(T, B, d)``, after and before its dropout.
+            are the last layer's output, ``(T, B, d)``, after and before its dropout. ``reset`` is None, or
+            ``(T, B)`` bool, True where the state began anew before the step.
         """
         states, tokens, mask = None, prev_output_tokens, None
         if incremental_state is not None:
@@ -93,14 +99,18 @@ class RKMLanguageModelDecoder(FairseqIncrementalDecoder):
             states = None if states is None else check_streams(states, tokens)
         if segment is None and tokens.eq(self.padding_idx).any():
             mask = tokens.eq(self.padding_idx)
-        raw_features, new_states = self._run(tokens, states, mask)
+        reset = Reset(tokens.t().eq(self.dictionary.eos())) if self.reset_at_eos else None
+        raw_features, new_states = self._run(tokens, states, mask, reset)
         dropped = self.dropout_output(raw_features)
         if incremental_state is not None:
             self.set_incremental_state(incremental_state, "states", new_states)
         elif segment is not None:
             self.carried[self.training].after(segment, states, [state.detach() for state in new_states])
         features = dropped.transpose(0, 1).contiguous()
-        extra = {"attn": None, "features": dropped, "raw_features": raw_features}
+        extra = {
+            "attn": None, "features": dropped, "raw_features": raw_features,
+            "reset": None if reset is None else reset.mask,
+        }  # fmt: skip
         if features_only:
             return features, extra
         logits = self.output_layer(features)
@@ -126,7 +136,9 @@ class RKMLanguageModelDecoder(FairseqIncrementalDecoder):
         self.cache_memory.after(segment, memory, left)
         return mixed
 
-    def _run(self, tokens: Tensor, states: Optional[States], mask: Optional[Tensor]) -> tuple[Tensor, States]:
+    def _run(
+        self, tokens: Tensor, states: Optional[States], mask: Optional[Tensor], reset: Optional[Reset]
+    ) -> tuple[Tensor, States]:
         """The last layer's output, ``(T, B, d)``, for tokens ``(B, T)``, and the next state."""
         x = dropped_embedding(self.embed_tokens, tokens.t(), self.dropout_words, self.training)
         x = self.dropout_input(x)
@@ -136,7 +148,7 @@ class RKMLanguageModelDecoder(FairseqIncrementalDecoder):
         for i, layer in enumerate(self.layers):
             if i:
                 x = self.dropout_hidden(x)
-            x, state = layer(x, None if states is None else states[i], mask)
+            x, state = layer(x, None if states is None else states[i], mask, reset=reset)
             new_states.append(state)
         return x, new_states
 

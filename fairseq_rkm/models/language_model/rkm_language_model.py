@@ -36,6 +36,10 @@ class RKMLanguageModelConfig(SoftmaxOptions, RKMOptions):
         default=0.0,
         metadata={"help": "on the recurrent weights (DropConnect); without feedback on the inputs' weights"},
     )
+    reset_at_eos: bool = field(
+        default=False,
+        metadata={"help": "begin the state anew after each end-of-sentence symbol: every sentence stands alone"},
+    )
 
 
 @register_model("rkm_lm", dataclass=RKMLanguageModelConfig)

@@ -107,6 +107,29 @@ def test_no_segment_leaves_parameters_without_a_gradient(dictionary, no_feedback
         assert not {name for name, p in model.named_parameters() if p.grad is None}
 
 
+@pytest.mark.parametrize("ngram", [1, 3])
+def test_with_reset_at_eos_sentences_in_a_stream_are_scored_as_sentences_alone(dictionary, ngram):
+    model = decoder(dictionary, ngram=ngram, decoder_layers=2, reset_at_eos=True)
+    eos, lengths = torch.tensor([dictionary.eos()]), [[3, 1, 6, 2], [5, 5, 2, 0]]
+    rows = [[torch.cat([eos, torch.randint(4, 44, (n,))]) for n in row] for row in lengths]
+    wanted = torch.stack([torch.cat([model(s.unsqueeze(0))[0][0] for s in row]) for row in rows])
+    tokens = torch.stack([torch.cat(row) for row in rows])
+    whole, extra = model(tokens)
+    assert_close(whole, wanted)
+    assert torch.equal(extra["reset"].t(), tokens.eq(dictionary.eos()))
+    plain = decoder(dictionary, ngram=ngram, decoder_layers=2)
+    assert not torch.allclose(plain(tokens)[0], wanted)
+    for training in (True, False):
+        model.train(training)
+        cuts = [(0, 4), (4, 5), (5, 12), (12, 16)]
+        pieces = [model(tokens[:, a:b], segment=k)[0] for k, (a, b) in enumerate(cuts)]
+        assert_close(torch.cat(pieces, dim=1), wanted)
+    incremental: dict = {}
+    steps = [model(tokens[:, :6], incremental_state=incremental)[0]]
+    steps += [model(tokens[:, : t + 1], incremental_state=incremental)[0] for t in range(6, 16)]
+    assert_close(torch.cat(steps, dim=1), wanted)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing(dictionary, side):
     model = decoder(dictionary, ngram=2, layer_norm=True)
