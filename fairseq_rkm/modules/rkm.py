@@ -48,7 +48,8 @@ Rows = Tensor | list[Tensor]
 NGRAM_PADDINGS = ("causal", "same")
 WITHOUT_CONTEXT = (
     "this RKMState has no n-gram context, and an empty one takes its place. Code that rebuilds tuples, as "
-    "DistributedDataParallel does, loses the context. Give a plain pair (hidden, cell) where an empty one is meant"
+    "DistributedDataParallel does, loses the context: hand it state.tensors(), and make "
+    "RKMState(hidden, cell, context) of them again. Give a plain pair (hidden, cell) where an empty context is meant"
 )
 
 
@@ -101,7 +102,7 @@ class RKM(nn.Module):
         that are differentiated again (``create_graph=True``). It also runs under ``torch.func``, FakeTensorMode,
         ``make_fx``, ``torch.jit.trace`` and the ONNX exporters, and on tensors that hold no plain memory. A backend
         named by the user refuses there. A program recorded by ``torch.jit.trace`` or for ONNX has a fixed number of
-        steps and refuses sequences of another length.
+        steps and refuses sequences of another length. ``torch.jit.trace`` gives states as plain pairs.
 
     Padding:
         Outputs are zero at padding. Inputs and gradients are not read there: NaN and infinity have no effect.
@@ -167,7 +168,7 @@ class RKM(nn.Module):
             batch_first=batch_first, feedback=feedback is not None and feedback,
             learn_initial_state=learn_initial_state,
         )  # fmt: skip
-        check_numbers(sigma_i2=sigma_i2, sigma_f2=sigma_f2, weight_dropout=weight_dropout)
+        check_numbers(sigma_i2=sigma_i2, sigma_f2=sigma_f2, dropout=dropout, weight_dropout=weight_dropout)
         check_numbers(forget_bias=0.0 if forget_bias is None else forget_bias)
         check_projection(proj_size)
         check_scales(sigma_i2=sigma_i2, sigma_f2=sigma_f2)
@@ -530,10 +531,10 @@ class RKM(nn.Module):
         if not isinstance(state, tuple | list) or not 2 <= len(state) <= 3:
             given = f"{len(state)} of them" if isinstance(state, tuple | list) else type(state).__name__
             raise RKMError(f"the state must be an RKMState or a pair (hidden, cell) of tensors, not {given}")
-        if not isinstance(state, RKMState):
-            state = RKMState(*state)
-        elif state.context is None and self.ngram > 1 and not torch.compiler.is_compiling():
-            warnings.warn(WITHOUT_CONTEXT, stacklevel=5)
+        plain = not isinstance(state, RKMState)
+        state = RKMState(*state) if plain else state
+        if state.context is None and self.ngram > 1:
+            _check_lost_context(plain)
         rows = (x.size(1),) if layout.batched else ()
         shape = (self.num_layers * len(self._suffixes), *rows, self.hidden_size)
         names = "(layers * directions, B, d)" if layout.batched else "(layers * directions, d)"
@@ -698,6 +699,21 @@ def _settle(rkm: RKM, _keys: object) -> None:
     for name, tensor in weights.items():
         if name.startswith("weight"):
             tensor.data = restack(tensor.data, LSTM_GATES, rkm.gates)
+
+
+def _check_lost_context(plain: bool) -> None:
+    """Tell of a state for n-grams whose context was lost; a plain pair has none on purpose.
+
+    Raises:
+        RKMError: ``torch.jit.trace`` is recording: it makes plain pairs of all states.
+    """
+    if torch.jit.is_tracing():
+        raise RKMError(
+            "torch.jit.trace takes a state apart and loses its n-gram context: trace a module that takes "
+            "state.tensors(), and makes RKMState(hidden, cell, context) of them"
+        )
+    if not plain and not torch.compiler.is_compiling():
+        warnings.warn(WITHOUT_CONTEXT, stacklevel=6)
 
 
 def _is_exporting() -> bool:

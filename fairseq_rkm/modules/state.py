@@ -13,8 +13,9 @@ class RKMState(tuple[Tensor, Tensor]):
 
     It is a pair, as the state of ``nn.LSTM``: ``h, c = state``. The n-gram context is an attribute of the pair. Code
     that takes the pair apart loses it: for n > 1, ``tuple(s.detach() for s in state)`` starts the next call with an
-    empty context. :meth:`detach`, :meth:`map` and pytrees keep it. ``DistributedDataParallel`` with device ids takes
-    the pairs among its inputs apart; an RKM warns of a state that has lost its context.
+    empty context. :meth:`detach`, :meth:`map` and pytrees keep it. So do ``copy``, ``pickle`` and ``torch.save``.
+    ``DistributedDataParallel`` with device ids and the older ``FullyShardedDataParallel`` take pairs apart, too. An RKM
+    warns of a state that lost its context so. Hand them :meth:`tensors`, and make the state again of these.
 
     Attributes:
         hidden: ``h``, ``(num_layers * num_directions, B, d)``. Unbatched, all tensors lack the dimension ``B``.

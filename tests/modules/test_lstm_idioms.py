@@ -76,6 +76,7 @@ def test_positions_of_nn_lstm_s_arguments_are_refused_where_they_would_be_misrea
         ("sigma_f2", False, "a number"),
         ("dropout", True, "a number"),
         ("dropout", "0.1", "a number"),
+        ("dropout", LockedDropout(0.1), "a number"),
         ("weight_dropout", None, "a number"),
         ("forget_bias", True, "a number"),
         ("ngram", 2.0, "a whole number"),

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.utils import _recursive_to
 from torch.utils import _pytree, data
 
-from fairseq_rkm import RKM, RKMState
+from fairseq_rkm import RKM, RKMError, RKMState
 
 X = torch.randn(5, 2, 3)
 
@@ -142,6 +142,34 @@ def test_a_pair_has_an_empty_context_and_a_state_that_lost_its_own_is_told():
     assert not torch.equal(wanted, rkm(X, state)[0])
     assert torch.equal(rkm(X, tuple(state))[0], wanted)
     assert torch.equal(rkm(X, list(state))[0], wanted)
-    with pytest.warns(UserWarning, match="this RKMState has no n-gram context"):
+    with pytest.warns(UserWarning, match="this RKMState has no n-gram context") as warnings:
         assert torch.equal(rkm(X, RKMState(*state))[0], wanted)
+    assert warnings[0].filename == __file__, "it names the user's line"
     RKM(3, 4)(X, RKMState(*state))
+
+
+class FromTensors(nn.Module):
+    """A module that takes and gives a state's tensors, for code that loses the context."""
+
+    def __init__(self, rkm):
+        super().__init__()
+        self.rkm = rkm
+
+    def forward(self, x, hidden, memory, context):
+        output, state = self.rkm(x, RKMState(hidden, memory, [context]))
+        return output, *state.tensors()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trace_loses_no_context_in_silence():
+    rkm = randomized(RKM(3, 4, ngram=3))
+    _, state = rkm(X)
+    with pytest.raises(RKMError, match=r"torch\.jit\.trace takes a state apart and loses its n-gram context"):
+        torch.jit.trace(rkm, (X, state), check_trace=False)
+    traced = torch.jit.trace(FromTensors(rkm), (X, *state.detach().tensors()))
+    output, *left = traced(X, *state.tensors())
+    wanted, wanted_left = rkm(X, state)
+    assert_close(output, wanted)
+    for given, tensor in zip(left, wanted_left.tensors(), strict=True):
+        assert_close(given, tensor)
+    torch.jit.trace(RKM(3, 4), (X, (state[0].detach(), state[1].detach())), check_trace=False)
