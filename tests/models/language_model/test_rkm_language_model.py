@@ -107,9 +107,10 @@ def test_no_segment_leaves_parameters_without_a_gradient(dictionary, no_feedback
         assert not {name for name, p in model.named_parameters() if p.grad is None}
 
 
-@pytest.mark.parametrize("ngram", [1, 3])
-def test_with_reset_at_eos_sentences_in_a_stream_are_scored_as_sentences_alone(dictionary, ngram):
-    model = decoder(dictionary, ngram=ngram, decoder_layers=2, reset_at_eos=True)
+@pytest.mark.parametrize(("ngram", "learned"), [(1, False), (3, False), (2, True)])
+def test_with_reset_at_eos_sentences_in_a_stream_are_scored_as_sentences_alone(dictionary, ngram, learned):
+    flags = {"ngram": ngram, "decoder_layers": 2, "learn_initial_state": learned}
+    model = decoder(dictionary, reset_at_eos=True, **flags)
     eos, lengths = torch.tensor([dictionary.eos()]), [[3, 1, 6, 2], [5, 5, 2, 0]]
     rows = [[torch.cat([eos, torch.randint(4, 44, (n,))]) for n in row] for row in lengths]
     wanted = torch.stack([torch.cat([model(s.unsqueeze(0))[0][0] for s in row]) for row in rows])
@@ -117,8 +118,7 @@ def test_with_reset_at_eos_sentences_in_a_stream_are_scored_as_sentences_alone(d
     whole, extra = model(tokens)
     assert_close(whole, wanted)
     assert torch.equal(extra["reset"].t(), tokens.eq(dictionary.eos()))
-    plain = decoder(dictionary, ngram=ngram, decoder_layers=2)
-    assert not torch.allclose(plain(tokens)[0], wanted)
+    assert not torch.allclose(decoder(dictionary, **flags)(tokens)[0], wanted)
     for training in (True, False):
         model.train(training)
         cuts = [(0, 4), (4, 5), (5, 12), (12, 16)]
