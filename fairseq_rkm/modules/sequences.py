@@ -75,7 +75,7 @@ class Packed(Batch):
         super().__init__(x, batch_first=False)
         sizes = packed.batch_sizes
         if sizes[0] != sizes[-1]:
-            rows = torch.arange(int(sizes[0]), device=x.device)
+            rows = torch.arange(x.size(1), device=x.device)
             self.keep = rows < sizes.to(x.device).unsqueeze(1)
 
     def restored(self, output: Tensor) -> PackedSequence:  # type: ignore[override]

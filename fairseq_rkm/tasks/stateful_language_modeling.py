@@ -182,7 +182,7 @@ class StatefulLanguageModelingTask(AveragedValidation, GraphedSteps, LanguageMod
         """Return the segments, in order, of one process's streams. The arguments are fairseq's.
 
         fairseq-interactive and hubs give sentences to continue or score. These are batched by fairseq's own task, and
-        begin with a zero state.
+        begin afresh.
 
         Raises:
             RKMError: there is no ``--batch-size``, or there are fewer tokens than streams.

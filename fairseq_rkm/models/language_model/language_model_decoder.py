@@ -24,8 +24,8 @@ States = list[RKMState]
 class RKMLanguageModelDecoder(FairseqIncrementalDecoder):
     """The language model's network, built from the flags of ``--arch rkm_lm``.
 
-    It has three modes. It runs over whole sequences from a zero state. It runs step by step with fairseq's incremental
-    state. Or it runs over segments of a stream and carries the state from one to the next
+    It has three modes. It runs over whole sequences, from zeros or the learned initial state. It runs step by step with
+    fairseq's incremental state. Or it runs over segments of a stream and carries the state from one to the next
     (:mod:`fairseq_rkm.models.language_model.carried_state`); training and evaluation each carry their own.
 
     With ``--reset-at-eos`` the state begins anew, in all three, before a step that reads the end-of-sentence symbol.
