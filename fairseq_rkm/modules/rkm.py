@@ -36,7 +36,7 @@ from fairseq_rkm.modules.lstm_weights import (
 from fairseq_rkm.modules.per_sample_gradients import SLOT, watch
 from fairseq_rkm.modules.sequences import Batch, Packed, layout_of
 from fairseq_rkm.modules.state import RKMState
-from fairseq_rkm.ops import Weights, memory_dtype, recurrence, resolve_cell, segments
+from fairseq_rkm.ops import Weights, anew, memory_dtype, recurrence, resolve_cell
 from fairseq_rkm.ops.cells import resolve_clip
 from fairseq_rkm.ops.dispatch import check_backend
 from fairseq_rkm.ops.memories import memories
@@ -375,11 +375,11 @@ class RKM(nn.Module):
         self._check_input(given)
         layout = layout_of(given, self.batch_first)
         keep = self._keep(layout, padding_mask)
-        anew = self._anew(layout, reset)
+        where_anew = self._anew(layout, reset)
         autocast = self._autocast_dtype(layout.steps.device)
         steps = layout.steps if autocast is None else layout.steps.to(autocast)
         initial = self._initial_state(steps, state, layout)
-        along, final = self._run(steps, *initial, keep, anew, autocast, return_memory)
+        along, final = self._run(steps, *initial, keep, where_anew, autocast, return_memory)
         output, *more = [layout.restored(tensor) for tensor in along]
         results = output, layout.leaving(final), *more
         if SLOT in self.__dict__:  # opacus has prepared this layer
@@ -460,7 +460,7 @@ class RKM(nn.Module):
             if reset is None:
                 output, *final = recurrence(*problem)
             else:
-                output, *final = segments.recurrence(*problem, reset, self._start(name), ahead)
+                output, *final = anew.recurrence(*problem, reset, self._start(name), ahead)
             along = [output]
             if wants_memories:
                 along.append(memories(output, *problem, reset, self._start(name), ahead))

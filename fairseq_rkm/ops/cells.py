@@ -41,6 +41,7 @@ class Cell:
         source: the publication and section of the equation.
         clip: the largest ``|c_t|``; the memory is clipped to it. None is no limit, as in the paper.
         key: the cell as a word; :func:`cell_of_key` reads it.
+        memory_alone: the cell whose output is this one's memory: no output gate, no squashing, no feedback.
     """
 
     name: str
@@ -53,10 +54,16 @@ class Cell:
     source: str = "Liang et al. 2019, section 4"
     clip: float | None = None
     key: str = field(init=False, compare=False, repr=False)
+    memory_alone: "Cell" = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         # Made here: torch.compile makes variables of numbers that it meets, and no text of variables.
         object.__setattr__(self, "key", f"{self.name}/{self.has_feedback:d}/{self.clip}")
+        object.__setattr__(self, "memory_alone", self if self.name.endswith(ALONE) else self._memory_alone())
+
+    def _memory_alone(self) -> "Cell":
+        gates = tuple(gate for gate in self.gates if gate != OUTPUT)
+        return replace(self, name=self.name + ALONE, gates=gates, recurrent_gates=(), squash_output=False)
 
     def __hash__(self) -> int:
         return hash(self.name)  # every call looks up plans and kernels by their cell
@@ -106,12 +113,6 @@ class Cell:
     def without_feedback(self) -> "Cell":
         """The same cell with ``U`` dropped: its gates see ``X_t`` alone."""
         return replace(self, recurrent_gates=())
-
-    @functools.cache  # noqa: B019 - as above
-    def memory_alone(self) -> "Cell":
-        """The cell whose output is this one's memory: no output gate, no squashing, no feedback."""
-        gates = tuple(gate for gate in self.gates if gate != OUTPUT)
-        return replace(self, name=self.name + ALONE, gates=gates, recurrent_gates=(), squash_output=False)
 
     def clipped(self, clip: float | None) -> "Cell":
         """The same cell with ``c_t <- min(max(c_t, -clip), clip)`` (Sak et al. 2014); this bounds the feedback."""
@@ -207,7 +208,7 @@ def cell_of_key(key: str) -> Cell:
         name, feedback, clip = key.split("/")
         alone = name.endswith(ALONE)
         cell = resolve_cell(name.removesuffix(ALONE), None if int(feedback) or alone else False)
-        cell = cell.memory_alone() if alone else cell
+        cell = cell.memory_alone if alone else cell
         return cell.clipped(None if clip == "None" else float(clip))
     except ValueError as error:
         raise RKMError(f"{key!r} names no cell: it must be NAME/FEEDBACK/CLIP, as in rkm_lstm/1/1.0") from error

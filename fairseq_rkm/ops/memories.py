@@ -8,7 +8,7 @@ and its weights ``[W, U]``. Gradients go through both recurrences.
 import torch
 from torch import Tensor
 
-from fairseq_rkm.ops import dispatch, segments
+from fairseq_rkm.ops import anew, dispatch
 from fairseq_rkm.ops.cells import OUTPUT, Cell
 from fairseq_rkm.ops.gate_layout import gate_slices
 from fairseq_rkm.ops.ngram import windows
@@ -50,15 +50,15 @@ def memories(
         within = windows(inputs, ngram, ahead, None if reset is None else reset.mask)
         before = _previous(output, hidden, keep, None if reset is None else reset.mask, fresh[0])
         inputs, ahead = torch.cat([within, before], dim=2), 0
-    own, stacked = cell.memory_alone(), _without_output(cell, weights, size)
-    arguments = own, inputs.to(wide), stacked.widened(wide), size, None, memory, keep, backend
+    own = _without_output(cell, weights, size).widened(wide)
+    arguments = cell.memory_alone, inputs.to(wide), own, size, None, memory, keep, backend
     if reset is None:
         return dispatch.recurrence(*arguments)[0]
-    return segments.recurrence(*arguments, reset, fresh, ahead)[0]
+    return anew.recurrence(*arguments, reset, fresh, ahead)[0]
 
 
 def _without_output(cell: Cell, weights: Weights, size: int) -> Weights:
-    """The weights of :meth:`~fairseq_rkm.ops.cells.Cell.memory_alone`: ``[W, U]`` and biases of all other gates."""
+    """The weights of :attr:`~fairseq_rkm.ops.cells.Cell.memory_alone`: ``[W, U]`` and biases of all other gates."""
     rows = (len(cell.gates) - cell.output_is_gate) * size  # the output gate comes last
     matrix, bias = weights.input[:rows], None if weights.bias is None else weights.bias[:rows]
     if weights.recurrent is not None:

@@ -52,17 +52,17 @@ def define(name: str, schema: str, key: str, kernel: Callable[..., Any]) -> Any:
     return getattr(torch.ops.fairseq_rkm, name).default
 
 
-def _fresh(results: Sequence[Tensor], given: Iterable[Any]) -> list[Tensor]:
+def fresh(results: Sequence[Tensor], given: Iterable[Any]) -> list[Tensor]:
     """Results that are contiguous and share no memory with each other or with arguments, as PyTorch demands."""
     taken = {tensor.untyped_storage().data_ptr() for tensor in given if isinstance(tensor, Tensor)}
-    fresh = []
+    own = []
     for tensor in results:
         whole = tensor.contiguous()
         if whole.untyped_storage().data_ptr() in taken:
             whole = whole.clone()
         taken.add(whole.untyped_storage().data_ptr())
-        fresh.append(whole)
-    return fresh
+        own.append(whole)
+    return own
 
 
 def _differentiable(problem: Saved, needs: Sequence[bool]) -> list[Tensor]:
@@ -114,7 +114,7 @@ class Operator:
         with without_autocast(inputs.device.type):
             output, last_hidden, last_memory, own = self.passes.forward(cell, inputs, weights, hidden, memory, keep)
         results = [output, last_hidden, last_memory, *(inputs.new_empty(0) if t is None else t for t in own)]
-        return tuple(_fresh(results, given))
+        return tuple(fresh(results, given))
 
     def _fake(self, *given: Any) -> tuple[Tensor, ...]:
         problem = read(*given)
@@ -155,7 +155,7 @@ class Operator:
             like.new_zeros(like.shape) if grad is None else grad.to(like.dtype)
             for like, grad in zip(_differentiable(problem, needs), wanted, strict=True)
         ]
-        return _fresh(results, [*arguments, *own, grad_output, grad_hidden, grad_memory])
+        return fresh(results, [*arguments, *own, grad_output, grad_hidden, grad_memory])
 
     def _fake_backward(self, *given: Any) -> list[Tensor]:
         *arguments, _own, _output, _hidden, _memory, needs = given

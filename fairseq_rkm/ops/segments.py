@@ -1,28 +1,20 @@
-"""Sequences that begin anew within a batch: each row is cut at its resets, and the segments are a batch of their own.
+"""A batch of sequences that begin anew here and there, cut into its segments, which are rows of another batch.
 
-No backend knows of resets. A segment is a row of a new batch. A row's first segment takes the given state, the others
-the fresh one. Segments of like length run together, so that padding at most doubles the work. The host reads the mask
-once. Where it cannot (under ``torch.compile``, in CUDA graphs, while tracing) the reference looks at the mask at each
-step.
+No backend knows of resets. A row's first segment takes the given state, the others the fresh one. Segments of like
+length run together, so that padding at most doubles the work.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq_rkm.ops import dispatch, reference
-from fairseq_rkm.ops.cells import Cell
-from fairseq_rkm.ops.higher_derivatives import zeros_for_none
-from fairseq_rkm.ops.ngram import windows
 from fairseq_rkm.ops.plain_tensors import are_plain
-from fairseq_rkm.ops.problem_checks import check, laid_out
-from fairseq_rkm.ops.weights import Weights
 
 Fresh = tuple[Tensor | None, Tensor | None]
 """The hidden state and the memory, ``(d,)`` each, that a reset begins with; None stands for zeros."""
-UNREAD = "the reset mask cannot be read here (torch.compile, CUDA graphs, tracing), and it alone looks at each step"
 MOST_PADDING = 2
 """A group of segments takes at most this many times the steps that it holds."""
 
@@ -89,6 +81,13 @@ class Segments(NamedTuple):
     groups: list[Group]
     places: Tensor
     last: Tensor
+
+    def run(self, run: Callable[[Group], tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+        """The rows' outputs, ``(T, B, d)``, and final states from those of each group."""
+        outputs, hiddens, memories = zip(*map(run, self.groups), strict=True)
+        output = torch.cat([output.flatten(0, 1) for output in outputs]).index_select(0, self.places)
+        hidden, memory = (torch.cat(states).index_select(0, self.last) for states in (hiddens, memories))
+        return output.view(-1, self.last.size(0), output.size(1)), hidden, memory
 
 
 class Reset:
@@ -199,75 +198,3 @@ def _group_sizes(lengths: np.ndarray) -> list[int]:
         sizes.append(int(too_much.argmax()) if too_much.any() else len(rest))
         at += sizes[-1]
     return sizes
-
-
-def recurrence(
-    cell: Cell, inputs: Tensor, weights: Weights, size: int, hidden: Tensor | None, memory: Tensor | None,
-    keep: Tensor | None, backend: str, reset: Reset, fresh: Fresh = (None, None), ahead: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """As :func:`fairseq_rkm.ops.dispatch.recurrence`, with resets.
-
-    Args:
-        cell: a cell.
-        inputs: extended inputs, ``(T + n - 1, B, m)``.
-        weights: its weights.
-        size: d.
-        hidden: ``(B, d)`` or None for zeros.
-        memory: ``(B, d)`` or None for zeros.
-        keep: ``(T, B)`` bool or None.
-        backend: ``"auto"`` or a backend's name.
-        reset: where a sequence begins anew.
-        fresh: the state that it begins with.
-        ahead: the inputs after its step that a window holds.
-
-    Returns:
-        The output, ``(T, B, d)``, and the final hidden state and memory, ``(B, d)`` each.
-
-    Raises:
-        RKMError: an error of :func:`fairseq_rkm.ops.dispatch.recurrence`; or a backend is named where only the
-            reference can follow the mask.
-    """
-    if reset.nowhere:
-        return dispatch.recurrence(cell, inputs, weights, size, hidden, memory, keep, backend)
-    ngram = inputs.size(0) - reset.mask.size(0) + 1
-    if backend != "reference" and reset.at_first_alone:
-        begins = reset.mask[0].unsqueeze(1) if reset.mask.size(0) else reset.mask.new_zeros(inputs.size(1), 1)
-        context = inputs[: ngram - 1 - ahead].masked_fill(begins, 0)
-        inputs = torch.cat([context, inputs[ngram - 1 - ahead :]]) if ngram > 1 else inputs
-        hidden, memory = (_begun(begins, *states) for states in zip((hidden, memory), fresh, strict=True))
-        return dispatch.recurrence(cell, inputs, weights, size, hidden, memory, keep, backend)
-    segments = None if backend == "reference" else reset.segments()
-    if segments is None:
-        inputs = windows(inputs, ngram, ahead, reset.mask)
-        return _step_by_step(cell, inputs, weights, size, hidden, memory, keep, backend, reset.mask, fresh)
-    outputs, hiddens, memories = [], [], []
-    for group in segments.groups:
-        state = group.state(hidden, fresh[0]), group.state(memory, fresh[1])
-        taken = group.inputs(inputs, ngram, ahead)
-        output, *final = dispatch.recurrence(cell, taken, weights, size, *state, group.keep(keep), backend)
-        outputs.append(output.flatten(0, 1))
-        hiddens.append(final[0])
-        memories.append(final[1])
-    output = torch.cat(outputs).index_select(0, segments.places).view(*reset.mask.shape, size)
-    return output, torch.cat(hiddens).index_select(0, segments.last), torch.cat(memories).index_select(0, segments.last)
-
-
-def _step_by_step(
-    cell: Cell, inputs: Tensor, weights: Weights, size: int, hidden: Tensor | None, memory: Tensor | None,
-    keep: Tensor | None, backend: str, mask: Tensor, fresh: Fresh,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The recurrence by the reference, which looks at the mask before each step."""
-    if not torch.jit.is_tracing():  # tracing warns of each comparison
-        check(cell, inputs, weights, size, hidden, memory, keep)
-    dispatch.pick(backend, cell, inputs, weights, UNREAD)
-    inputs, weights, hidden, memory = laid_out(inputs, weights, hidden, memory)
-    hidden, memory = zeros_for_none(cell, inputs, weights, hidden, memory)
-    begin = [0.0 if f is None else f.to(s.dtype) for f, s in zip(fresh, (hidden, memory), strict=True)]
-    return reference.recurrence(cell, inputs, weights, hidden, memory, keep, mask, (begin[0], begin[1]))
-
-
-def _begun(begins: Tensor, given: Tensor | None, fresh: Tensor | None) -> Tensor | None:
-    """The states, ``(B, d)``, with the fresh one where a row begins anew, ``(B, 1)``; None stands for zeros."""
-    if given is None and fresh is None:
-        return None
-    return torch.where(begins, 0.0 if fresh is None else fresh, 0.0 if given is None else given)

@@ -6,7 +6,7 @@ from helpers import DEVICES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fairseq_rkm.ops import segments
+from fairseq_rkm.ops import anew
 from fairseq_rkm.ops.memories import memories
 from fairseq_rkm.ops.ngram import extend, steps_ahead, windows
 from fairseq_rkm.ops.segments import Reset
@@ -24,9 +24,9 @@ def arguments_of(problem, leaves, weights):
 
 def by(backend):
     def run(problem, leaves, weights):
-        common, anew = arguments_of(problem, leaves, weights)
-        output, *final = segments.recurrence(*common, backend, *anew)
-        given_ = memories(output, *common, backend, *anew)
+        common, more = arguments_of(problem, leaves, weights)
+        output, *final = anew.recurrence(*common, backend, *more)
+        given_ = memories(output, *common, backend, *more)
         return output, *final, given_
 
     return run
@@ -34,13 +34,13 @@ def by(backend):
 
 def step_by_step(problem, leaves, weights):
     (cell, inputs, *rest, keep), (reset, fresh, ahead) = arguments_of(problem, leaves, weights)
-    output, *final = segments.recurrence(cell, inputs, *rest, keep, "reference", reset, fresh, ahead)
+    output, *final = anew.recurrence(cell, inputs, *rest, keep, "reference", reset, fresh, ahead)
     written_out = windows(inputs, problem["ngram"], ahead, reset.mask)
     found = []
     for steps in range(1, len(reset.mask) + 1):
         real = None if keep is None else keep[:steps]
         upto = cell, written_out[:steps], *rest, real, "reference", Reset(reset.mask[:steps]), fresh
-        memory = segments.recurrence(*upto)[2]
+        memory = anew.recurrence(*upto)[2]
         found.append(memory if real is None else memory * real[-1].unsqueeze(1))
     return output, *final, torch.stack(found) if found else output
 

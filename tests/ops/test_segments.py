@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fairseq_rkm import CELLS, RKMError
-from fairseq_rkm.ops import Weights, resolve_cell, segments
+from fairseq_rkm.ops import Weights, anew, resolve_cell, segments
 from fairseq_rkm.ops.ngram import extend, next_context, steps_ahead
 from fairseq_rkm.ops.segments import Reset, _group_sizes
 
@@ -96,7 +96,7 @@ def by(backend):
     def run(problem, leaves, weights):
         n, padding, keep = problem["ngram"], problem["padding"], problem["keep"]
         inputs = extend(leaves["x"], n, padding, leaves["context"])
-        results = segments.recurrence(
+        results = anew.recurrence(
             problem["cell"], inputs, weights, D, leaves["hidden"], leaves["memory"], keep, backend,
             Reset(problem["reset"]), (leaves["fresh_hidden"], leaves["fresh_memory"]), steps_ahead(n, padding),
         )  # fmt: skip
@@ -125,7 +125,7 @@ def piece_by_piece(problem, leaves, weights):
             keep = None if keep is None else keep[first:last, at]
             inputs = extend(x, n, padding, context)
             cut = Reset(nowhere[first:last, at])
-            output, *state = segments.recurrence(problem["cell"], inputs, weights, D, *state, keep, "reference", cut)
+            output, *state = anew.recurrence(problem["cell"], inputs, weights, D, *state, keep, "reference", cut)
             context = next_context(x, n, context, keep) if n > 1 else None
             pieces.append(output)
         outputs.append(torch.cat(pieces))
@@ -261,8 +261,8 @@ def test_padding_at_most_doubles_the_work_and_groups_are_few(lengths):
 
 def test_segments_of_like_length_are_one_run(monkeypatch):
     runs = []
-    run = segments.dispatch.recurrence
-    monkeypatch.setattr(segments.dispatch, "recurrence", lambda *a, **k: runs.append(tuple(a[1].shape)) or run(*a, **k))
+    run = anew.dispatch.recurrence
+    monkeypatch.setattr(anew.dispatch, "recurrence", lambda *a, **k: runs.append(tuple(a[1].shape)) or run(*a, **k))
     reset = torch.zeros(70, 20, dtype=torch.bool)
     reset[30, 4] = True
     with_gradients(random_problem(70, 20, 0, reset=reset), by("batched"))
