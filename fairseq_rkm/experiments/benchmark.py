@@ -1,6 +1,7 @@
 """Check that recurrences are right, then time them against ``torch.nn.LSTM`` in the same run.
 
     python scripts/benchmark.py recurrence --device cuda --dtype bfloat16 --cell rkm_lstm --shape 70,20,1150,1150
+    python scripts/benchmark.py sweep --minutes 20 --json sweep.json --plot sweep.png
     python scripts/benchmark.py train DATA --user-dir fairseq_rkm --task stateful_language_modeling --arch rkm_lm ...
     python scripts/benchmark.py corpus --tokens 1000000000 --processes 2
 
@@ -10,7 +11,11 @@ forward and backward. It prints the memory that a forward pass keeps for the bac
 twice: as PyTorch runs them, and as a CUDA graph, without the host's time to launch. A wrong result is an error, not a
 row.
 
-The second command prints the tokens per second of whole updates. The third makes a corpus and prints how long a
+The second command does so for a grid of sizes, batches and precisions, with feedback and without, and prints tables. It
+begins with the most telling fields, keeps each result in the JSON file, and goes on from there when given again. Memory
+that runs out, a refusal or a wrong result is told in its field. The picture shows ratios and backends as heat maps.
+
+The third command prints the tokens per second of whole updates. The fourth makes a corpus and prints how long a
 language model's data takes to open and to read, and how much memory that takes.
 """
 
@@ -27,10 +32,10 @@ import torch
 
 from fairseq_rkm import CELLS, RKMError
 from fairseq_rkm.experiments.circumstances import circumstances
-from fairseq_rkm.experiments.corpus_benchmark import corpus
 from fairseq_rkm.experiments.fairseq_log import entries
 from fairseq_rkm.experiments.recurrence_benchmark import plot, recurrence, shape_of
 from fairseq_rkm.experiments.result_files import pyplot
+from fairseq_rkm.experiments.sweep_benchmark import add_flags
 
 
 def train(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -57,6 +62,13 @@ def train(args: argparse.Namespace) -> list[dict[str, Any]]:
     return [{"flags": args.flags, "tokens_per_second": statistics.median(speeds), "quartiles": quartiles}]
 
 
+def corpus(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The subcommand ``corpus``; it alone needs fairseq, which a machine for measuring kernels may lack."""
+    from fairseq_rkm.experiments.corpus_benchmark import corpus as measure
+
+    return measure(args)
+
+
 def main() -> None:
     """Command line."""
     args = parse()
@@ -66,6 +78,8 @@ def main() -> None:
         except RKMError as error:
             raise SystemExit(f"benchmark: {error}") from error
     rows = args.run(args)
+    if args.keeps_rows:
+        return
     if args.plot:
         plot(rows, args.plot)
     if args.json:
@@ -95,11 +109,12 @@ def parse() -> argparse.Namespace:
     one.add_argument("--seed", type=int, default=1)
     one.add_argument("--json", type=Path, help="where to append the rows, with hardware, versions and commit")
     one.add_argument("--plot", type=Path, help="where to draw the ratios")
-    one.set_defaults(run=recurrence)
+    one.set_defaults(run=recurrence, keeps_rows=False)
+    add_flags(commands.add_parser("sweep", help="a grid of sizes against nn.LSTM"))
     two = commands.add_parser("train", help="whole updates of fairseq-train: its flags follow")
     two.add_argument("--updates", type=int, default=200)
     two.add_argument("--json", type=Path, help="where to append the result, with hardware, versions and commit")
-    two.set_defaults(run=train, plot=None)
+    two.set_defaults(run=train, plot=None, keeps_rows=False)
     three = commands.add_parser("corpus", help="how a large text is opened and read")
     three.add_argument("--tokens", type=int, default=1_000_000_000)
     three.add_argument("--processes", type=int, default=1)
@@ -108,7 +123,7 @@ def parse() -> argparse.Namespace:
     three.add_argument("--batches", type=int, default=1000, help="batches to read")
     three.add_argument("--folder", type=Path, help="where to make the corpus, which is removed at the end")
     three.add_argument("--json", type=Path, help="where to append the rows, with hardware, versions and commit")
-    three.set_defaults(run=corpus, plot=None)
+    three.set_defaults(run=corpus, plot=None, keeps_rows=False)
     args, rest = parser.parse_known_args()
     if rest and args.run is not train:
         parser.error(f"unknown arguments: {' '.join(rest)}")

@@ -19,13 +19,18 @@ TOLERANCES = {torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 def error_of(rkm: RKM, x: Tensor) -> float:
     """The largest relative error of output and gradients against the reference in float64, on 3 rows and 40 steps."""
-    piece = x[:40, :3].detach()
-    wanted = _outcome(_reference(rkm), piece.double())
-    given = _outcome(rkm, piece)
+    return largest_error(rkm, x[:40, :3].detach())
+
+
+def largest_error(rkm: RKM, piece: Tensor) -> float:
+    """As :func:`error_of`, on inputs of your choice."""
+    wanted = outcome(reference_of(rkm), piece.double())
+    given = outcome(rkm, piece)
     return max(((g.double() - w).norm() / w.norm()).item() for g, w in zip(given, wanted, strict=True))
 
 
-def _reference(rkm: RKM) -> RKM:
+def reference_of(rkm: RKM) -> RKM:
+    """The same layer in float64, by the reference."""
     copy = RKM(
         rkm.input_size, rkm.hidden_size, cell=rkm.cell, ngram=rkm.ngram, layer_norm=rkm.layer_norm,
         memory_clip=rkm.memory_clip,
@@ -36,11 +41,12 @@ def _reference(rkm: RKM) -> RKM:
     return copy
 
 
-def _outcome(rkm: RKM, x: Tensor) -> list[Tensor]:
+def outcome(layer: nn.Module, x: Tensor) -> list[Tensor]:
+    """A layer's output, and the gradients of inputs and parameters of a fixed projection of it."""
     x = x.clone().requires_grad_()
-    output, _ = rkm(x)
+    output, _ = layer(x)
     weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=x.device).view_as(output)
-    gradients = torch.autograd.grad((output * weights).sum(), [x, *rkm.parameters()])
+    gradients = torch.autograd.grad((output * weights).sum(), [x, *layer.parameters()])
     return [output.detach(), *gradients]
 
 
@@ -50,8 +56,15 @@ TURNS = 20
 """The number of turns of each contender, at most: other work of the machine then meets all alike."""
 
 
-def timed(runs: list[Callable[[], Any]], device: str, seconds: float) -> list[list[float]]:
-    """Time each function for ``seconds``, at least 5 times, after warming up; the milliseconds of every call."""
+def timed(runs: list[Callable[[], Any]], device: str, seconds: float, calls: int = CALLS) -> list[list[float]]:
+    """Time each function for ``seconds``, at least 5 times, after warming up; the milliseconds of every call.
+
+    Args:
+        runs: the contenders.
+        device: ``"cpu"`` or ``"cuda"``.
+        seconds: the time for each.
+        calls: the calls of one measurement on a GPU.
+    """
     times: list[list[float]] = [[] for _ in runs]
     for run in runs:
         for _ in range(5):
@@ -61,25 +74,35 @@ def timed(runs: list[Callable[[], Any]], device: str, seconds: float) -> list[li
         for run, own in zip(runs, times, strict=True):
             run()  # not timed: another contender has filled the caches
             turn = time.perf_counter() + seconds / TURNS
-            own.append(once(run, device))
+            own.append(once(run, device, calls))
             while time.perf_counter() < turn:
-                own.append(once(run, device))
+                own.append(once(run, device, calls))
     return times
 
 
-def once(run: Callable[[], Any], device: str) -> float:
-    """The milliseconds of a call; on a GPU the mean of :data:`CALLS` calls."""
+def once(run: Callable[[], Any], device: str, calls: int = CALLS) -> float:
+    """The milliseconds of a call; on a GPU the mean of ``calls`` calls."""
     if device == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        for _ in range(CALLS):
+        for _ in range(calls):
             run()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / CALLS
+        return start.elapsed_time(end) / calls
     before = time.perf_counter()
     run()
     return 1e3 * (time.perf_counter() - before)
+
+
+def forward_backward(module: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], None]:
+    """Forward and backward, as PyTorch runs them."""
+
+    def run() -> None:
+        module.zero_grad(set_to_none=True)
+        module(x)[0].backward(grad)
+
+    return run
 
 
 def graphed(module: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], Any]:
@@ -121,12 +144,7 @@ def runs_of(module: nn.Module, x: Tensor) -> dict[str, Callable[[], Any]]:
             module(inputs)
 
     grad = torch.randn_like(module(x)[0])
-
-    def both() -> None:
-        module.zero_grad(set_to_none=True)
-        module(x)[0].backward(grad)
-
-    runs: dict[str, Callable[[], Any]] = {"forward": forward, "forward_backward": both}
+    runs: dict[str, Callable[[], Any]] = {"forward": forward, "forward_backward": forward_backward(module, x, grad)}
     return runs if x.device.type == "cpu" else {**runs, "graphed": graphed(module, x, grad)}
 
 
@@ -136,9 +154,14 @@ def measure(modules: list[nn.Module], x: Tensor, seconds: float) -> list[dict[st
     runs = [runs_of(module, x) for module in modules]
     for kind in runs[0]:
         for result, times in zip(results, timed([r[kind] for r in runs], x.device.type, seconds), strict=True):
-            quartiles = statistics.quantiles(times, n=4)
-            result[kind] = {"median_ms": statistics.median(times), "quartiles_ms": [quartiles[0], quartiles[2]]}
+            result[kind] = summary(times)
     return results
+
+
+def summary(times: list[float]) -> dict[str, Any]:
+    """Median and quartiles of milliseconds."""
+    quartiles = statistics.quantiles(times, n=4)
+    return {"median_ms": statistics.median(times), "quartiles_ms": [quartiles[0], quartiles[2]]}
 
 
 def benchmark_shape(shape: tuple[int, int, int, int], args: argparse.Namespace) -> list[dict[str, Any]]:

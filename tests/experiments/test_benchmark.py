@@ -1,5 +1,6 @@
 import itertools
 import json
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -35,14 +36,14 @@ def test_each_cell_is_checked_and_timed_beside_the_lstm(monkeypatch, tmp_path, c
 
 
 def test_a_wrong_result_is_an_error_and_no_row(monkeypatch, tmp_path, capsys):
-    right = recurrence_benchmark._reference
+    right = recurrence_benchmark.reference_of
 
     def wrong(rkm):
         copy = right(rkm)
         torch.nn.init.zeros_(copy.weight_hh_l0)
         return copy
 
-    monkeypatch.setattr(recurrence_benchmark, "_reference", wrong)
+    monkeypatch.setattr(recurrence_benchmark, "reference_of", wrong)
     with pytest.raises(SystemExit, match=r"rkm_lstm at \(3, 2, 4, 5\) in float32 is wrong"):
         recurrence(monkeypatch, "--shape", "3,2,4,5", "--json", tmp_path / "a.json")
     assert not (tmp_path / "a.json").exists()
@@ -112,3 +113,8 @@ def test_a_made_corpus_is_read_by_each_process(monkeypatch, tmp_path, capfd):
         assert row["memory_mib"] <= row["peak_mib"]
     assert capfd.readouterr().out.count("| 30,000 |") == 2
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_kernels_are_measured_on_a_machine_without_fairseq():
+    program = "import sys; sys.modules['fairseq'] = None; import fairseq_rkm.experiments.benchmark"
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -91,9 +91,10 @@ def test_clipped_memory(cell, mask):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_clipped_memory_in_other_dtypes(dtype):
     shape = {"steps": 7, "batch": 3, "sizes": (6, 9), "feedback": False}
-    for cell, mask in itertools.product(("rkm_lstm", "rkm_cifg", "linear_kernel", "gated_cnn"), ("none", "mixed")):
+    for cell in ("rkm_lstm", "rkm_cifg", "linear_kernel", "gated_cnn"):
         bound = clear_bound(cell, dtype=dtype, **shape)
-        compare("scan", device=DEVICE, dtype=dtype, cell=cell, mask=mask, tf32=TF32, memory_clip=bound, **shape)
+        for mask in ("none", "mixed"):
+            compare("scan", device=DEVICE, dtype=dtype, cell=cell, mask=mask, tf32=TF32, memory_clip=bound, **shape)
 
 
 @runs
