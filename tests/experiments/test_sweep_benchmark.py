@@ -244,3 +244,37 @@ def test_another_file_is_not_written_over(monkeypatch, tmp_path, content):
     with pytest.raises(SystemExit, match="holds no rows of a sweep"):
         sweep(monkeypatch, "--sizes", 4, "--json", tmp_path / "a.json")
     assert (tmp_path / "a.json").read_text() == content
+
+
+def test_a_graph_that_cannot_be_recorded_leaves_the_eager_figure(tmp_path):
+    def fail():
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    ratios = {"eager_ratio": 2.0, "graph_ratio": 0.5}
+    times = {kind: {"median_ms": 1.0} for kind in ("eager", "graph")}
+    about = {"picked": "batched", "error": 1e-6, "lstm": times, "hardware": "a GPU", "torch": "2", "commit": "abc"}
+    rows = [{**FIELD._asdict(), **vars(PLAIN), **about, **times, **ratios, "batch": batch} for batch in (1, 2)]
+    del rows[1]["graph"], rows[1]["graph_ratio"]
+    sweep_measurement._time("graph", [(rows[1], fail)], "cpu", 0.001)
+    assert rows[1]["graph_failure"] == "operation not permitted when stream is capturing"
+    assert "failure" not in rows[1]
+    assert "| 4 | 2.00 / 0.50 batched | 2.00 / failed batched |" in sweep_benchmark.markdown(rows)
+    assert sweep_benchmark.line(rows[1]).endswith("2.00x; no graph: operation not permitted when stream is capturing")
+    assert "as CUDA graphs: 0 of 1 fields at 1.0 or more" in sweep_benchmark.summary(rows)
+    sweep_benchmark.heat_maps(rows, tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
+@pytest.mark.gpu
+def test_fields_on_a_gpu_are_timed_eager_and_as_graphs(monkeypatch, tmp_path):
+    flags = ["--sizes", 64, 100, "--batches", 3, "--backends", "auto", "batched", "--no-flashrnn", "--device", "cuda"]
+    sweep(monkeypatch, *flags, "--json", tmp_path / "a.json", "--plot", tmp_path / "a.png")
+    rows = json.loads((tmp_path / "a.json").read_text())
+    assert len(rows) == 2 * 4 * 2 * 2
+    for row in rows:
+        assert not {"failure", "graph_failure"} & row.keys()
+        assert row["graph_ratio"] == row["lstm"]["graph"]["median_ms"] / row["graph"]["median_ms"]
+        assert row["backend"] in ("auto", row["picked"])
+    picked = {(row["precision"], row["feedback"]): row["picked"] for row in rows if row["backend"] == "auto"}
+    assert picked["bfloat16", False] == "scan"
+    assert picked["float32", True] != "persistent"
