@@ -39,10 +39,11 @@ def check_numbers(**numbers: object) -> None:
             raise RKMError(f"{what} must be a number, not {number!r}")
 
 
-def check_projection(proj_size: object) -> None:
-    """Raise RKMError for a size of projections other than 0."""
-    if isinstance(proj_size, bool) or not isinstance(proj_size, Integral) or int(proj_size) != 0:
-        raise RKMError(f"an RKM has no projections: proj_size must be 0, not {proj_size!r}")
+def check_projection(proj_size: object, hidden_size: int) -> None:
+    """Raise RKMError for a size of projections that is no whole number, or does not make ``h_t`` smaller."""
+    if isinstance(proj_size, bool) or not isinstance(proj_size, Integral) or not 0 <= int(proj_size) < hidden_size:
+        wanted = "a whole number from 0, for no projections, to below hidden_size"
+        raise RKMError(f"proj_size must be {wanted} ({hidden_size}), not {proj_size!r}")
 
 
 def check_scales(**scales: float) -> None:

@@ -16,6 +16,8 @@ LSTM_GATES = ("input", "forget", "candidate", "output")
 """The order of the gates of ``nn.LSTM`` (i, f, g, o)."""
 GATES_OF_TORCH = {1: "nn.RNN", 3: "nn.GRU", 4: "nn.LSTM"}
 """Modules of PyTorch by the number of their gates."""
+STACKED = ("weight_ih", "weight_hh", "bias")
+"""What the names of tensors with one block of rows a gate begin with; ``weight_hr`` has other rows."""
 
 
 def restack(value: Tensor, given: Sequence[str], wanted: Sequence[str]) -> Tensor:
@@ -26,12 +28,12 @@ def restack(value: Tensor, given: Sequence[str], wanted: Sequence[str]) -> Tenso
 
 def is_of_torch(names: Sequence[str]) -> bool:
     """Whether tensors of these names can only be an ``nn.LSTM``'s, ``nn.GRU``'s or ``nn.RNN``'s."""
-    return any(_stem(name).startswith(("bias_ih_l", "bias_hh_l", "weight_hr_l")) for name in names)
+    return any(_stem(name).startswith(("bias_ih_l", "bias_hh_l")) for name in names)
 
 
 def may_be_of_torch(names: Sequence[str]) -> bool:
     """Whether all tensors of these names may be such a module's without biases."""
-    return bool(names) and all(_stem(name).startswith(("weight_ih_l", "weight_hh_l")) for name in names)
+    return bool(names) and all(_stem(name).startswith(("weight_ih_l", "weight_hh_l", "weight_hr_l")) for name in names)
 
 
 def check_not_reparametrized(names: Sequence[str]) -> None:
@@ -56,18 +58,13 @@ def converted(values: dict[str, Tensor], gates: Sequence[str]) -> dict[str, Tens
     """Convert an ``nn.LSTM``'s tensors to an RKM's names and order of gates.
 
     A bias without its other half keeps its name. A tensor without four blocks of rows keeps its order.
-
-    Raises:
-        RKMError: the LSTM has projections.
     """
-    if any(name.startswith("weight_hr") for name in values):
-        raise RKMError("an LSTM with projections (weight_hr_l0) has no RKM counterpart")
     rest, joined = dict(values), {}
     for name in values:
         other = name.replace("bias_ih", "bias_hh")
         if name.startswith("bias_ih") and other in values:
             joined[name.replace("bias_ih", "bias")] = rest.pop(name) + rest.pop(other)
-        elif name.startswith("weight"):
+        elif name.startswith(STACKED[:2]):
             joined[name] = rest.pop(name)
     for name, value in joined.items():
         if value.dim() and value.size(0) % len(LSTM_GATES) == 0:
@@ -118,7 +115,7 @@ def copy_from_lstm(lstm: nn.LSTM, rkm: nn.Module, gates: Sequence[str]) -> None:
                 else [name]
             )
             value = torch.stack([getattr(lstm, half) for half in halves]).sum(0)
-            parameter.copy_(restack(value, LSTM_GATES, gates))
+            parameter.copy_(restack(value, LSTM_GATES, gates) if name.startswith(STACKED) else value)
             parameter.requires_grad_(any(is_trained(lstm, half) for half in halves))
 
 
@@ -130,6 +127,7 @@ def copy_to_lstm(rkm: nn.Module, lstm: nn.LSTM, gates: Sequence[str]) -> None:
     with effective_weights(rkm):
         for name, parameter in lstm.named_parameters():
             own = re.sub("^bias_[ih]h", "bias", name)
-            value = restack(getattr(rkm, own), gates, LSTM_GATES)
+            value = getattr(rkm, own)
+            value = restack(value, gates, LSTM_GATES) if own.startswith(STACKED) else value
             parameter.copy_(torch.zeros_like(value) if name.startswith("bias_hh") else value)
             parameter.requires_grad_(is_trained(rkm, own))

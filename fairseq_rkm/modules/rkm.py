@@ -25,6 +25,7 @@ from fairseq_rkm.modules.dropout import LockedDropout, check_probability
 from fairseq_rkm.modules.lstm_weights import (
     GATES_OF_TORCH,
     LSTM_GATES,
+    STACKED,
     check_not_reparametrized,
     converted,
     copy_from_lstm,
@@ -34,6 +35,7 @@ from fairseq_rkm.modules.lstm_weights import (
     restack,
 )
 from fairseq_rkm.modules.per_sample_gradients import SLOT, watch
+from fairseq_rkm.modules.projections import Projection
 from fairseq_rkm.modules.sequences import Batch, Packed, layout_of
 from fairseq_rkm.modules.state import RKMState
 from fairseq_rkm.ops import Weights, anew, memory_dtype, recurrence, resolve_cell
@@ -86,7 +88,9 @@ class RKM(nn.Module):
             takes its place.
         device: where the parameters live.
         dtype: their type.
-        proj_size: 0; an RKM has no projections.
+        proj_size: p, the features of ``h_t = W_hr h'_t``, where ``h'_t`` is the cell's output (Sak et al. 2014), as in
+            ``nn.LSTM``. It is less than d. 0 is no projection. Weights and what follows the layer become smaller, the
+            recurrence itself does not become faster: it runs with the d columns of ``U W_hr``.
         learn_initial_state: learn ``h_0`` and ``c_0`` of each layer and direction. They start at zero, and sequences
             start there that are given no state. A layer without feedback has no ``h_0``, a cell without memory no
             ``c_0``; with neither there is nothing to learn, and an error. Neither ``memory_clip`` nor layer
@@ -119,7 +123,9 @@ class RKM(nn.Module):
     Parameters, for layer k and the suffix ``""`` or ``"_reverse"``:
         ``weight_ih_l{k}`` ``(len(gates) * d, n * m)``, ``weight_hh_l{k}`` ``(len(recurrent_gates) * d, d)``,
         ``bias_l{k}`` ``(len(gates) * d,)``, ``norm_weight_l{k}``, ``norm_bias_l{k}``, ``sigma_f_logit_l{k}`` ``(d,)``,
-        ``sigma_i_logit_l{k}`` ``()``, ``initial_hidden_l{k}``, ``initial_memory_l{k}`` ``(d,)``.
+        ``sigma_i_logit_l{k}`` ``()``, ``initial_hidden_l{k}``, ``initial_memory_l{k}`` ``(d,)``. With projections
+        ``weight_hh_l{k}`` has p columns, ``initial_hidden_l{k}`` p numbers, the layers after the first have inputs of p
+        features a direction, and ``weight_hr_l{k}`` is ``(p, d)``.
 
     Raises:
         RKMError: an argument of another type, or outside its range.
@@ -170,7 +176,6 @@ class RKM(nn.Module):
         )  # fmt: skip
         check_numbers(sigma_i2=sigma_i2, sigma_f2=sigma_f2, dropout=dropout, weight_dropout=weight_dropout)
         check_numbers(forget_bias=0.0 if forget_bias is None else forget_bias)
-        check_projection(proj_size)
         check_scales(sigma_i2=sigma_i2, sigma_f2=sigma_f2)
         if ngram_padding not in NGRAM_PADDINGS:
             raise RKMError(f"unknown ngram_padding {ngram_padding!r}; choose causal or same")
@@ -178,8 +183,10 @@ class RKM(nn.Module):
             raise RKMError(f"ngram_padding 'same' centres an odd window; ngram is {ngram}")
         check_probability("weight_dropout", weight_dropout)
         check_backend(backend)
+        check_projection(proj_size, hidden_size)
 
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
+        self.proj_size = proj_size
         self._cell = resolve_cell(cell, feedback)
         self.cell, self.feedback = cell, self._cell.has_feedback
         self.ngram, self.ngram_padding = ngram, ngram_padding
@@ -198,7 +205,7 @@ class RKM(nn.Module):
                 for name, shape in self._shapes(layer).items():
                     parameter = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
                     self.register_parameter(f"{name}_l{layer}{suffix}", parameter)
-        if self._like_torch and self._kinds == ("weight_ih", "weight_hh"):
+        if self._like_torch and set(self._kinds) <= {"weight_ih", "weight_hh", "weight_hr"}:
             self.register_buffer(self._mark, torch.empty(0, device=device))
         self._in_doubt = False
         self.register_load_state_dict_post_hook(_settle)
@@ -237,7 +244,35 @@ class RKM(nn.Module):
 
     def layer_input_size(self, layer: int) -> int:
         """The features of an input of layer ``layer``, counted from 0."""
-        return self.input_size if layer == 0 else self.hidden_size * len(self._suffixes)
+        return self.input_size if layer == 0 else self.output_size * len(self._suffixes)
+
+    @property
+    def output_size(self) -> int:
+        """The features of ``h_t`` in one direction: d, or p with projections."""
+        return self.proj_size or self.hidden_size
+
+    def gate_slice(self, gate: str, recurrent: bool = False) -> slice:
+        """The rows of one gate in ``weight_ih_l{k}`` and ``bias_l{k}``. For ``nn.LSTM`` they are known by heart.
+
+        Args:
+            gate: ``"candidate"``, ``"input"``, ``"forget"`` or ``"output"``.
+            recurrent: of the rows in ``weight_hh_l{k}``.
+
+        Raises:
+            RKMError: the cell has no such gate, or it does not see ``h_{t-1}``.
+
+        Example:
+            >>> rnn = RKM(200, 400, cell="rkm_cifg")
+            >>> with torch.no_grad():
+            ...     rnn.bias_l0[rnn.gate_slice("forget")] = 1  # was lstm.bias_ih_l0[400:800] = 1
+        """
+        gates = self.recurrent_gates if recurrent else self.gates
+        if gate not in gates:
+            held = f"the gates in its weight_{'hh' if recurrent else 'ih'} are {', '.join(gates)}"
+            held = held if gates else "it has no weight_hh, as nothing is fed back"
+            raise RKMError(f"the cell {self.cell!r} has no rows of a gate {gate!r} here: {held}")
+        first = gates.index(gate) * self.hidden_size
+        return slice(first, first + self.hidden_size)
 
     def _shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
         cell, d = self._cell, self.hidden_size
@@ -245,9 +280,11 @@ class RKM(nn.Module):
             "weight_ih": (len(cell.gates) * d, self.ngram * self.layer_input_size(layer))
         }
         if self.feedback:
-            shapes["weight_hh"] = (len(cell.recurrent_gates) * d, d)
+            shapes["weight_hh"] = (len(cell.recurrent_gates) * d, self.output_size)
         if self.bias:
             shapes["bias"] = (len(cell.gates) * d,)
+        if self.proj_size:
+            shapes["weight_hr"] = (self.proj_size, d)
         if self.layer_norm:
             shapes["norm_weight"] = shapes["norm_bias"] = (d,)
         if self.learn_sigma and cell.input_is_constant:
@@ -255,7 +292,7 @@ class RKM(nn.Module):
         if self.learn_sigma and cell.forget_is_constant:
             shapes["sigma_f_logit"] = (d,)
         if self.learn_initial_state and self.feedback:
-            shapes["initial_hidden"] = (d,)
+            shapes["initial_hidden"] = (self.output_size,)
         if self.learn_initial_state and cell.has_memory:
             shapes["initial_memory"] = (d,)
         return shapes
@@ -274,7 +311,7 @@ class RKM(nn.Module):
                 else:
                     parameter.uniform_(-bound, bound)
                 if name.startswith("bias") and "forget" in self.gates and self.forget_bias is not None:
-                    parameter.chunk(len(self.gates))[self.gates.index("forget")].fill_(self.forget_bias)
+                    parameter[self.gate_slice("forget")].fill_(self.forget_bias)
 
     def num_weights(self) -> int:
         """The number of elements of all weight matrices, without biases, as the paper counts."""
@@ -317,7 +354,7 @@ class RKM(nn.Module):
             A state that begins a sequence, and that gradients reach the learned state through.
         """
         like, rows = self._flat_weights[0], () if batch_size is None else (batch_size,)
-        hidden, memory = like.new_zeros(*rows, self.hidden_size), like.new_zeros(*rows, self.hidden_size)
+        hidden, memory = like.new_zeros(*rows, self.output_size), like.new_zeros(*rows, self.hidden_size)
         starts = [self._start(place) for place in self._places]
         hiddens = torch.stack([hidden if h is None else h.expand_as(hidden) for h, _ in starts])
         memories = torch.stack([memory if c is None else c.expand_as(memory) for _, c in starts])
@@ -326,7 +363,7 @@ class RKM(nn.Module):
         return RKMState(hiddens, memories.to(memory_dtype(like.dtype)), context)
 
     def _start(self, place: str) -> tuple[Tensor | None, Tensor | None]:
-        """``h_0`` and ``c_0`` of a layer and direction, ``(d,)`` each; None stands for zeros."""
+        """``h_0``, ``(output_size,)``, and ``c_0``, ``(d,)``, of a layer and direction; None stands for zeros."""
         if not self.learn_initial_state:
             return None, None
         hidden = getattr(self, f"initial_hidden_{place}") if self.feedback else None
@@ -454,16 +491,24 @@ class RKM(nn.Module):
         weights = self._weights(name, autocast)
         # An exported program can hold PyTorch's own operations alone.
         backend = "reference" if self.backend == "auto" and _is_exporting() else self.backend
-        problem = self._cell, inputs, weights, self.hidden_size, hidden, memory, keep, backend
         ahead = steps_ahead(self.ngram, self.ngram_padding)
+        fresh, projection = self._start(name), None
         with nullcontext() if autocast is None else torch.autocast(x.device.type, enabled=False):
+            if self.proj_size:
+                matrix, begins = self._projection(name, autocast), None if reset is None else reset.mask
+                projection = Projection(matrix, hidden, fresh[0], keep, begins)
+                inputs, weights = projection.fold(self._cell, inputs, weights, ahead)
+                hidden, fresh = None, (None, fresh[1])
+            problem = self._cell, inputs, weights, self.hidden_size, hidden, memory, keep, backend
             if reset is None:
                 output, *final = recurrence(*problem)
             else:
-                output, *final = anew.recurrence(*problem, reset, self._start(name), ahead)
+                output, *final = anew.recurrence(*problem, reset, fresh, ahead)
             along = [output]
             if wants_memories:
-                along.append(memories(output, *problem, reset, self._start(name), ahead))
+                along.append(memories(output, *problem, reset, fresh, ahead))
+            if projection is not None:
+                along[0], final[0] = projection.apply(output, final[0])
         return [tensor.flip(0) for tensor in along] if reverse else along, final[0], final[1]
 
     def _weights(self, name: str, dtype: torch.dtype | None) -> Weights:
@@ -483,6 +528,11 @@ class RKM(nn.Module):
             sigma_i=torch.sigmoid(own["sigma_i_logit"]) if "sigma_i_logit" in own else self.sigma_i2,
             sigma_f=torch.sigmoid(own["sigma_f_logit"]) if "sigma_f_logit" in own else self.sigma_f2,
         )
+
+    def _projection(self, name: str, dtype: torch.dtype | None) -> Tensor:
+        """``weight_hr`` of one layer and direction, as :meth:`_weights`."""
+        projection: Tensor = getattr(self, f"weight_hr_{name}")
+        return projection if dtype is None else projection.to(dtype)
 
     def _keep(self, layout: Batch, padding_mask: Tensor | None) -> Tensor | None:
         """``(T, B)``, True at real steps; None if all are."""
@@ -536,17 +586,30 @@ class RKM(nn.Module):
         if state.context is None and self.ngram > 1:
             _check_lost_context(plain)
         rows = (x.size(1),) if layout.batched else ()
-        shape = (self.num_layers * len(self._suffixes), *rows, self.hidden_size)
-        names = "(layers * directions, B, d)" if layout.batched else "(layers * directions, d)"
-        for what, tensor in (("hidden", state.hidden), ("cell", state.cell)):
-            if not torch.is_tensor(tensor):
-                raise RKMError(f"the state's {what} must be one tensor {names}, not a {type(tensor).__name__}")
-            if tensor.shape != shape:
-                raise RKMError(f"the state's {what} must have shape {names} = {shape}, not {tuple(tensor.shape)}")
+        self._check_pair(x, state, rows)
         if state.context is not None:
             state = state._replace(context=self._initial_context(x, state.context, rows))
         state = layout.entering(state)
         return state.hidden, state.cell, state.context
+
+    def _check_pair(self, x: Tensor, state: RKMState, rows: tuple[int, ...]) -> None:
+        for what, tensor, size, letter in (
+            ("hidden", state.hidden, self.output_size, "p" if self.proj_size else "d"),
+            ("cell", state.cell, self.hidden_size, "d"),
+        ):
+            shape = (self.num_layers * len(self._suffixes), *rows, size)
+            names = f"(layers * directions, B, {letter})" if rows else f"(layers * directions, {letter})"
+            if not torch.is_tensor(tensor):
+                raise RKMError(f"the state's {what} must be one tensor {names}, not a {type(tensor).__name__}")
+            if tensor.shape != shape:
+                raise RKMError(f"the state's {what} must have shape {names} = {shape}, not {tuple(tensor.shape)}")
+            called = "memory" if what == "cell" else "hidden state"
+            if not tensor.is_floating_point():
+                raise RKMError(f"the {called} must be floating-point numbers, not {tensor.dtype}")
+            if tensor.device != x.device:
+                raise RKMError(
+                    f"the inputs are on {x.device} but the {called} on {tensor.device}; move them to one device"
+                )
 
     def _learned_rows(self, batch: int) -> tuple[Rows | None, Rows | None]:
         """Hidden state and memory of each layer and direction, as learned; None stands for zeros."""
@@ -635,16 +698,15 @@ class RKM(nn.Module):
         frozen. The RKM's bias is the sum of the LSTM's two, and is trained if one of them is.
 
         Raises:
-            RKMError: ``lstm`` is another module, or has projections (``proj_size``).
+            RKMError: ``lstm`` is another module.
         """
         if not isinstance(lstm, nn.LSTM):
             raise RKMError(f"from_lstm takes a torch.nn.LSTM, not a {type(lstm).__name__}")
-        if lstm.proj_size:
-            raise RKMError(f"an LSTM with projections (proj_size={lstm.proj_size}) has no RKM counterpart")
         first: Any = lstm.weight_ih_l0
         rkm = cls(
             lstm.input_size, lstm.hidden_size, lstm.num_layers, "lstm", bias=lstm.bias, dropout=lstm.dropout,
             bidirectional=lstm.bidirectional, batch_first=lstm.batch_first, device=first.device, dtype=first.dtype,
+            proj_size=lstm.proj_size,
         )  # fmt: skip
         copy_from_lstm(lstm, rkm, rkm.gates)
         return rkm.train(lstm.training)
@@ -669,13 +731,15 @@ class RKM(nn.Module):
         first: Any = self.weight_ih_l0
         lstm = nn.LSTM(
             self.input_size, self.hidden_size, self.num_layers, self.bias, self.batch_first, self.dropout.p,
-            self.bidirectional, device=first.device, dtype=first.dtype,
+            self.bidirectional, self.proj_size, device=first.device, dtype=first.dtype,
         )  # fmt: skip
         copy_to_lstm(self, lstm, self.gates)
         return lstm.train(self.training)
 
     def extra_repr(self) -> str:
         text = f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}, cell={self.cell!r}"
+        if self.proj_size:
+            text += f", proj_size={self.proj_size}"
         if self.ngram > 1:
             text += f", ngram={self.ngram}, ngram_padding={self.ngram_padding!r}"
         if self.memory_clip is not None or resolve_clip("auto", self._cell, self.layer_norm) is not None:
@@ -697,7 +761,7 @@ def _settle(rkm: RKM, _keys: object) -> None:
     weights = dict(rkm.named_parameters()) | dict(rkm.named_buffers())
     check_not_reparametrized(list(weights))
     for name, tensor in weights.items():
-        if name.startswith("weight"):
+        if name.startswith(STACKED):
             tensor.data = restack(tensor.data, LSTM_GATES, rkm.gates)
 
 

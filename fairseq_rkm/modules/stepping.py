@@ -44,12 +44,13 @@ class Stepper:
             first = layer.gates.index(layer.recurrent_gates[0]) * layer.hidden_size
             last = packed.size(0) - first - weights.recurrent.size(0)
             packed = torch.cat([packed, F.pad(weights.recurrent, (0, 0, first, last))], dim=1)
+        self.projection = layer._projection("l0", None) if layer.proj_size else None
         self.weights = weights._replace(input=packed, recurrent=None).laid_out(wide)
         self.memory_dtype = wide
 
     def tensors(self) -> list[Tensor]:
         """The packed weights."""
-        return [weight for weight in self.weights.tensors() if weight is not None]
+        return [weight for weight in (*self.weights.tensors(), self.projection) if weight is not None]
 
     def __call__(self, x: Tensor, state: RKMState) -> tuple[Tensor, RKMState]:
         """The step's output, ``(1, B, d)``, and the next state.
@@ -67,5 +68,7 @@ class Stepper:
         if self.feedback:
             window.append(hidden)
         extended = torch.cat(window, dim=1) if len(window) > 1 else window[0]
-        hidden, memory = (value.unsqueeze(0) for value in step(self.cell, extended, self.weights, hidden, memory))
-        return hidden, RKMState(hidden, memory, context)
+        hidden, memory = step(self.cell, extended, self.weights, hidden, memory)
+        if self.projection is not None:
+            hidden = F.linear(hidden, self.projection)
+        return hidden.unsqueeze(0), RKMState(hidden.unsqueeze(0), memory.unsqueeze(0), context)

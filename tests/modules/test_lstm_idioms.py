@@ -80,8 +80,8 @@ def test_positions_of_nn_lstm_s_arguments_are_refused_where_they_would_be_misrea
         ("weight_dropout", None, "a number"),
         ("forget_bias", True, "a number"),
         ("ngram", 2.0, "a whole number"),
-        ("proj_size", 2, "0, not 2"),
-        ("proj_size", True, "0, not True"),
+        ("proj_size", 4, "not 4"),
+        ("proj_size", True, "a whole number"),
         ("backend", ["auto"], "unknown backend"),
         ("ngram_padding", ["same"], "unknown ngram_padding"),
     ],
@@ -93,7 +93,7 @@ def test_arguments_of_another_type_are_refused_in_a_sentence(name, value, wanted
 
 def test_all_of_nn_lstm_s_arguments_are_taken_by_name():
     given = {
-        "num_layers": 2, "bias": False, "batch_first": True, "dropout": 0, "bidirectional": True, "proj_size": 0,
+        "num_layers": 2, "bias": False, "batch_first": True, "dropout": 0, "bidirectional": True, "proj_size": 2,
         "device": "cpu", "dtype": torch.float64,
     }  # fmt: skip
     assert given.keys() <= inspect.signature(RKM).parameters.keys()

@@ -142,9 +142,7 @@ def test_other_functions_weights_are_refused(module, cell, bias):
 
 
 def test_a_projection_or_another_size_is_refused():
-    with pytest.raises(RKMError, match="projections"):
-        RKM(3, 5, cell="lstm").load_state_dict(nn.LSTM(3, 5, proj_size=2).state_dict())
-    for other in (nn.LSTM(3, 4), nn.GRU(3, 5), nn.LSTM(2, 5)):
+    for other in (nn.LSTM(3, 4), nn.GRU(3, 5), nn.LSTM(2, 5), nn.LSTM(3, 5, proj_size=2)):
         with pytest.raises(RuntimeError, match="size mismatch"):
             RKM(3, 5, cell="lstm").load_state_dict(other.state_dict())
 

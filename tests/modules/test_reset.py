@@ -24,7 +24,8 @@ def stacks(draw):
     return {
         "cell": cell, "feedback": feedback, "ngram": ngram, "ngram_padding": padding,
         "num_layers": draw(st.integers(1, 2)), "bidirectional": draw(st.booleans()),
-        "batch_first": draw(st.booleans()), "learn_initial_state": CELLS[cell].has_memory and draw(st.booleans()),
+        "batch_first": draw(st.booleans()), "proj_size": draw(st.sampled_from([0, 2])),
+        "learn_initial_state": CELLS[cell].has_memory and draw(st.booleans()),
     }  # fmt: skip
 
 

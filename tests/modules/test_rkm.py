@@ -80,8 +80,6 @@ def test_from_lstm_and_back_are_the_same_function(backend, layers, bidirectional
 
 
 def test_conversions_that_cannot_be_are_refused():
-    with pytest.raises(RKMError, match="proj_size=2"):
-        RKM.from_lstm(nn.LSTM(3, 5, proj_size=2))
     for arguments in (
         {"cell": "rkm_lstm"},
         {"ngram": 2},
@@ -431,3 +429,32 @@ def test_description_names_what_was_chosen(cell, feedback):
     text = repr(RKM(3, 4, cell=cell, feedback=feedback, ngram=3))
     assert f"cell='{cell}', ngram=3" in text
     assert ("feedback=False" in text) == (feedback is False or not CELLS[cell].has_feedback)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_rows_of_a_gate_are_named(cell):
+    """Setting the bias of a gate acts on this gate: an open forget gate keeps the memory, a closed output is zero."""
+    rkm = RKM(2, 3, 2, cell=cell, bidirectional=True, forget_bias=None, memory_clip=None)
+    assert [rkm.gate_slice(gate) for gate in rkm.gates] == [slice(3 * i, 3 * i + 3) for i in range(len(rkm.gates))]
+    recurrent = [rkm.gate_slice(gate, recurrent=True) for gate in rkm.recurrent_gates]
+    assert recurrent == [slice(3 * i, 3 * i + 3) for i in range(len(rkm.recurrent_gates))]
+    for gate in {"candidate", "input", "forget", "output"} - set(rkm.gates):
+        with pytest.raises(RKMError, match=f"'{cell}' has no rows of a gate '{gate}' here: the gates in its weight_ih"):
+            rkm.gate_slice(gate)
+    for gate in {"candidate", "input", "forget", "output"} - set(rkm.recurrent_gates):
+        with pytest.raises(RKMError, match=r"the gates in its weight_hh are|nothing is fed back"):
+            rkm.gate_slice(gate, recurrent=True)
+    memory = torch.rand(4, 5, 3)
+    with torch.no_grad():
+        for name, bias in rkm.named_parameters():
+            if name.startswith("bias") and "forget" in rkm.gates:
+                bias[rkm.gate_slice("forget")] = 50
+            if name.startswith("bias") and "input" in rkm.gates:
+                bias[rkm.gate_slice("input")] = -50
+            if name.startswith("bias") and "output" in rkm.gates:
+                bias[rkm.gate_slice("output")] = -50
+    output, state = rkm(torch.randn(4, 5, 2), (torch.zeros(4, 5, 3), memory))
+    if "forget" in rkm.gates:
+        assert_close(state.cell, memory)
+    if "output" in rkm.gates:
+        assert output.abs().max() < 1e-12
