@@ -3,7 +3,8 @@
 ``opacus`` runs an unknown layer once more, under ``torch.func``, from the layer's first positional argument and the
 gradient of the layer's first result. An RKM takes a state and masks beside its input, and its final state may be
 trained through, too. So each call of an RKM that ``opacus`` has prepared keeps its arguments, and notes the gradients
-of all its results. At the end of the backward pass it runs again with them. Nothing of ``opacus`` is imported here.
+of all its results. At the end of the backward pass it runs again with them, sample by sample. Nothing of ``opacus`` is
+imported here.
 """
 
 import copy
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call
 
 from fairseq_rkm.errors import RKMError
 
@@ -83,32 +84,40 @@ class Call:
                 so_far[:size] += gradient
 
     def gradients(self, noted: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The parameters' gradients, ``(B, ...)`` each, from the results'."""
-        layer, batch_dim = _without_hooks(self.layer), self.batch_dim
-        parameters = {name: p.detach() for name, p in layer.named_parameters()}
-        if self.x.size(batch_dim) == 0:  # a batch drawn at random may be empty
-            return {name: p.new_zeros(0, *p.shape) for name, p in parameters.items()}
-        wide = next(iter(parameters.values())).dtype
+        """The parameters' gradients, ``(B, ...)`` each, from the results'.
 
-        def product(
-            parameters: dict[str, Tensor], x: Tensor, state: Any, masks: dict[str, Tensor], noted: dict[str, Tensor]
-        ) -> Tensor:
-            if state is not None:
-                hidden, memory, *context = [tensor.unsqueeze(1) for tensor in state]
-                state = self.state_type(hidden, memory, context or None)
-            options = {"state": state, **{name: mask.unsqueeze(0) for name, mask in masks.items()}}
-            options |= {"return_memory": True} if self.memories else {}
-            output, final, *more = functional_call(layer, parameters, (x.unsqueeze(batch_dim),), options)
-            results = {str(number): tensor.squeeze(1) for number, tensor in enumerate(final.tensors())}
-            for name, tensor in zip(ALONG_TIME, (output, *more), strict=False):
-                results[name] = tensor.squeeze(batch_dim)
-            return torch.stack([(results[name] * g).sum().to(wide) for name, g in noted.items()]).sum()
-
-        over_noted = {name: batch_dim if name in ALONG_TIME else 1 for name in noted}
-        over = None, batch_dim, None if self.state is None else 1, 0, over_noted
+        Each sample runs alone, by the fast backends: ``vmap`` runs by the reference, which takes longer.
+        """
+        layer, count = _without_hooks(self.layer), self.x.size(self.batch_dim)
+        parameters = {name: p.detach().requires_grad_() for name, p in layer.named_parameters()}
         device = self.x.device.type
-        with nullcontext() if self.autocast is None else torch.autocast(device, self.autocast):
-            return vmap(grad(product), over)(parameters, self.x, self.state, self.masks, noted)
+        with nullcontext() if self.autocast is None else torch.autocast(device, self.autocast), torch.enable_grad():
+            samples = [self._gradients_of(layer, parameters, row, noted) for row in range(count)]
+        if not samples:  # a batch drawn at random may be empty
+            return {name: p.new_zeros(0, *p.shape) for name, p in parameters.items()}
+        return dict(zip(parameters, map(torch.stack, zip(*samples, strict=True)), strict=True))
+
+    def _gradients_of(
+        self, layer: nn.Module, parameters: dict[str, Any], row: int, noted: dict[str, Tensor]
+    ) -> tuple[Tensor, ...]:
+        """The parameters' gradients by one sample."""
+        state = None
+        if self.state is not None:
+            hidden, memory, *context = [tensor.narrow(1, row, 1) for tensor in self.state]
+            state = self.state_type(hidden, memory, context or None)
+        options = {"state": state, **{name: mask.narrow(0, row, 1) for name, mask in self.masks.items()}}
+        options |= {"return_memory": True} if self.memories else {}
+        output, final, *more = functional_call(layer, parameters, (self.x.narrow(self.batch_dim, row, 1),), options)
+        results = {str(number): (tensor, 1) for number, tensor in enumerate(final.tensors())}
+        for name, tensor in zip(ALONG_TIME, (output, *more), strict=False):
+            results[name] = tensor, self.batch_dim
+        pairs = [(results[name][0], g.narrow(results[name][1], row, 1)) for name, g in noted.items()]
+        pairs = [(value, g) for value, g in pairs if value.requires_grad]
+        if not pairs:
+            return tuple(torch.zeros_like(p) for p in parameters.values())
+        values, gradients = zip(*pairs, strict=True)
+        wanted = list(parameters.values())
+        return torch.autograd.grad(values, wanted, gradients, allow_unused=True, materialize_grads=True)
 
 
 def watch(layer: nn.Module, x: Tensor, state: Any, masks: dict[str, Tensor | None], results: tuple[Any, ...]) -> Any:
