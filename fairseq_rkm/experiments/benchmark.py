@@ -4,6 +4,7 @@
     python scripts/benchmark.py sweep --minutes 20 --json sweep.json --plot sweep.png
     python scripts/benchmark.py train DATA --user-dir fairseq_rkm --task stateful_language_modeling --arch rkm_lm ...
     python scripts/benchmark.py corpus --tokens 1000000000 --processes 2
+    python scripts/benchmark.py derivatives --device cpu --shape 35,20,200,200
 
 The first command prints, for each shape T,B,m,d, the milliseconds (median and quartiles) of the forward pass and of
 forward and backward. It prints the memory that a forward pass keeps for the backward pass, and the speed relative to
@@ -16,7 +17,8 @@ begins with the most telling fields, keeps each result in the JSON file, and goe
 that runs out, a refusal or a wrong result is told in its field. The picture shows ratios and backends as heat maps.
 
 The third command prints the tokens per second of whole updates. The fourth makes a corpus and prints how long a
-language model's data takes to open and to read, and how much memory that takes.
+language model's data takes to open and to read, and how much memory that takes. The fifth prints what derivatives of
+higher order and gradients of each sample cost.
 """
 
 import argparse
@@ -32,6 +34,7 @@ import torch
 
 from fairseq_rkm import CELLS, RKMError
 from fairseq_rkm.experiments.circumstances import circumstances
+from fairseq_rkm.experiments.derivatives_benchmark import derivatives
 from fairseq_rkm.experiments.fairseq_log import entries
 from fairseq_rkm.experiments.recurrence_benchmark import plot, recurrence, shape_of
 from fairseq_rkm.experiments.result_files import pyplot
@@ -124,6 +127,14 @@ def parse() -> argparse.Namespace:
     three.add_argument("--folder", type=Path, help="where to make the corpus, which is removed at the end")
     three.add_argument("--json", type=Path, help="where to append the rows, with hardware, versions and commit")
     three.set_defaults(run=corpus, plot=None, keeps_rows=False)
+    four = commands.add_parser("derivatives", help="derivatives of higher order, and gradients of each sample")
+    four.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    four.add_argument("--cell", choices=list(CELLS), default="rkm_lstm")
+    four.add_argument("--shape", type=shape_of, nargs="+", required=True, metavar="T,B,m,d")
+    four.add_argument("--seconds", type=float, default=1.0, help="how long to repeat each measurement")
+    four.add_argument("--seed", type=int, default=1)
+    four.add_argument("--json", type=Path, help="where to append the rows, with hardware, versions and commit")
+    four.set_defaults(run=derivatives, plot=None, keeps_rows=False)
     args, rest = parser.parse_known_args()
     if rest and args.run is not train:
         parser.error(f"unknown arguments: {' '.join(rest)}")

@@ -1,5 +1,6 @@
 import itertools
 import json
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -7,9 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fairseq.data import Dictionary
+from helpers import assert_close
 
+from fairseq_rkm import RKM
 from fairseq_rkm.data.indexed_check import check_split
 from fairseq_rkm.experiments import benchmark, corpus_benchmark, recurrence_benchmark
+from fairseq_rkm.experiments.derivatives_benchmark import ways_of
 
 
 def run(monkeypatch, *flags) -> None:
@@ -118,3 +122,26 @@ def test_a_made_corpus_is_read_by_each_process(monkeypatch, tmp_path, capfd):
 def test_kernels_are_measured_on_a_machine_without_fairseq():
     program = "import sys; sys.modules['fairseq'] = None; import fairseq_rkm.experiments.benchmark"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_derivatives_are_timed_against_ordinary_gradients(monkeypatch, tmp_path, capsys):
+    flags = ["--device", "cpu", "--seconds", 0.01, "--cell", "rkm_cifg", "--shape", "3,2,4,5"]
+    run(monkeypatch, "derivatives", *flags, "--json", tmp_path / "a.json")
+    (row,) = json.loads((tmp_path / "a.json").read_text())
+    assert next(iter(row["ms"])) == "gradients of the weights"
+    assert all(ms > 0 for ms in row["ms"].values())
+    assert re.search(r"gradients of the weights +[\d.]+ ms +1\.0 x", capsys.readouterr().out)
+
+
+def test_the_ways_to_gradients_of_each_sample_agree():
+    rkm, x = RKM(4, 5, cell="lstm"), torch.randn(3, 2, 4)
+    ways = ways_of(rkm, x)
+    together = ways["gradients of each sample, vmap(grad)"]().values()
+    alone = zip(*ways["gradients of each sample, one by one"](), strict=True)
+    for given, wanted in zip(together, alone, strict=True):
+        assert_close(given, torch.stack(wanted))
+    assert_close(
+        sum(g.sum() for g in ways["torch.func.grad"]().values()),
+        sum(g.sum() for g in ways["gradients of the weights"]()),
+    )
+    assert any(g is not None and g.any() for g in ways["a penalty on gradients (create_graph)"]())
