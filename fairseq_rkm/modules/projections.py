@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fairseq_rkm.errors import RKMError
 from fairseq_rkm.ops import Weights
 from fairseq_rkm.ops.cells import Cell
 
@@ -24,11 +25,16 @@ class Projection:
         fresh: what a reset begins with, ``(p,)``; None for zeros.
         keep: ``(T, B)`` bool, True at real steps; None if all steps are real.
         reset: ``(T, B)`` bool, True where a sequence begins anew; None if it nowhere does.
+
+    Raises:
+        RKMError: ``hidden`` is on another device, or of whole numbers.
     """
 
     def __init__(
         self, matrix: Tensor, hidden: Tensor | None, fresh: Tensor | None, keep: Tensor | None, reset: Tensor | None
     ) -> None:
+        if hidden is not None:
+            _check(hidden, matrix)
         self.matrix, self.hidden, self.fresh, self.keep, self.reset = matrix, hidden, fresh, keep, reset
 
     def fold(self, cell: Cell, inputs: Tensor, weights: Weights, ahead: int) -> tuple[Tensor, Weights]:
@@ -100,3 +106,12 @@ class Projection:
         given: Tensor | float = 0.0 if self.hidden is None else self.hidden
         fresh: Tensor | float = 0.0 if self.fresh is None else self.fresh
         return torch.where((begun > 0).unsqueeze(-1), fresh, given)
+
+
+def _check(hidden: Tensor, matrix: Tensor) -> None:
+    if hidden.device != matrix.device:
+        raise RKMError(
+            f"the inputs are on {matrix.device} but the hidden state on {hidden.device}; move them to one device"
+        )
+    if not hidden.is_floating_point():
+        raise RKMError(f"the hidden state must be floating-point numbers, not {hidden.dtype}")

@@ -603,13 +603,6 @@ class RKM(nn.Module):
                 raise RKMError(f"the state's {what} must be one tensor {names}, not a {type(tensor).__name__}")
             if tensor.shape != shape:
                 raise RKMError(f"the state's {what} must have shape {names} = {shape}, not {tuple(tensor.shape)}")
-            called = "memory" if what == "cell" else "hidden state"
-            if not tensor.is_floating_point():
-                raise RKMError(f"the {called} must be floating-point numbers, not {tensor.dtype}")
-            if tensor.device != x.device:
-                raise RKMError(
-                    f"the inputs are on {x.device} but the {called} on {tensor.device}; move them to one device"
-                )
 
     def _learned_rows(self, batch: int) -> tuple[Rows | None, Rows | None]:
         """Hidden state and memory of each layer and direction, as learned; None stands for zeros."""

@@ -240,6 +240,8 @@ def test_other_sizes_are_refused(size):
         projected()(torch.randn(5, 4, M, dtype=DOUBLE), (torch.zeros(1, 4, D), torch.zeros(1, 4, D)))
     with pytest.raises(RKMError, match=r"the hidden state must be floating-point numbers, not torch.int64"):
         projected()(torch.randn(5, 4, M, dtype=DOUBLE), (torch.zeros(1, 4, P, dtype=int), torch.zeros(1, 4, D)))
+    with pytest.raises(RKMError, match=r"the inputs are on cpu but the hidden state on meta"):
+        projected()(torch.randn(5, 4, M, dtype=DOUBLE), (torch.zeros(1, 4, P, device="meta"), torch.zeros(1, 4, D)))
 
 
 @settings(max_examples=30, deadline=None)
