@@ -206,6 +206,10 @@ def read(path: Path | None) -> dict[tuple[Any, ...], Row]:
         return {}
     try:
         rows: Iterable[Row] = json.loads(path.read_text(encoding="utf-8"))
-        return {_key(row): row for row in rows if all(k in row for k in (*SAME, "lstm"))}
+        for row in rows:
+            about, lstm = [row[k] for k in SAME], row["lstm"]
+            if not all(isinstance(text, str) for text in about) or not isinstance(lstm, dict):
+                raise TypeError(row)
+        return {_key(row): row for row in rows}
     except (ValueError, TypeError, KeyError) as error:
         raise SystemExit(f"benchmark: {path} holds no rows of a sweep ({error!r}); give --json another name") from error

@@ -107,8 +107,8 @@ def measure_field(field: Field, contenders: list[Contender], device: str, second
     Raises:
         GPUError: the GPU is in error; its ``args[0]`` holds the rows.
     """
-    rows: list[dict[str, Any]] = [{**field._asdict(), **asdict(contender)} for contender in contenders]
     lstm: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = [{**field._asdict(), **asdict(contender), "lstm": lstm} for contender in contenders]
     try:
         with products_in(field.precision):
             _fill(rows, lstm, field, contenders, device, seconds)
@@ -124,7 +124,6 @@ def measure_field(field: Field, contenders: list[Contender], device: str, second
             gc.collect()
             torch.cuda.empty_cache()
     for row in rows:
-        row["lstm"] = lstm
         for kind in ("eager", "graph"):
             if kind in row and kind in lstm:
                 row[f"{kind}_ratio"] = lstm[kind]["median_ms"] / row[kind]["median_ms"]
@@ -186,7 +185,7 @@ def _layer(contender: Contender, x: Tensor) -> tuple[nn.Module, str]:
         size, size, cell=contender.cell, feedback=None if contender.feedback else False,
         memory_clip=contender.memory_clip, backend=contender.backend, device=x.device, dtype=x.dtype,
     )  # fmt: skip
-    cell = resolve_cell(rkm.cell, rkm.feedback if not rkm.feedback else None).clipped(rkm.memory_clip)
+    cell = resolve_cell(rkm.cell, None if rkm.feedback else False).clipped(rkm.memory_clip)
     parameters = dict(rkm.named_parameters())
     weights = Weights(parameters["weight_ih_l0"], parameters.get("weight_hh_l0"), parameters["bias_l0"])
     picked = pick(contender.backend, cell, x, weights)

@@ -137,6 +137,18 @@ def test_an_lstm_that_fails_leaves_the_others_their_times(monkeypatch):
     assert "nn.LSTM: cuDNN does not take this" in sweep_benchmark.line(row)
 
 
+def test_a_field_after_which_the_gpu_is_in_error_has_rows_all_the_same(monkeypatch):
+    def fail(*_arguments):
+        raise RuntimeError("illegal memory access")
+
+    monkeypatch.setattr(sweep_measurement, "_fill", fail)
+    monkeypatch.setattr(sweep_measurement, "_is_in_error", lambda: True)
+    with pytest.raises(GPUError) as error:
+        measure_field(FIELD, [PLAIN], "cuda", 0.001)
+    (row,) = error.value.args[0]
+    assert (row["failure"], row["lstm"]) == ("illegal memory access", {})
+
+
 def test_the_sweep_ends_when_the_gpu_takes_no_more(monkeypatch, tmp_path):
     rows = [{**FIELD._asdict(), **vars(PLAIN), "failure": "illegal memory access", "lstm": {}}]
 
@@ -238,7 +250,7 @@ def test_bad_flags_are_explained(monkeypatch, capsys, flags, message):
     assert message in f"{error.value}{capsys.readouterr().err}"
 
 
-@pytest.mark.parametrize("content", ["{", '[{"size": 3, "commit": 1, "hardware": 1, "torch": 1, "lstm": 1}]', "3"])
+@pytest.mark.parametrize("content", ["{", "3", '[{"shape": [3, 2, 4, 4], "cell": "rkm_lstm"}]'])
 def test_another_file_is_not_written_over(monkeypatch, tmp_path, content):
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(SystemExit, match="holds no rows of a sweep"):
