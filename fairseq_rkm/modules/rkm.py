@@ -41,6 +41,7 @@ from fairseq_rkm.modules.state import RKMState
 from fairseq_rkm.ops import Weights, anew, memory_dtype, recurrence, resolve_cell
 from fairseq_rkm.ops.cells import resolve_clip
 from fairseq_rkm.ops.dispatch import check_backend
+from fairseq_rkm.ops.exported_loop import checks_of_sizes
 from fairseq_rkm.ops.memories import memories
 from fairseq_rkm.ops.ngram import extend, next_context, steps_ahead
 from fairseq_rkm.ops.segments import Reset
@@ -103,10 +104,14 @@ class RKM(nn.Module):
 
     Derivatives:
         All backends give the same derivatives, of any order. The reference, the slowest backend, computes gradients
-        that are differentiated again (``create_graph=True``). It also runs under ``torch.func``, FakeTensorMode,
-        ``make_fx``, ``torch.jit.trace`` and the ONNX exporters, and on tensors that hold no plain memory. A backend
-        named by the user refuses there. A program recorded by ``torch.jit.trace`` or for ONNX has a fixed number of
-        steps and refuses sequences of another length. ``torch.jit.trace`` gives states as plain pairs.
+        that are differentiated again (``create_graph=True``). It also runs under ``torch.func``, FakeTensorMode and
+        ``make_fx``, and on tensors that hold no plain memory. A backend named by the user refuses there.
+
+    Exporting:
+        ``torch.export``, ``torch.jit.trace`` and both ONNX exporters record one loop a layer and direction, of
+        PyTorch's own operators: a program takes any number of steps and sequences (docs/exporting.md). With
+        ``backend="reference"`` a program has a fixed number of steps, and refuses another. ``torch.jit.trace`` gives
+        states as plain pairs.
 
     Padding:
         Outputs are zero at padding. Inputs and gradients are not read there: NaN and infinity have no effect.
@@ -409,13 +414,14 @@ class RKM(nn.Module):
         """
         given = _one_of("x", x, "input", input)
         state = _one_of("state", state, "hx", hx)
-        self._check_input(given)
-        layout = layout_of(given, self.batch_first)
-        keep = self._keep(layout, padding_mask)
-        where_anew = self._anew(layout, reset)
-        autocast = self._autocast_dtype(layout.steps.device)
-        steps = layout.steps if autocast is None else layout.steps.to(autocast)
-        initial = self._initial_state(steps, state, layout)
+        with checks_of_sizes():
+            self._check_input(given)
+            layout = layout_of(given, self.batch_first)
+            keep = self._keep(layout, padding_mask)
+            where_anew = self._anew(layout, reset)
+            autocast = self._autocast_dtype(layout.steps.device)
+            steps = layout.steps if autocast is None else layout.steps.to(autocast)
+            initial = self._initial_state(steps, state, layout)
         along, final = self._run(steps, *initial, keep, where_anew, autocast, return_memory)
         output, *more = [layout.restored(tensor) for tensor in along]
         results = output, layout.leaving(final), *more
@@ -489,8 +495,6 @@ class RKM(nn.Module):
             reset = None if reset is None else reset.backward()
         inputs = extend(x, self.ngram, self.ngram_padding, context)
         weights = self._weights(name, autocast)
-        # An exported program can hold PyTorch's own operations alone.
-        backend = "reference" if self.backend == "auto" and _is_exporting() else self.backend
         ahead = steps_ahead(self.ngram, self.ngram_padding)
         fresh, projection = self._start(name), None
         with nullcontext() if autocast is None else torch.autocast(x.device.type, enabled=False):
@@ -499,7 +503,7 @@ class RKM(nn.Module):
                 projection = Projection(matrix, hidden, fresh[0], keep, begins)
                 inputs, weights = projection.fold(self._cell, inputs, weights, ahead)
                 hidden, fresh = None, (None, fresh[1])
-            problem = self._cell, inputs, weights, self.hidden_size, hidden, memory, keep, backend
+            problem = self._cell, inputs, weights, self.hidden_size, hidden, memory, keep, self.backend
             if reset is None:
                 output, *final = recurrence(*problem)
             else:
@@ -771,11 +775,6 @@ def _check_lost_context(plain: bool) -> None:
         )
     if not plain and not torch.compiler.is_compiling():
         warnings.warn(WITHOUT_CONTEXT, stacklevel=6)
-
-
-def _is_exporting() -> bool:
-    """Whether ``torch.export`` is tracing; before torch 2.7, which cannot tell, whether anything is."""
-    return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
 
 
 def _mask_of(reset: Tensor | Reset | None) -> Tensor | None:

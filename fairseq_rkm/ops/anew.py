@@ -8,7 +8,7 @@ CUDA graphs, under ``torch.func`` and while ``torch.jit`` traces: the reference 
 import torch
 from torch import Tensor
 
-from fairseq_rkm.ops import dispatch, reference
+from fairseq_rkm.ops import dispatch, exported_loop, reference
 from fairseq_rkm.ops.cells import Cell
 from fairseq_rkm.ops.higher_derivatives import zeros_for_none
 from fairseq_rkm.ops.ngram import windows
@@ -47,6 +47,8 @@ def recurrence(
         RKMError: an error of :func:`fairseq_rkm.ops.dispatch.recurrence`; or a backend is named where only the
             reference can follow the mask.
     """
+    if backend == "auto" and exported_loop.is_recording():
+        return exported_loop.recurrence(cell, inputs, weights, size, hidden, memory, keep, reset.mask, fresh, ahead)
     if reset.nowhere:
         return dispatch.recurrence(cell, inputs, weights, size, hidden, memory, keep, backend)
     ngram = inputs.size(0) - reset.mask.size(0) + 1

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fairseq_rkm.errors import RKMError
-from fairseq_rkm.ops import eager, operators, reference
+from fairseq_rkm.ops import eager, exported_loop, operators, reference
 from fairseq_rkm.ops.backends import batched, native, persistent, scan
 from fairseq_rkm.ops.cells import Cell
 from fairseq_rkm.ops.higher_derivatives import REFERENCE, zeros_for_none
@@ -106,9 +106,11 @@ def recurrence(
         RKMError: inputs, weights, state and mask differ in device or dtype; a shape does not fit; numbers are not
             floating-point ones; or the backend refuses.
     """
+    if backend == "auto" and exported_loop.is_recording():
+        return exported_loop.recurrence(cell, inputs, weights, size, hidden, memory, keep)
     if not torch.jit.is_tracing():  # tracing warns of each comparison
         check(cell, inputs, weights, size, hidden, memory, keep)
-    if torch.compiler.is_dynamo_compiling() and not (backend == "reference" and _is_exporting()):
+    if torch.compiler.is_dynamo_compiling() and not (backend == "reference" and exported_loop.is_exporting()):
         # The compiler reads Python; the choice of a backend is not its business. It calls the operator with fake
         # tensors, and finds the chosen backend's operator.
         return _COMPILED(backend, *operators.arguments(cell, inputs, weights, hidden, memory, keep))
@@ -141,8 +143,3 @@ _COMPILED = operators.define(
     "recurrence", f"(str backend, {operators.ARGUMENTS}) -> (Tensor, Tensor, Tensor)", "CompositeImplicitAutograd",
     _run_compiled,
 )  # fmt: skip
-
-
-def _is_exporting() -> bool:
-    """Whether ``torch.export`` is tracing; before torch 2.7, which cannot tell, whether anything is."""
-    return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()

@@ -8,7 +8,7 @@ and its weights ``[W, U]``. Gradients go through both recurrences.
 import torch
 from torch import Tensor
 
-from fairseq_rkm.ops import anew, dispatch
+from fairseq_rkm.ops import anew, dispatch, exported_loop
 from fairseq_rkm.ops.cells import OUTPUT, Cell
 from fairseq_rkm.ops.gate_layout import gate_slices
 from fairseq_rkm.ops.ngram import windows
@@ -43,6 +43,11 @@ def memories(
     Returns:
         ``(T, B, d)``, zero at padding; float32 for inputs of 16 bits, else of the inputs' dtype.
     """
+    if backend == "auto" and exported_loop.is_recording():  # a loop that is written down may show them
+        mask = None if reset is None else reset.mask
+        return exported_loop.recurrence(
+            cell, inputs, weights, size, hidden, memory, keep, mask, fresh, ahead, memories=True
+        )[0]
     wide = memory_dtype(inputs.dtype)
     backend = "reference" if backend == "reference" else "auto"
     if weights.recurrent is not None:

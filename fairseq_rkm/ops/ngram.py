@@ -55,7 +55,7 @@ def windows(inputs: Tensor, ngram: int, ahead: int = 0, reset: Tensor | None = N
     steps = inputs.size(0) - ngram + 1
     taps = [inputs[start : start + steps] for start in range(ngram - 1, -1, -1)]
     if reset is not None:
-        number = reset.cumsum(0)
+        number = reset.long().cumsum(0)  # ONNX sums no truth values
         none = number.new_zeros(ngram - 1, number.size(1))
         numbers = torch.cat([none[ahead:], number, none[:ahead]])
         near = [numbers[start : start + steps] for start in range(ngram - 1, -1, -1)]
@@ -81,7 +81,8 @@ def next_context(
     extended = extend(x, ngram, "causal", context)
     if keep is None:
         last = extended[x.size(0) :].clone()
-        lengths = torch.full((x.size(1),), x.size(0), device=x.device)
+        if reset is not None:
+            lengths = torch.ones_like(reset, dtype=torch.int64).sum(0)  # a trace would take torch.full's for a constant
     else:
         lengths = last_real_step(keep)
         index = lengths + torch.arange(ngram - 1, device=x.device).unsqueeze(1)

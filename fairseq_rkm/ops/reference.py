@@ -55,9 +55,16 @@ def recurrence(
 
 def step(cell: Cell, window: Tensor, weights: Weights, hidden: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
     """``h_t`` and ``c_t``, ``(B, d)`` each, from ``X_t``, ``(B, n * m)``, ``h_{t-1}`` and ``c_{t-1}``."""
-    a = dict(zip(cell.gates, F.linear(window, weights.input, weights.bias).chunk(len(cell.gates), 1), strict=True))
+    return update(cell, F.linear(window, weights.input, weights.bias), weights, hidden, memory, hidden.size(1))
+
+
+def update(
+    cell: Cell, projected: Tensor, weights: Weights, hidden: Tensor, memory: Tensor, size: int
+) -> tuple[Tensor, Tensor]:
+    """As :func:`step`, from ``W X_t + b``, ``(B, gates * d)``; ``size``: d."""
+    a = dict(zip(cell.gates, projected.split(size, 1), strict=True))
     if weights.recurrent is not None:
-        fed_back = F.linear(hidden, weights.recurrent).chunk(len(cell.recurrent_gates), 1)
+        fed_back = F.linear(hidden, weights.recurrent).split(size, 1)
         for gate, term in zip(cell.recurrent_gates, fed_back, strict=True):
             a[gate] = a[gate] + term
     a = {gate: value.to(memory.dtype) for gate, value in a.items()}
@@ -73,9 +80,7 @@ def step(cell: Cell, window: Tensor, weights: Weights, hidden: Tensor, memory: T
     if cell.has_memory:
         new_memory = new_memory + forget * memory
     if weights.norm_weight is not None:
-        new_memory = F.layer_norm(
-            new_memory, weights.norm_weight.shape, weights.norm_weight, weights.norm_bias, LAYER_NORM_EPS
-        )
+        new_memory = F.layer_norm(new_memory, (size,), weights.norm_weight, weights.norm_bias, LAYER_NORM_EPS)
     if cell.clip is not None:
         new_memory = new_memory.clamp(-cell.clip, cell.clip)
 

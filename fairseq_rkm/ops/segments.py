@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fairseq_rkm.ops import exported_loop
 from fairseq_rkm.ops.plain_tensors import are_plain
 
 Fresh = tuple[Tensor | None, Tensor | None]
@@ -106,7 +107,7 @@ class Reset:
     @property
     def host(self) -> Tensor | None:
         """The mask in the host's memory; None where it may not be read. A single step is not worth the reading."""
-        if self._host is None and self.mask.size(0) > 1 and _may_read(self.mask):
+        if self._host is None and not exported_loop.is_recording() and self.mask.size(0) > 1 and _may_read(self.mask):
             self._host = self.mask.cpu()
         return self._host
 
@@ -139,7 +140,7 @@ def _may_read(mask: Tensor) -> bool:
 
 
 def _turned(mask: Tensor) -> Tensor:
-    return torch.cat([torch.zeros_like(mask[:1]), mask[1:].flip(0)])
+    return torch.cat([mask.new_zeros(1, mask.size(1)), mask.flip(0)])[:-1]
 
 
 def _cut(host: np.ndarray, mask: Tensor) -> Segments:

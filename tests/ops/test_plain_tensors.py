@@ -118,21 +118,6 @@ class Alone(nn.Module):
         return self.rkm(x)[0]
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("arguments", [{}, STACK])
-def test_a_trace_is_the_function_and_refuses_other_lengths(arguments):
-    rkm, exact = pair(**arguments)
-    traced = torch.jit.trace(Alone(rkm), (torch.randn(4, 2, 3),))
-    x = torch.randn(4, 5, 3)
-    assert_close(traced(x), exact(x)[0])
-    rkm.bias_l0.data.zero_()
-    exact.bias_l0.data.zero_()
-    assert_close(traced(x), exact(x)[0], "weights that were changed later")
-    for steps in (3, 5):
-        with pytest.raises(RuntimeError, match=r"Expected \d elements in a list but found \d"):
-            traced(torch.randn(steps, 2, 3))
-
-
 @pytest.mark.parametrize("backend", FAST)
 def test_a_backend_asked_for_by_name_refuses_what_it_cannot_see(backend):
     rkm, x = RKM(3, 4, backend=backend), torch.randn(4, 2, 3)

@@ -15,6 +15,7 @@ from fairseq_rkm.models.word_layers import build_embedding, build_softmax
 from fairseq_rkm.modules import RKM, LockedDropout, RKMState, dropped_embedding
 from fairseq_rkm.modules.continuous_cache import CacheMemory, ContinuousCache
 from fairseq_rkm.modules.dropout import check_probability
+from fairseq_rkm.ops.exported_loop import is_recording
 from fairseq_rkm.ops.segments import Reset
 
 States = list[RKMState]
@@ -97,10 +98,11 @@ class RKMLanguageModelDecoder(FairseqIncrementalDecoder):
         elif segment is not None:
             states = self.carried[self.training].before(segment)
             states = None if states is None else check_streams(states, tokens)
-        if segment is None and tokens.eq(self.padding_idx).any():
+        # A recorded program must not depend on the values of its example.
+        if segment is None and (is_recording() or tokens.eq(self.padding_idx).any()):
             mask = tokens.eq(self.padding_idx)
-        reset = Reset(tokens.t().eq(self.dictionary.eos())) if self.reset_at_eos else None
-        raw_features, new_states = self._run(tokens, states, mask, reset)
+        reset = self.resets(tokens)
+        raw_features, new_states = self.run(tokens, states, mask, reset)
         dropped = self.dropout_output(raw_features)
         if incremental_state is not None:
             self.set_incremental_state(incremental_state, "states", new_states)
@@ -136,7 +138,11 @@ class RKMLanguageModelDecoder(FairseqIncrementalDecoder):
         self.cache_memory.after(segment, memory, left)
         return mixed
 
-    def _run(
+    def resets(self, tokens: Tensor) -> Optional[Reset]:
+        """Where a sentence begins anew among tokens ``(B, T)``; None for a model that goes on from one to the next."""
+        return Reset(tokens.t().eq(self.dictionary.eos())) if self.reset_at_eos else None
+
+    def run(
         self, tokens: Tensor, states: Optional[States], mask: Optional[Tensor], reset: Optional[Reset]
     ) -> tuple[Tensor, States]:
         """The last layer's output, ``(T, B, d)``, for tokens ``(B, T)``, and the next state."""

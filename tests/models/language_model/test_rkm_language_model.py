@@ -79,7 +79,7 @@ def test_sentences_and_streams_start_from_the_learned_state(dictionary):
     tokens = torch.randint(4, 44, (2, 6))
     full, _ = model(tokens)
     starts = [layer.initial_state(2) for layer in model.layers]
-    assert_close(model.output_layer(model._run(tokens, starts, None, None)[0].transpose(0, 1)), full)
+    assert_close(model.output_layer(model.run(tokens, starts, None, None)[0].transpose(0, 1)), full)
     incremental: dict = {}
     for t in range(6):
         assert_close(model(tokens[:, : t + 1], incremental_state=incremental)[0][:, 0], full[:, t])
