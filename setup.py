@@ -10,6 +10,8 @@ PLOTS = ["matplotlib"]
 FAIRSEQ = ["fairseq-fixed>=0.12.3.1", "sacremoses", "sentencepiece"]
 # Libraries that people use beside nn.LSTM; tests/compatibility tries RKM with each that is there.
 COMPATIBILITY = ["captum", "opacus", "skorch"]
+# What PyTorch's ONNX exporters need, and what runs their programs.
+ONNX = ["onnx", "onnxruntime", "onnxscript"]
 # A new complaint of a linter in a later version is not what somebody else should see first.
 LINTERS = ["mypy==2.4.1", "ruff==0.17.6"]
 
@@ -56,8 +58,10 @@ setup(
         "fairseq": FAIRSEQ,
         "plots": PLOTS,
         "compatibility": COMPATIBILITY,
+        "onnx": ONNX,
         "dev": [
             *FAIRSEQ,
+            *ONNX,
             *PLOTS,
             *LINTERS,
             "hypothesis",

@@ -16,9 +16,9 @@ from torch.export import Dim
 
 from fairseq_rkm import CELLS, RKM
 
-onnx = pytest.importorskip("onnx", reason="needs onnx (pip install '.[compatibility]')")
-onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime (pip install '.[compatibility]')")
-pytest.importorskip("onnxscript", reason="needs onnxscript (pip install '.[compatibility]')")
+onnx = pytest.importorskip("onnx", reason="needs onnx (pip install '.[onnx]')")
+onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime (pip install '.[onnx]')")
+pytest.importorskip("onnxscript", reason="needs onnxscript (pip install '.[onnx]')")
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 EXPORTERS = ["torch.jit.trace", "torch.export"]
