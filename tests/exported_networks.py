@@ -19,6 +19,9 @@ VARIANTS = [
 ]
 """Arguments of RKM that meet everything that an exporter meets."""
 
+HALF = [(arguments, bool(i % 2)) for i, arguments in enumerate(VARIANTS)]
+"""Each with a mask or without, for exporters that take seconds."""
+
 SIZES = [(1, 1), (9, 3), (1, 2), (4, 1)]
 """Steps and batches other than an example's."""
 

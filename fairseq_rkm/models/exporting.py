@@ -9,7 +9,6 @@ from fairseq_rkm.errors import RKMError
 from fairseq_rkm.models.classification.rkm_classifier import RKMClassifier
 from fairseq_rkm.models.language_model.rkm_language_model import RKMLanguageModel
 from fairseq_rkm.modules import RKMState
-from fairseq_rkm.ops import memory_dtype
 
 
 class LanguageModelNetwork(nn.Module):
@@ -37,17 +36,12 @@ class LanguageModelNetwork(nn.Module):
         self.decoder, self.padding = model.decoder, padding
         kinds = ("hidden", "cell") if model.decoder.layers[0].ngram == 1 else ("hidden", "cell", "context")
         self.state_names = [f"{kind}{layer}" for layer in range(len(model.decoder.layers)) for kind in kinds]
+        self.train(model.training)  # the older ONNX exporter sets all parts to the whole's mode
 
     def start(self, batch: int) -> list[Tensor]:
-        """The state before ``batch`` texts: h and c, ``(1, B, d)`` each, and a context, ``(n - 1, B, m)``, a layer."""
-        state = []
-        for layer in self.decoder.layers:
-            first = layer.get_parameter("weight_ih_l0")
-            state.append(first.new_zeros(1, batch, layer.hidden_size))
-            state.append(first.new_zeros(1, batch, layer.hidden_size, dtype=memory_dtype(first.dtype)))
-            if layer.ngram > 1:
-                state.append(first.new_zeros(layer.ngram - 1, batch, layer.input_size))
-        return state
+        """The state before ``batch`` texts: for each layer h and c, ``(1, B, d)``, and a context, ``(n - 1, B, m)``."""
+        states = [layer.initial_state(batch) for layer in self.decoder.layers]
+        return [tensor.detach() for state in states for tensor in state.tensors()]
 
     def forward(self, tokens: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         """Predict each next word.
@@ -86,6 +80,7 @@ class ClassifierNetwork(nn.Module):
         if not isinstance(model, RKMClassifier) or head not in model.classification_heads:
             raise RKMError(f"ClassifierNetwork takes an rkm_classifier with a head {head!r}, as hub.model is")
         self.model, self.head = model, head
+        self.train(model.training)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """The classes' logits, ``(B, classes)``, of documents ``(B, T)`` int64, padded on either side."""

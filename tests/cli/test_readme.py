@@ -51,21 +51,45 @@ def type_in(checkout: Path, commands: str) -> str:
     return shell.stdout + shell.stderr
 
 
-def test_a_language_model_on_text_of_one_s_own(checkout, tmp_path):
-    commands = section("Train a language model").replace("TEXT", str(write_text(tmp_path)))
+@pytest.fixture(scope="module")
+def language_model(checkout, tmp_path_factory) -> str:
+    """What the commands for a language model print; the model is in runs/lm/run."""
+    commands = section("Train a language model").replace("TEXT", str(write_text(tmp_path_factory.mktemp("text"))))
     assert "fairseq-eval-lm runs/lm/data" in commands
-    output = type_in(checkout, commands.replace("--max-epoch 10", "--max-epoch 2"))
-    assert float(re.search(r"Perplexity: ([\d.]+)", output)[1]) < 40
+    return type_in(checkout, commands.replace("--max-epoch 10", "--max-epoch 2"))
 
 
-def test_a_classifier_of_one_s_own_documents(checkout):
+@pytest.fixture(scope="module")
+def classifier(checkout) -> str:
+    """What the commands for a classifier print; the model is in runs/documents/run."""
     for split, count in (("train", 200), ("test", 20)):
         with (checkout / f"{split}.csv").open("w", newline="") as file:
             csv.writer(file).writerows(news(count, len(split)))
     commands = section("Classify documents")
     assert "fairseq_rkm.predict" in commands
-    output = type_in(checkout, commands.replace("--max-epoch 5", "--max-epoch 1").replace("classes 4", "classes 3"))
-    assert re.search(r"^[123]\t0\.\d{4}$", output, re.M)
+    return type_in(checkout, commands.replace("--max-epoch 5", "--max-epoch 1").replace("classes 4", "classes 3"))
+
+
+def test_a_language_model_on_text_of_one_s_own(language_model):
+    assert float(re.search(r"Perplexity: ([\d.]+)", language_model)[1]) < 40
+
+
+def test_a_classifier_of_one_s_own_documents(classifier):
+    assert re.search(r"^[123]\t0\.\d{4}$", classifier, re.M)
+
+
+@pytest.mark.usefixtures("language_model", "classifier")
+def test_what_is_trained_runs_elsewhere_as_the_manual_of_exporting_says(checkout):
+    for library in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(library, reason=f"needs {library} (pip install '.[onnx]')")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "exporting.md").read_text(), re.S)
+    assert len(blocks) == 4
+    for i, block in enumerate(blocks):
+        (checkout / f"block{i}.py").write_text(block)
+    printed = type_in(checkout, "for i in 0 1 2 3; do python -W ignore block$i.py; done; ls")
+    assert "fairseq" not in blocks[2]
+    assert len(printed.splitlines()[-20:]) > 10
+    assert {"rnn.onnx", "lm.onnx", "classifier.onnx"} <= set(printed.split())
 
 
 def test_the_folders_of_the_commands_do_not_collide():

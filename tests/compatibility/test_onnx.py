@@ -4,6 +4,7 @@ import pytest
 import torch
 from exported_networks import (
     EPISODES,
+    HALF,
     SIZES,
     VARIANTS,
     Episodes,
@@ -22,6 +23,8 @@ pytest.importorskip("onnxscript", reason="needs onnxscript (pip install '.[onnx]
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 EXPORTERS = ["torch.jit.trace", "torch.export"]
+PROBLEMS = [("torch.jit.trace", arguments, masked) for arguments in VARIANTS for masked in (False, True)]
+PROBLEMS += [("torch.export", arguments, masked) for arguments, masked in HALF]
 
 
 def network(masked=False, **arguments):
@@ -53,9 +56,7 @@ def loaded(path):
     return run
 
 
-@pytest.mark.parametrize("exporter", EXPORTERS)
-@pytest.mark.parametrize("arguments", VARIANTS)
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("exporter", "arguments", "masked"), PROBLEMS)
 def test_onnx_runs_at_any_size(exporter, arguments, masked, tmp_path):
     net, path = network(masked, **arguments), str(tmp_path / "rkm.onnx")
     operators = export(net, exporter, path)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from exported_networks import (
     EPISODES,
+    HALF,
     SIZES,
     VARIANTS,
     Episodes,
@@ -36,8 +37,7 @@ def scans(program):
     return [node for node in program.graph.nodes if node.target is torch.ops.higher_order.scan]
 
 
-@pytest.mark.parametrize("arguments", VARIANTS)
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("arguments", "masked"), HALF)
 def test_an_exported_program_has_a_loop_a_layer_and_direction_and_runs_at_any_size(arguments, masked):
     net = network(masked, **arguments)
     program = exported(net)
