@@ -24,9 +24,6 @@ SLOT = "ft_compute_sample_grad"
 CALLS = "_calls_in_order"
 """The attribute with the calls that wait for their backward pass, the last first out, as ``opacus`` has it."""
 
-ALONG_TIME = "output", "memories"
-"""The names of results that have a time dimension."""
-
 
 class Call:
     """One call of a layer: its arguments, and the gradients of its results as they come in.
@@ -38,24 +35,22 @@ class Call:
         state: the tensors of the given state, ``(.., B, ..)`` each, or None.
         masks: masks by their argument's name, ``(B, T)`` each.
         final: the final state.
-        memories: whether the memories are a result, too.
     """
 
     def __init__(
-        self, layer: Any, owner: Any, x: Tensor, state: list[Tensor] | None, masks: dict[str, Tensor], final: Any,
-        memories: bool,
-    ) -> None:  # fmt: skip
+        self, layer: Any, owner: Any, x: Tensor, state: list[Tensor] | None, masks: dict[str, Tensor], final: Any
+    ) -> None:
         self.layer, self.owner = layer, owner
         self.x, self.masks = x.detach(), masks
         self.state = None if state is None else [tensor.detach() for tensor in state]
-        self.state_type, self.memories = type(final), memories
+        self.state_type = type(final)
         self.batch_dim = 0 if layer.batch_first else 1
         device = x.device.type
         self.autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         self.noted: dict[str, Tensor] = {}
 
     def watch(self, result: str, tensor: Tensor) -> Tensor:
-        """Have the gradient of a result noted: one of :data:`ALONG_TIME`, or the number of a tensor of the state."""
+        """Have the gradient of a result noted: ``"output"``, or the number of a tensor of the final state."""
         if tensor.requires_grad:
             tensor.register_hook(partial(self._note, result))
         return tensor
@@ -106,11 +101,9 @@ class Call:
             hidden, memory, *context = [tensor.narrow(1, row, 1) for tensor in self.state]
             state = self.state_type(hidden, memory, context or None)
         options = {"state": state, **{name: mask.narrow(0, row, 1) for name, mask in self.masks.items()}}
-        options |= {"return_memory": True} if self.memories else {}
-        output, final, *more = functional_call(layer, parameters, (self.x.narrow(self.batch_dim, row, 1),), options)
+        output, final = functional_call(layer, parameters, (self.x.narrow(self.batch_dim, row, 1),), options)
         results = {str(number): (tensor, 1) for number, tensor in enumerate(final.tensors())}
-        for name, tensor in zip(ALONG_TIME, (output, *more), strict=False):
-            results[name] = tensor, self.batch_dim
+        results["output"] = output, self.batch_dim
         pairs = [(results[name][0], g.narrow(results[name][1], row, 1)) for name, g in noted.items()]
         pairs = [(value, g) for value, g in pairs if value.requires_grad]
         if not pairs:
@@ -128,7 +121,7 @@ def watch(layer: nn.Module, x: Tensor, state: Any, masks: dict[str, Tensor | Non
         x: the call's input.
         state: the state given, a pair with or without a context, or None.
         masks: other arguments, ``(B, T)`` each, by name.
-        results: the call's output and final state, perhaps followed by its memories.
+        results: the call's output and final state; or three, memories among them, which are refused.
 
     Returns:
         The results to give out.
@@ -142,18 +135,21 @@ def watch(layer: nn.Module, x: Tensor, state: Any, masks: dict[str, Tensor | Non
     if owner is None or not owner.hooks_enabled or not layer.training or not torch.is_grad_enabled():
         return results
     _check(layer, owner, x)
-    output, final, *memories = results
+    if len(results) > 2:
+        # Its hook fails where a gradient comes through a second tensor alone.
+        raise RKMError("opacus takes no gradients through an RKM's memories: train without return_memory")
+    output, final = results
     given = None if state is None else [state[0], state[1], *(getattr(state, "context", None) or [])]
     present = {name: mask for name, mask in masks.items() if mask is not None}
-    call = Call(layer, owner, x, given, present, final, bool(memories))
+    call = Call(layer, owner, x, given, present, final)
     if hasattr(owner, "max_grad_norm"):
         layer.__dict__.setdefault(CALLS, []).append(call)
         layer.__dict__[SLOT] = partial(_at_once, layer)
-        return output, final.map(_refuse), *map(_refuse, memories)
+        return output, final.map(_refuse)
     layer.__dict__[SLOT] = _later
     numbers = iter(range(len(final.tensors())))
     final = final.map(lambda tensor: call.watch(str(next(numbers)), tensor))
-    return call.watch("output", output), final, *(call.watch("memories", tensor) for tensor in memories)
+    return call.watch("output", output), final
 
 
 def _later(parameters: list[Tensor], _inputs: Tensor, backprops: Tensor) -> list[Tensor]:
@@ -170,8 +166,7 @@ def _at_once(layer: Any, _parameters: Any, _inputs: Tensor, backprops: Tensor) -
 def _refuse(tensor: Tensor) -> Tensor:
     def refuse(_gradient: Tensor) -> None:
         raise RKMError(
-            "opacus' fast gradient clipping sees an RKM's output alone, and the loss reads its final state or its "
-            "memories, too: "
+            "opacus' fast gradient clipping sees an RKM's output alone, and the loss reads its final state, too: "
             "take the last step of the output, or grad_sample_mode='hooks'"
         )
 

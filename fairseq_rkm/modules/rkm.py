@@ -54,6 +54,10 @@ WITHOUT_CONTEXT = (
     "DistributedDataParallel does, loses the context: hand it state.tensors(), and make "
     "RKMState(hidden, cell, context) of them again. Give a plain pair (hidden, cell) where an empty context is meant"
 )
+UNQUANTIZED = (
+    "an RKM has no quantized form: torch.ao.quantization leaves it as it is, in floating point, and quantizes other "
+    "modules beside it"
+)
 
 
 class RKM(nn.Module):
@@ -343,10 +347,12 @@ class RKM(nn.Module):
         """Do nothing: parameters may lie anywhere in memory. Code for ``nn.LSTM`` calls it."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Take a number for ``dropout`` too, which is a number in ``nn.LSTM`` and a module here."""
+        """Take a number for ``dropout`` too, a number in ``nn.LSTM`` and a module here; warn of quantization."""
         if name == "dropout" and not isinstance(value, nn.Module):
             check_numbers(dropout=value)
             value = LockedDropout(value)
+        if name == "qconfig" and value is not None:
+            warnings.warn(UNQUANTIZED, stacklevel=2)
         super().__setattr__(name, value)
 
     def initial_state(self, batch_size: int | None = None) -> RKMState:

@@ -76,6 +76,7 @@ def test_gradients_of_each_sample_are_those_of_the_sample_alone(arguments, reads
     x[mask] = torch.nan
     for reduction, given in (
         ("mean", {"padding_mask": mask}),
+        ("mean", {"padding_mask": mask, "reset": torch.rand(BATCH, STEPS) < 0.4}),
         ("sum", {"state": model.rnn(torch.randn(BATCH, 2, 3))[1].detach(), "padding_mask": mask}),
     ):
         wanted = one_by_one(model, x, labels, reduction, **given)
@@ -176,6 +177,8 @@ def test_what_would_be_wrong_is_refused_in_a_sentence():
     with pytest.raises(RKMError, match="make the RKM with batch_first=True"):
         model(x)
     model.eval()(x)
+    with pytest.raises(RKMError, match="no gradients through an RKM's memories: train without return_memory"):
+        opacus.GradSampleModule(RKM(3, 4, batch_first=True))(x, return_memory=True)
     _, loader, model, optimizer, criterion, _ = private(
         classifier(("hidden",)), mode="ghost", poisson_sampling=False, criterion=nn.CrossEntropyLoss()
     )
