@@ -5,6 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 
 from fairseq_rkm import CELLS, RKM
 
@@ -55,6 +56,17 @@ def test_the_readme_s_example_runs():
     exec(example, scope)  # noqa: S102
     assert isinstance(scope["rnn"], RKM)
     assert scope["output"].shape == (35, 20, 400)
+
+
+def test_the_examples_of_episodes_are_right():
+    scope: dict = {}
+    for example in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "episodes.md").read_text(), re.S):
+        exec(example, scope)  # noqa: S102
+    rnn, documents = scope["rnn"], scope["documents"]
+    alone = [rnn(document)[0] for document in documents]
+    assert torch.allclose(rnn(scope["row"], reset=scope["reset"])[0][0], torch.cat(alone), atol=1e-6)
+    assert torch.allclose(scope["features"][:, -1], rnn(scope["rollout"], reset=scope["resets"])[0][:, -1])
+    assert scope["memories"].shape == (16, 128, 64)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

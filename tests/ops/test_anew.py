@@ -89,3 +89,19 @@ def test_gradients_that_a_program_holds_are_not_differentiated_again():
     (first,) = torch.autograd.grad(output.sin().sum(), leaves["x"], create_graph=True)
     with pytest.raises(RKMError, match="cannot be differentiated again"):
         torch.autograd.grad(first.sum(), leaves["input"])
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_takes_any_mask():
+    rkm = randomized(RKM(2, 3, ngram=2)).cuda().requires_grad_(False)
+    x, mask = torch.randn(5, 3, 2, device="cuda"), random_reset(3, 5).cuda()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        rkm(x, reset=mask)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output, _ = rkm(x, reset=mask)
+    for share in (0.0, 0.5, 1.0):
+        mask.copy_(torch.rand(3, 5, device="cuda") < share)
+        graph.replay()
+        assert_close(output, rkm(x, reset=mask)[0], dtype="tf32")
