@@ -103,6 +103,7 @@ class Reset:
         self.mask = mask
         self._host = host
         self._segments: Segments | None = None
+        self._backward: Reset | None = None
 
     @property
     def host(self) -> Tensor | None:
@@ -123,7 +124,9 @@ class Reset:
 
     def backward(self) -> "Reset":
         """The same boundaries for the other direction: from step t to step t - 1 the state begins anew."""
-        return Reset(_turned(self.mask), None if self.host is None else _turned(self.host))
+        if self._backward is None:
+            self._backward = Reset(_turned(self.mask), None if self.host is None else _turned(self.host))
+        return self._backward
 
     def segments(self) -> Segments | None:
         """The batch cut at all resets; None if the host does not know the mask."""
