@@ -13,7 +13,7 @@ from fairseq.data import Dictionary, data_utils
 from omegaconf import OmegaConf
 
 from cli.conftest import ROOT, SMALL, TASK, fairseq, hydra_flags, succeed
-from fairseq_rkm import RKMError
+from fairseq_rkm import CELLS, RKMError
 from fairseq_rkm.models import RKMLanguageModel, RKMModel
 from fairseq_rkm.models.language_model.language_model_decoder import RKMLanguageModelDecoder
 
@@ -213,6 +213,7 @@ def test_fairseq_s_own_task_trains_it_with_an_adaptive_softmax_and_word_vectors(
 @pytest.mark.parametrize("cell", ["lstm", "linear_kernel_gated", "ran", "gated_cnn"])
 def test_other_cells_train_through_the_same_command(data, tmp_path, cell):
     flags = ["--cell", cell, "--learn-sigma", "--no-feedback", "--max-update", 3, "--dropout-words", 0.1]
+    flags += ["--learn-initial-state"] if CELLS[cell].has_memory else []
     result = succeed("train", data, *SMALL, *flags, "--dropout-weights", 0.1, "--save-dir", tmp_path)
     assert len(result.entries("train_inner")) == 3
 
