@@ -18,7 +18,7 @@ def test_its_lines_run_in_order():
         exec(block, scope)  # noqa: S102
         after.append(dict(scope))
     torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = switches
-    assert len(blocks) == 12
+    assert len(blocks) == 13
     weights = next(values for values, block in zip(after, blocks, strict=True) if "load_state_dict" in block)
     x = torch.randn(5, 3, 200)
     lstm = weights["lstm"].eval()
