@@ -84,15 +84,16 @@ def sentence_of(error: BaseException | None) -> str | None:
         chain.append(error)
         error = error.__cause__ or error.__context__
     for link in chain:
+        # A worker's error comes with the text of its stack trace, in the message of an error of the same type.
+        in_worker = re.search(rf"({RKMError.__module__}.{RKMError.__name__}|FloatingPointError): (.*)", str(link))
+        if in_worker:
+            return _advised(in_worker[2])
         if isinstance(link, RKMError):
             return str(link)
         if about_flags := _about_flags(link):
             return about_flags
         if isinstance(link, FloatingPointError):
             return _advised(str(link))
-        in_worker = re.search(rf"({RKMError.__module__}.{RKMError.__name__}|FloatingPointError): (.*)", str(link))
-        if in_worker:
-            return _advised(in_worker[2])
         if isinstance(link, (MemoryError, RuntimeError, OSError)) and _short_of_memory(link):
             return MEMORY.format(_about_memory(link))
         if lost := processes.lost_process(link):

@@ -7,7 +7,9 @@ from fairseq.logging.meters import MetersDict
 from omegaconf import OmegaConf
 
 from fairseq_rkm import RKMError
+from fairseq_rkm.data import token_stream, tokens
 from fairseq_rkm.data.token_stream import TokenStream, random_lengths
+from fairseq_rkm.fairseq_patches.error_messages import sentence_of
 from fairseq_rkm.optim.nt_asgd import FairseqNonMonotoneASGD, NonMonotoneASGDConfig
 from fairseq_rkm.tasks.stateful_language_modeling import StatefulLanguageModelingConfig, StatefulLanguageModelingTask
 
@@ -75,14 +77,14 @@ def test_two_processes_draw_the_same_lengths():
     assert one == two
 
 
-def folder_of_data(folder, words, tokens):
+def folder_of_data(folder, words, text):
     folder.mkdir()
     dictionary = Dictionary()
     for word in words:
         dictionary.add_symbol(word)
     dictionary.save(str(folder / "dict.txt"))
     builder = make_builder(f"{folder}/train.bin", "mmap", vocab_size=len(dictionary))
-    builder.add_item(torch.tensor(tokens))
+    builder.add_item(torch.tensor(text))
     builder.finalize(f"{folder}/train.idx")
     return str(folder)
 
@@ -104,7 +106,7 @@ def test_of_several_folders_each_epoch_has_one(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "tokens", "message"),
+    ("words", "text", "message"),
     [
         ("abd", [4, 5, 2], "data1/dict.txt has other words than .*data0/dict.txt"),
         ("abc", [4, 7, 2], "data1/train.bin, sentence 1: token 2 is number 7, and the dictionary has 0 to 6"),
@@ -112,12 +114,12 @@ def test_of_several_folders_each_epoch_has_one(tmp_path):
         ("abc", None, "no binarized split 'train' at .*data1/train.bin"),
     ],
 )
-def test_a_fault_in_a_later_folder_is_found_before_training(tmp_path, words, tokens, message):
+def test_a_fault_in_a_later_folder_is_found_before_training(tmp_path, words, text, message):
     paths = [
         folder_of_data(tmp_path / "data0", "abc", [4, 5, 2]),
-        folder_of_data(tmp_path / "data1", words, tokens or [2]),
+        folder_of_data(tmp_path / "data1", words, text or [2]),
     ]
-    if tokens is None:
+    if text is None:
         (tmp_path / "data1" / "train.bin").unlink()
     with pytest.raises(RKMError, match=message):
         StatefulLanguageModelingTask.setup_task(build(data=":".join(paths)).args).load_dataset("train")
@@ -135,6 +137,26 @@ def test_data_that_workers_read_are_the_same(tmp_path):
     assert len(read[0]) == 10
     for one, other in zip(*read, strict=True):
         assert torch.equal(one["target"], other["target"])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_token_beyond_the_dictionary_ends_training_when_its_batch_is_read(tmp_path, monkeypatch, workers):
+    """In a sentence, out of a worker too, if the file is too large to be looked at whole before."""
+    monkeypatch.setattr(tokens, "SAMPLE", 256)
+    for name, value in {"READ_WHOLE": 256, "FINGERPRINT": 256, "BLOCK": 100}.items():
+        monkeypatch.setattr(token_stream, name, value)
+    path = folder_of_data(tmp_path / "data", "abcd", [4] * 2501 + [9] + [4] * 2498)
+    task = StatefulLanguageModelingTask.setup_task(build(data=path).args)
+    task.load_dataset("train")
+    iterator = task.get_batch_iterator(task.dataset("train"), max_sentences=1, num_workers=workers)
+    batches = iterator.next_epoch_itr()
+    for _ in range(125):
+        next(batches)
+    with pytest.raises(RKMError) as raised:
+        list(batches)
+    sentence = sentence_of(raised.value)
+    assert sentence.startswith(f"{path}/train.bin, sentence 1: token 2,502 is number 9, and the dictionary has 0 to 7")
+    assert "\n" not in sentence
 
 
 def validate(task, loss, subsets=1):
