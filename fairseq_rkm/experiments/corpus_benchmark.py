@@ -63,26 +63,26 @@ def make_corpus(folder: Path, tokens: int) -> None:
 
     Args:
         folder: an existing folder.
-        tokens: in sentences of 1 to :data:`LONGEST_MADE` tokens.
+        tokens: in sentences of 1 to :data:`LONGEST_MADE` tokens. After :data:`MADE_AT_ONCE` the text repeats itself.
     """
     draw = np.random.default_rng(1)
     dictionary = Dictionary()
     (folder / "dict.txt").write_text("".join(f"w{i} 1\n" for i in range(TYPES_MADE)))
-    sizes = draw.integers(1, LONGEST_MADE + 1, tokens // (LONGEST_MADE // 2) + 1).astype("<i4")
-    ends = np.minimum(np.cumsum(sizes, dtype=np.int64), tokens)
-    ends[-1] = tokens
-    ends = np.unique(ends)
-    sizes = np.diff(ends, prepend=0).astype("<i4")
+    ends = np.cumsum(draw.integers(1, LONGEST_MADE + 1, MADE_AT_ONCE), dtype=np.int64)
+    ends = np.append(ends[ends < MADE_AT_ONCE], MADE_AT_ONCE)
+    text = draw.integers(dictionary.nspecial, dictionary.nspecial + TYPES_MADE, MADE_AT_ONCE).astype("<u2")
+    text[ends - 1] = dictionary.eos()
+    starts = []
     with open(folder / "train.bin", "wb") as file:
         for first in range(0, tokens, MADE_AT_ONCE):
-            stop = min(first + MADE_AT_ONCE, tokens)
-            part = draw.integers(dictionary.nspecial, dictionary.nspecial + TYPES_MADE, stop - first).astype("<u2")
-            part[ends[(ends > first) & (ends <= stop)] - 1 - first] = dictionary.eos()
-            part.tofile(file)
+            length = min(MADE_AT_ONCE, tokens - first)
+            text[:length].tofile(file)
+            starts.append(first + np.append(0, ends[ends < length]))
+    places = np.concatenate(starts)
     with open(folder / "train.idx", "wb") as file:
-        file.write(b"MMIDIDX\x00\x00" + struct.pack("<QBQ", 1, 8, len(sizes)))
-        sizes.tofile(file)
-        ((ends - sizes) * 2).astype("<i8").tofile(file)
+        file.write(b"MMIDIDX\x00\x00" + struct.pack("<QBQ", 1, 8, len(places)))
+        np.diff(places, append=tokens).astype("<i4").tofile(file)
+        (places * 2).astype("<i8").tofile(file)
 
 
 def read(folder: str, batch_size: int, tokens_per_sample: int, batches: int, processes: int, rank: int) -> list[float]:
