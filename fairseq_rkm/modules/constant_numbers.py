@@ -18,3 +18,11 @@ class ConstantNumber:
 
     def __set__(self, module: Any, value: float) -> None:
         setattr(module, self.name, repr(float(value)))
+
+
+def adopt_numbers(module: Any) -> None:
+    """Keep as text, too, the numbers that a module has plainly: it was pickled by an earlier version."""
+    for owner in type(module).__mro__:
+        for name, attribute in vars(owner).items():
+            if isinstance(attribute, ConstantNumber) and name in module.__dict__:
+                setattr(module, name, module.__dict__.pop(name))

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fairseq_rkm.errors import RKMError
-from fairseq_rkm.modules.constant_numbers import ConstantNumber
+from fairseq_rkm.modules.constant_numbers import ConstantNumber, adopt_numbers
 
 
 def check_probability(what: str, p: float) -> None:
@@ -40,6 +40,10 @@ class LockedDropout(nn.Module):
         check_probability(name, p)
         self.p = p
         self.recorded = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        adopt_numbers(self)
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *arguments: Any

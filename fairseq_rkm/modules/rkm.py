@@ -20,7 +20,7 @@ from fairseq_rkm.modules.arguments import (
     check_sizes,
     check_switches,
 )  # fmt: skip
-from fairseq_rkm.modules.constant_numbers import ConstantNumber
+from fairseq_rkm.modules.constant_numbers import ConstantNumber, adopt_numbers
 from fairseq_rkm.modules.dropout import LockedDropout, check_probability
 from fairseq_rkm.modules.lstm_weights import (
     GATES_OF_TORCH,
@@ -345,6 +345,10 @@ class RKM(nn.Module):
 
     def flatten_parameters(self) -> None:
         """Do nothing: parameters may lie anywhere in memory. Code for ``nn.LSTM`` calls it."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        adopt_numbers(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Take a number for ``dropout`` too, a number in ``nn.LSTM`` and a module here; warn of quantization."""

@@ -1,5 +1,6 @@
 """Lines that people write with an nn.LSTM: they mean the same with an RKM, or are refused in a sentence."""
 
+import copy
 import inspect
 from itertools import chain
 
@@ -183,10 +184,27 @@ def test_no_rows_and_no_steps_are_taken(cell):
     assert torch.equal(left.cell, state.cell)
 
 
-def test_a_module_of_an_earlier_version_still_runs():
-    rkm = RKM(3, 4)
-    earlier = {name: value for name, value in rkm.__dict__.items() if name not in ("proj_size",)}
-    unpickled = RKM.__new__(RKM)
-    unpickled.__setstate__(earlier)
-    assert torch.equal(unpickled(X)[0], rkm(X)[0])
-    assert unpickled.proj_size == 0
+def as_of_an_earlier_version(module, *later):
+    """The module, unpickled from attributes that earlier versions had."""
+    state = {name: value for name, value in module.__dict__.items() if not name.endswith("_text")}
+    state |= {name: getattr(module, name) for name in later}
+    unpickled = type(module).__new__(type(module))
+    unpickled.__setstate__(copy.deepcopy(state))
+    return unpickled
+
+
+@pytest.mark.parametrize("weight_dropout", [0.0, 0.5])
+def test_a_module_of_an_earlier_version_still_runs(weight_dropout):
+    rkm = RKM(3, 4, 2, "linear_kernel", sigma_i2=0.3, dropout=0.25, weight_dropout=weight_dropout)
+    earlier = as_of_an_earlier_version(rkm, "sigma_i2", "sigma_f2", "weight_dropout")
+    earlier.dropout = as_of_an_earlier_version(rkm.dropout, "p")
+    for name in ("proj_size", "learn_initial_state"):
+        earlier.__dict__.pop(name, None)
+    for module in (earlier, copy.deepcopy(earlier)):
+        outputs = []
+        for each in (rkm, module):
+            torch.manual_seed(0)
+            outputs.append(each(X)[0])
+        assert torch.equal(*outputs)
+        assert (module.proj_size, module.learn_initial_state) == (0, False)
+        assert (module.sigma_i2, module.weight_dropout, module.dropout.p) == (0.3, weight_dropout, 0.25)
