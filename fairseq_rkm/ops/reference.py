@@ -55,7 +55,7 @@ def recurrence(
 
 def step(cell: Cell, window: Tensor, weights: Weights, hidden: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
     """``h_t`` and ``c_t``, ``(B, d)`` each, from ``X_t``, ``(B, n * m)``, ``h_{t-1}`` and ``c_{t-1}``."""
-    return update(cell, F.linear(window, weights.input, weights.bias), weights, hidden, memory, hidden.size(1))
+    return update(cell, F.linear(window, weights.input, weights.bias), weights, hidden, memory, memory.size(1))
 
 
 def update(
