@@ -16,6 +16,7 @@ VARIANTS = [
     {"num_layers": 2, "bidirectional": True, "ngram": 3, "ngram_padding": "same", "layer_norm": True},
     {"cell": "linear_kernel_gated", "learn_sigma": True, "ngram": 2, "memory_clip": 0.3, "batch_first": True},
     {"cell": "ran", "feedback": False, "num_layers": 2},
+    {"cell": "lstm", "proj_size": 2, "ngram": 2, "num_layers": 2},
 ]
 """Arguments of RKM that meet everything that an exporter meets."""
 
@@ -54,7 +55,9 @@ class Whole(nn.Module):
         rkm = self.rkm
         shape = (batch, steps) if rkm.batch_first else (steps, batch)
         dtype = rkm.weight_ih_l0.dtype
-        state = torch.randn(2, rkm.num_layers * (1 + rkm.bidirectional), batch, rkm.hidden_size, dtype=dtype)
+        rows = rkm.num_layers * (1 + rkm.bidirectional)
+        widths = [rkm.proj_size or rkm.hidden_size, rkm.hidden_size]
+        state = torch.randn(rows, batch, sum(widths), dtype=dtype).split(widths, dim=2)  # views of one tensor
         mask = [torch.rand(batch, steps) > 0.7] if self.masked else []
         sizes = [rkm.layer_input_size(layer) for layer in range(rkm.num_layers if rkm.ngram > 1 else 0)]
         contexts = [torch.randn(rkm.ngram - 1, batch, size, dtype=dtype) for size in sizes]

@@ -97,7 +97,12 @@ class Projection:
         """The last real step and the last reset up to each step, counted from 1, after a row of zeros; 0 for none."""
         number = torch.arange(steps + 1, device=device).unsqueeze(1).expand(-1, batch)
         real, begun = (mask if mask is None else F.pad(mask, (0, 0, 1, 0)) for mask in (self.keep, self.reset))
-        real = number if real is None else torch.where(real, number, 0).cummax(0).values
+        if real is None:
+            real = number
+        elif self.reset is None:  # any number of real steps will do, and ONNX has no running maximum
+            real = real.long().cumsum(0)
+        else:
+            real = torch.where(real, number, 0).cummax(0).values
         begun = torch.zeros_like(number) if begun is None else torch.where(begun, number, 0).cummax(0).values
         return real, begun
 
