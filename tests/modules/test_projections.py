@@ -100,14 +100,21 @@ def problem(rkm, steps, batch, dtype=DOUBLE):
     )  # fmt: skip
 
 
-def compare(rkm, mask, steps=5, dtype=DOUBLE):
+def compare(rkm, mask, steps=5, dtype=DOUBLE, device="cpu", tolerance=None):
     given_problem = problem(rkm, steps, 4, dtype)
     padding = random_mask(mask, 4, steps)
-    wide = [[c.double() for c in v] if isinstance(v, list) else v if v is None else v.double() for v in given_problem]
     exact = StepByStep(copy.deepcopy(rkm).double())
-    wanted = join_scales(forward_and_gradients(exact, *wide, padding))
-    for name, value in join_scales(forward_and_gradients(rkm, *given_problem, padding)).items():
-        assert_close(value, wanted[name], name)
+    wanted = join_scales(forward_and_gradients(exact, *moved(given_problem, dtype=DOUBLE), padding))
+    results = forward_and_gradients(rkm.to(device), *moved((*given_problem, padding), device))
+    for name, value in join_scales(results).items():
+        assert_close(value.cpu(), wanted[name], name, tolerance)
+
+
+def moved(values, device="cpu", dtype=None):
+    """Tensors, lists of them and None."""
+    lists = [v if v is None or isinstance(v, list) else [v] for v in values]
+    moved_lists = [v if v is None else [tensor.to(device, dtype) for tensor in v] for v in lists]
+    return [m if v is None or isinstance(v, list) else m[0] for v, m in zip(values, moved_lists, strict=True)]
 
 
 @pytest.mark.parametrize("arguments", VARIANTS)
@@ -125,6 +132,15 @@ def test_any_cell_length_and_window(cell, mask, steps, ngram):
 
 def test_single_precision_by_the_backend_for_cpus():
     compare(projected(torch.float32, cell="lstm", num_layers=2, ngram=2), "mixed", dtype=torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("arguments", VARIANTS)
+@pytest.mark.parametrize("backend", ["auto", "batched"])
+def test_single_precision_on_a_gpu(arguments, backend):
+    for mask in ("none", "mixed"):
+        rkm = projected(torch.float32, backend=backend, **arguments)
+        compare(rkm, mask, dtype=torch.float32, device="cuda", tolerance="tf32")
 
 
 @pytest.mark.parametrize("arguments", [v for v in VARIANTS if "bidirectional" not in v])
