@@ -7,7 +7,7 @@ from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
 from fairseq_rkm.models.machine_memory import check_machine_memory
 from fairseq_rkm.modules import RKM
-from fairseq_rkm.modules.rkm import NGRAM_PADDINGS
+from fairseq_rkm.modules.parameters import NGRAM_PADDINGS
 from fairseq_rkm.ops import BACKENDS, CELLS, resolve_cell
 
 CELL_CHOICES = ChoiceEnum(list(CELLS))

@@ -21,12 +21,12 @@ class Network(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per_tensor")
-@pytest.mark.parametrize("asked", [{nn.Linear}, {nn.Linear, nn.LSTM}, {nn.Linear, RKM}], ids=str)
+@pytest.mark.parametrize("asked", [(nn.Linear,), (nn.Linear, nn.LSTM), (nn.Linear, RKM)], ids=str)
 def test_dynamic_quantization_takes_the_linear_layers_beside_it(asked):
     network, x = Network().eval(), torch.randn(6, 5, 3)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        quantized = quantization.quantize_dynamic(network, asked)
+        quantized = quantization.quantize_dynamic(network, set(asked))
     assert any("an RKM has no quantized form" in str(w.message) for w in caught) == (RKM in asked)
     assert isinstance(quantized.out, torch.ao.nn.quantized.dynamic.Linear)
     assert torch.equal(quantized.rnn(x)[0], network.rnn(x)[0])
