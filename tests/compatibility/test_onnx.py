@@ -24,7 +24,10 @@ pytest.importorskip("onnxscript", reason="needs onnxscript (pip install '.[onnx]
 pytestmark = pytest.mark.filterwarnings("ignore")
 EXPORTERS = ["torch.jit.trace", "torch.export"]
 PROBLEMS = [("torch.jit.trace", arguments, masked) for arguments in VARIANTS for masked in (False, True)]
-PROBLEMS += [("torch.export", arguments, masked) for arguments, masked in HALF]
+PROBLEMS += [
+    pytest.param("torch.export", arguments, masked, marks=pytest.mark.slow if "bidirectional" in arguments else ())
+    for arguments, masked in HALF
+]
 
 
 def network(masked=False, **arguments):

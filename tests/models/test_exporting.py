@@ -19,7 +19,7 @@ WORDS = Dictionary()
 for _i in range(40):
     WORDS.add_symbol(f"w{_i}")
 HEAD = "sentence_classification_head"
-STACK = {"ngram": 3, "encoder_bidirectional": True, "encoder_layers": 2}
+STACK = {"ngram": 3, "encoder_bidirectional": True}
 MODELS = [
     {"share_decoder_input_output_embed": True, "ngram": 3, "layer_norm": True},
     {"cell": "lstm", "reset_at_eos": True},
