@@ -9,7 +9,7 @@ PLOTS = ["matplotlib"]
 # The index's fairseq does not import on Python 3.11 and later; fairseq-fixed is the same package repaired.
 FAIRSEQ = ["fairseq-fixed>=0.12.3.1", "sacremoses", "sentencepiece"]
 # Libraries that people use beside nn.LSTM; tests/compatibility tries RKM with each that is there.
-COMPATIBILITY = ["captum", "opacus", "skorch"]
+COMPATIBILITY = ["captum", "lightning", "opacus", "skorch"]
 # What PyTorch's ONNX exporters need, and what runs their programs.
 ONNX = ["onnx", "onnxruntime", "onnxscript"]
 # A new complaint of a linter in a later version is not what somebody else should see first.
