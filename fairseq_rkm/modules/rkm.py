@@ -78,8 +78,12 @@ class RKM(ExchangeWithLSTM):
 
     Derivatives:
         All backends give the same derivatives, of any order. The reference, the slowest backend, computes gradients
-        that are differentiated again (``create_graph=True``). It also runs under ``torch.func``, FakeTensorMode and
-        ``make_fx``, and on tensors that hold no plain memory. A backend named by the user refuses there.
+        that are differentiated again (``create_graph=True``). It also runs under ``torch.func``, and on tensors that
+        hold no plain memory. A backend named by the user refuses there.
+
+    Compiling:
+        ``torch.compile``, ``make_fx``, FakeTensorMode and meta tensors take each backend as one operator,
+        ``torch.ops.fairseq_rkm.native`` and so on (docs/kernels.md): one graph serves all lengths and batches.
 
     Exporting:
         ``torch.export``, ``torch.jit.trace`` and both ONNX exporters record one loop a layer and direction, of

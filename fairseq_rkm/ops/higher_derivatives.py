@@ -68,6 +68,9 @@ def by_reference(saved: Saved, grads: Gradients, needs: Sequence[bool]) -> Gradi
         # Views cut the graph: one argument may have been computed from another.
         given = saved.inputs, saved.hidden, saved.memory, *saved.weights
         views: list[Any] = [x.view_as(x) if isinstance(x, Tensor) else x for x in given]
+        for view, need in zip(views, needs, strict=True):
+            if need and not view.requires_grad:  # an operator's kernel gets plain numbers
+                view.requires_grad_()
         inputs, hidden, memory, *fields = views
         weights = Weights(*fields)
         hidden, memory = zeros_for_none(cell, inputs, weights, hidden, memory)
@@ -79,7 +82,7 @@ def by_reference(saved: Saved, grads: Gradients, needs: Sequence[bool]) -> Gradi
         outputs, given_grads = zip(*pairs, strict=True)
         dense = [g.to_dense() if g.layout != torch.strided else g for g in given_grads]
         found = list(torch.autograd.grad(outputs, wanted, dense, create_graph=create_graph, allow_unused=True))
-    rest = iter(found)
+    rest = iter(torch.zeros_like(view) if grad is None else grad for view, grad in zip(wanted, found, strict=True))
     return tuple(next(rest) if need else None for need in needs)
 
 

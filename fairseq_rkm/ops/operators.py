@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fairseq_rkm.errors import RKMError
 from fairseq_rkm.ops.cells import Cell, cell_of_key
+from fairseq_rkm.ops.flop_counts import backward_flops, forward_flops, teach_counters
 from fairseq_rkm.ops.higher_derivatives import differentiate, load, save, without_autocast
 from fairseq_rkm.ops.passes import Extent, Gradients, Passes, Saved
 from fairseq_rkm.ops.problem_checks import check, laid_out
@@ -58,7 +59,7 @@ def fresh(results: Sequence[Tensor], given: Iterable[Any]) -> list[Tensor]:
     own = []
     for tensor in results:
         whole = tensor.contiguous()
-        if whole.untyped_storage().data_ptr() in taken:
+        if whole.storage_offset() or whole.untyped_storage().data_ptr() in taken:
             whole = whole.clone()
         taken.add(whole.untyped_storage().data_ptr())
         own.append(whole)
@@ -97,11 +98,13 @@ class Operator:
 
     def forward(self, *problem: Any) -> tuple[Tensor, Tensor, Tensor]:
         """As :func:`fairseq_rkm.ops.reference.recurrence`."""
+        teach_counters(self._forward, lambda *given, **_result: forward_flops(read(*given)))
         output, hidden, memory, *_ = self._forward(*arguments(*problem))
         return output, hidden, memory
 
     def backward(self, saved: Saved, grads: Gradients, needs: Sequence[bool]) -> Gradients:
         """As :attr:`Passes.backward`."""
+        teach_counters(self._backward, lambda *given, **_result: backward_flops(read(*given[:-5]), given[-1]))
         given = arguments(saved.cell, saved.inputs, saved.weights, saved.hidden, saved.memory, saved.keep)
         own = [saved.inputs.new_empty(0) if tensor is None else tensor for tensor in saved.own]
         found = iter(self._backward(*given, own, *grads, list(needs)))

@@ -48,7 +48,7 @@ def obstacle(*tensors: Tensor | None) -> str | None:
 def _in_memory(tensor: Tensor) -> bool:
     """Whether a tensor of an ordinary class with elements is plain."""
     try:
-        return tensor.data_ptr() != 0 and not tensor.is_neg()
+        return tensor.data_ptr() != 0 and not tensor.is_neg() and not tensor.is_meta
     except RuntimeError:  # the tensor has no storage
         return False
 

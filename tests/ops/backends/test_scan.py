@@ -24,6 +24,7 @@ from ops.test_backends import (
     problem,
 )
 from ops.test_higher_derivatives import VARIANTS, compare_derivatives
+from ops.test_operators import check_operator
 
 HAS_GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -229,6 +230,12 @@ def test_missing_numbers_stay_where_they_are(arguments):
 def test_three_orders_of_derivatives_are_the_reference_s():
     for arguments in VARIANTS:
         compare_derivatives("scan", torch.float64, device=DEVICE, **{**arguments, "feedback": False})
+
+
+@runs
+def test_its_operator_is_declared_as_pytorch_demands():
+    check_operator("scan", device=DEVICE, feedback=False, cell="rkm_cifg", ngram=2, mask="mixed")
+    check_operator("scan", device=DEVICE, feedback=False, cell="linear_kernel", layer_norm=True, state=False)
 
 
 @runs

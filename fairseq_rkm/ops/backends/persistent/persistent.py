@@ -32,6 +32,8 @@ def refuses(cell: Cell, inputs: Tensor, weights: Weights) -> str | None:
         return "its float32 products are TF32, which torch.backends.cudnn.allow_tf32 = False rules out"
     if not inputs.numel() or not inputs.size(1):
         return "it needs at least one step and one sequence"
+    if not torch.cuda.is_available():
+        return "there is no GPU here, and the inputs only stand for some on one"
     if plan_for(Problem.of(cell, inputs, weights)) is None:
         return (
             f"the weights of {weights.recurrent.size(1)} units do not fit on this GPU's multiprocessors, or its "

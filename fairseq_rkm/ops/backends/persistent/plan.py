@@ -16,6 +16,8 @@ from fairseq_rkm.ops.weights import Weights
 EMPTY = Path(__file__).with_name("empty.cu")
 CLUSTERS = (2, 4, 8)
 """Sizes of clusters to choose from, beside 1."""
+TILE = 8
+"""The rows of a tile, and of the smallest plan."""
 REGISTERS = {8: 255, 16: 128}
 """The registers of a thread, by the number of warps in a block."""
 
@@ -277,7 +279,9 @@ class Problem(NamedTuple):
     def of(cls, cell: Cell, inputs: Tensor, weights: Weights) -> "Problem":
         """The problem of a recurrence with feedback on a GPU."""
         size = weights.recurrent.size(1) if weights.recurrent is not None else 0
-        batch = round_up(inputs.size(1))
+        batch = inputs.size(1)
+        # A batch is a variable to torch.compile, which asks whether there is a plan: for all batches, or for none.
+        batch = round_up(batch) if isinstance(batch, int) else TILE
         return cls(cell, size, batch, inputs.dtype, weights.norm_weight is not None, inputs.device.index)
 
 
