@@ -218,7 +218,9 @@ class RKM(ExchangeWithLSTM):
 
     def _autocast_dtype(self, device: torch.device) -> torch.dtype | None:
         """The type of matrix products under autocast, which leaves float64 as it is; None outside it."""
-        if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+        # torch.compile cannot read the first question before PyTorch 2.13.
+        available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device.type)
+        if not available or not torch.is_autocast_enabled(device.type):
             return None
         wide = self._flat_weights[0].dtype == torch.float64
         return None if wide else torch.get_autocast_dtype(device.type)

@@ -171,6 +171,7 @@ def test_half_precision_keeps_its_memory_in_float32():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="before 2.13 AOTInductor fails on scans of dynamic sizes")
 def test_aot_inductor_compiles_the_loop(tmp_path):
     net = network(masked=True, ngram=2, num_layers=2)
     with torch.no_grad():
