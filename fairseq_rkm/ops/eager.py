@@ -20,7 +20,9 @@ def run(
     keep: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As :func:`fairseq_rkm.ops.reference.recurrence`; None stands for an initial state of zeros."""
-    return _Recurrence.apply(operator, cell, keep, inputs, hidden, memory, *weights)
+    if not torch.is_grad_enabled():
+        return operator.passes.forward(cell, inputs, weights, hidden, memory, keep)[:3]
+    return _apply(operator, cell, keep, inputs, hidden, memory, *weights)
 
 
 class _Recurrence(torch.autograd.Function):
@@ -40,3 +42,7 @@ class _Recurrence(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         operator, needs = ctx.operator, ctx.needs_input_grad[3:]
         return None, None, None, *differentiate(operator.passes, operator.backward, load(ctx), grads, needs)
+
+
+# Function.apply looks for torch.func's transforms and tensors first. Such a call does not come here.
+_apply = super(torch.autograd.Function, _Recurrence).apply

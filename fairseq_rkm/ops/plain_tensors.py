@@ -26,9 +26,16 @@ def are_plain(*tensors: Tensor | None) -> bool:
     """Whether kernels may run here and now, and on these tensors; quick: each call asks it."""
     if torch._C._len_torch_dispatch_stack() or torch._ops._len_torch_dispatch_stack_pre_dispatch() or _follower():
         return False
-    for tensor in tensors:
-        if tensor is not None and not (type(tensor) in ORDINARY and _in_memory(tensor)) and not _is_plain(tensor):
-            return False
+    try:
+        for tensor in tensors:
+            if tensor is None or (
+                type(tensor) in ORDINARY and tensor.data_ptr() and not (tensor.is_neg() or tensor.is_meta)
+            ):
+                continue
+            if not _is_plain(tensor):
+                return False
+    except RuntimeError:  # one has no storage
+        return all(tensor is None or _is_plain(tensor) for tensor in tensors)
     return True
 
 
@@ -43,14 +50,6 @@ def obstacle(*tensors: Tensor | None) -> str | None:
         kind = f"{type(tensor).__name__} of layout {tensor.layout} on {tensor.device}"
         return f"it takes tensors that lie in memory as they are, and one is a {kind}"
     return None
-
-
-def _in_memory(tensor: Tensor) -> bool:
-    """Whether a tensor of an ordinary class with elements is plain."""
-    try:
-        return tensor.data_ptr() != 0 and not tensor.is_neg() and not tensor.is_meta
-    except RuntimeError:  # the tensor has no storage
-        return False
 
 
 def _follower() -> str | None:
