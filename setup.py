@@ -60,6 +60,7 @@ setup(
         "compatibility": COMPATIBILITY,
         "onnx": ONNX,
         "dev": [
+            *COMPATIBILITY,
             *FAIRSEQ,
             *ONNX,
             *PLOTS,
