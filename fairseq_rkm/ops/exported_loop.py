@@ -39,7 +39,9 @@ def is_recording() -> bool:
 
 def is_exporting() -> bool:
     """Whether ``torch.export`` is tracing; before torch 2.7, which cannot tell, whether anything is."""
-    return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
+    # The compiler of PyTorch 2.11 takes is_exporting() for true whenever it compiles. It reads the flag as it is.
+    exporting: bool | None = getattr(torch.compiler, "_is_exporting_flag", None)
+    return torch.compiler.is_compiling() if exporting is None else exporting
 
 
 def recurrence(
