@@ -180,7 +180,8 @@ def test_a_checkpoint_of_another_batch_size_or_number_of_processes(data, tmp_pat
     state["extra_state"]["StatefulLanguageModelingTask"]["ranks"] *= 2
     torch.save(state, tmp_path / "checkpoint_last.pt")
     result = fairseq("train", data, *flags, "--max-update", 4, "--save-dir", tmp_path)
-    assert "carries the state of 2 processes' streams, but 1 resume" in result.error
+    other = "carries the state of 8 streams (2 processes with --batch-size 4), and now there are 4 (1 with 4)"
+    assert f"{other}: give the same product, or begin an epoch anew" in result.error
 
 
 def test_damaged_data_ends_a_command_before_it_trains_or_scores(data, trained, tmp_path):
