@@ -58,23 +58,27 @@ def text(network, batch, steps):
     return documents(batch, steps), *(tensor.detach() for tensor in state)
 
 
-def exported(network, inputs, shapes):
+def in_order(shapes):
+    """The sizes that may change, as ``torch.export`` takes them."""
     sizes = {"time": Dim.DYNAMIC, "batch": Dim.DYNAMIC}
     named = [{axis: sizes[name] for axis, name in axes.items()} for axes in shapes]
-    rest = (tuple(named[1:]),) if named[1:] else ()
-    return torch.export.export(network, inputs, dynamic_shapes=(named[0], *rest))
+    return named[0], *((tuple(named[1:]),) if named[1:] else ())
 
 
-def in_onnx(network, inputs, shapes, names, path):
-    """The program of the older exporter as a function of tensors."""
+def exported(network, inputs, shapes):
+    return torch.export.export(network, inputs, dynamic_shapes=in_order(shapes))
+
+
+def in_onnx(network, inputs, shapes, names, path, dynamo=False):
+    """The program of an exporter as a function of tensors; ``dynamo`` is the newer one."""
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime (pip install '.[onnx]')")
-    pytest.importorskip("onnx", reason="needs onnx (pip install '.[onnx]')")
-    axes = dict(zip(names, shapes, strict=True))
-    torch.onnx.export(network, inputs, path, dynamo=False, input_names=names, dynamic_axes=axes)
+    pytest.importorskip("onnxscript", reason="needs onnx and onnxscript (pip install '.[onnx]')")
+    sizes = {"dynamic_shapes": in_order(shapes)} if dynamo else {"dynamic_axes": dict(zip(names, shapes, strict=True))}
+    torch.onnx.export(network, inputs, path, dynamo=dynamo, input_names=names, **sizes)
     session = onnxruntime.InferenceSession(path)
 
     def run(*inputs):
-        arrays = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
+        arrays = {given.name: tensor.numpy() for given, tensor in zip(session.get_inputs(), inputs, strict=True)}
         return [torch.from_numpy(array) for array in session.run(None, arrays)]
 
     return run
@@ -130,6 +134,22 @@ def test_a_classifier_s_network_is_a_program_of_any_kind(pooling, flags, tmp_pat
         for program in programs:
             given = program(tokens)
             assert_close(given if torch.is_tensor(given) else given[0], network(tokens))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_newer_exporter_takes_the_networks_too(tmp_path):
+    network = LanguageModelNetwork(language_model(**MODELS[0]))
+    names, example = ["tokens", *network.state_names], text(network, 2, 5)
+    shapes = [{0: "batch", 1: "time"}, *({1: "batch"} for _ in network.state_names)]
+    program = in_onnx(network, example, shapes, names, str(tmp_path / "lm.onnx"), dynamo=True)
+    documents_network = ClassifierNetwork(classifier(**STACK))
+    path = str(tmp_path / "classifier.onnx")
+    of_documents = in_onnx(documents_network, (documents(2, 5),), shapes[:1], ["tokens"], path, dynamo=True)
+    for batch, steps in [(1, 1), (3, 9)]:
+        assert_same(program, network, text(network, batch, steps))
+        tokens = documents(batch, steps)
+        assert_close(of_documents(tokens)[0], documents_network(tokens))
 
 
 def test_other_models_are_refused_in_a_sentence():
