@@ -22,6 +22,9 @@ from fairseq_rkm.errors import RKMError
 PICKLE_EXPANSION = 10
 """How many times the file's size an archive may unpack to."""
 
+DIRECTORY = 0x10
+"""The attribute of MS-DOS that makes a member of an archive a folder."""
+
 PICKLE_OPERATIONS = frozenset(
     re.findall(
         r"\w+",
@@ -72,6 +75,10 @@ def _inspect_archive(path: Path) -> None:
             names = {member.filename for member in members}
             if len(names) != len(members):
                 raise RKMError("it is damaged or forged: two members of its archive have one name")
+            # PyTorch reads nothing of a member that is marked as a folder, and leaves the tensor's memory as it was.
+            marked = [m.filename for m in members if m.external_attr & DIRECTORY and not m.is_dir()]
+            if marked:
+                raise RKMError(f"it is damaged or forged: {marked[0]} is marked as a folder")
             unpacked, size = sum(member.file_size for member in members), path.stat().st_size
             if unpacked > PICKLE_EXPANSION * size:
                 raise RKMError(f"its {size} bytes unpack to {unpacked}")

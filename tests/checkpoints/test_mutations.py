@@ -31,6 +31,16 @@ def test_a_flipped_bit_or_a_cut(state, tmp_path, where, bit, cut):
         assert read[name] == state[name]
 
 
+def test_a_tensor_marked_as_a_folder_is_not_left_unread(state, load, tmp_path):
+    path = tmp_path / "whole.pt"
+    torch.save(state, path)
+    content = bytearray(path.read_bytes())
+    content[content.rindex(b"whole/data/3") - 8] |= 0x10  # the low byte of its external attributes
+    path.write_bytes(content)
+    with pytest.raises(RKMError, match="whole/data/3 is marked as a folder"):
+        load(path=path)
+
+
 SETTINGS = st.sampled_from(
     [None, True, -1, 0, 2, 10**9, 1.5, float("nan"), "", "x", "${x}", "???", [], {}, [1], {"_name": 1}]
 )
