@@ -4,6 +4,7 @@ A new backend is a file with :class:`fairseq_rkm.ops.passes.Passes`, a function 
 :data:`BACKENDS`. ``refuses`` says in a sentence why the backend cannot take a given problem, or returns None.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from fairseq_rkm.errors import RKMError
 from fairseq_rkm.ops import eager, exported_loop, operators, reference
-from fairseq_rkm.ops.backends import batched, native, persistent, scan
+from fairseq_rkm.ops.backends import batched, native, persistent, scan, stepwise
 from fairseq_rkm.ops.cells import Cell
 from fairseq_rkm.ops.higher_derivatives import REFERENCE, zeros_for_none
 from fairseq_rkm.ops.operators import Operator
@@ -22,6 +23,7 @@ from fairseq_rkm.ops.problem_checks import check, laid_out
 from fairseq_rkm.ops.weights import Weights
 
 Refusal = Callable[[Cell, Tensor, Weights], str | None]
+Estimate = Callable[[Cell, Tensor, Weights], float]
 
 
 def _takes_all(*_problem: object) -> None:
@@ -37,20 +39,26 @@ class Backend:
         refuses: why a problem is beyond it, or None.
         automatic: whether ``"auto"`` may pick it. Where only PyTorch's own operators work, ``"auto"`` takes the
             reference.
+        step_time: the estimated microseconds of a step of a problem that it takes; None for a backend that is
+            preferred to all behind it, whatever the problem.
     """
 
     operator: Operator
     refuses: Refusal = _takes_all
     automatic: bool = True
+    step_time: Estimate | None = None
 
 
-def _backend(name: str, passes: Any, refuses: Refusal = _takes_all, automatic: bool = True) -> tuple[str, Backend]:
-    return name, Backend(Operator(name, passes, refuses), refuses, automatic)
+def _backend(
+    name: str, passes: Any, refuses: Refusal = _takes_all, automatic: bool = True, step_time: Estimate | None = None
+) -> tuple[str, Backend]:
+    return name, Backend(Operator(name, passes, refuses), refuses, automatic, step_time)
 
 
 BACKENDS: dict[str, Backend] = dict(
     (
-        _backend("persistent", persistent.PASSES, persistent.refuses),
+        _backend("persistent", persistent.PASSES, persistent.refuses, step_time=persistent.step_time),
+        _backend("stepwise", stepwise.PASSES, stepwise.refuses, step_time=stepwise.step_time),
         _backend("scan", scan.PASSES, scan.refuses),
         _backend("native", native.PASSES, native.refuses),
         _backend("batched", batched.PASSES),
@@ -67,7 +75,7 @@ def check_backend(name: str) -> None:
 
 
 def pick(name: str, cell: Cell, inputs: Tensor, weights: Weights, obstacle: str | None = None) -> Backend:
-    """The backend called ``name``, or for ``"auto"`` the first that takes the problem.
+    """The backend called ``name``, or for ``"auto"`` the first that takes the problem, or the fastest by its estimate.
 
     Args:
         name: ``"auto"`` or a backend's.
@@ -83,14 +91,28 @@ def pick(name: str, cell: Cell, inputs: Tensor, weights: Weights, obstacle: str 
     if name == "auto":
         if obstacle is not None:
             return BACKENDS["reference"]
-        for backend in BACKENDS.values():
-            if backend.automatic and backend.refuses(cell, inputs, weights) is None:
-                return backend
+        return _fastest(cell, inputs, weights)
     reason = obstacle if name != "reference" else None
     reason = reason or BACKENDS[name].refuses(cell, inputs, weights)
     if reason is not None:
         raise RKMError(f"backend {name!r} cannot run this: {reason}")
     return BACKENDS[name]
+
+
+def _fastest(cell: Cell, inputs: Tensor, weights: Weights) -> Backend:
+    """The first automatic backend that takes a problem; of neighbours with estimates, the one with the lowest."""
+    best, lowest = None, math.inf
+    for backend in BACKENDS.values():
+        if best is not None and backend.step_time is None:
+            break
+        if not backend.automatic or backend.refuses(cell, inputs, weights) is not None:
+            continue
+        if backend.step_time is None:
+            return backend
+        time = backend.step_time(cell, inputs, weights)
+        if time < lowest:
+            best, lowest = backend, time
+    return BACKENDS["reference"] if best is None else best
 
 
 def recurrence(

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from fairseq_rkm import CELLS
-from fairseq_rkm.ops.backends.persistent.plan import Plan, Problem, make_plan, round_up
+from fairseq_rkm.ops.backends.persistent.plan import Plan, Problem, make_plan
+from fairseq_rkm.ops.batch_rounding import round_up
 from fairseq_rkm.ops.weights import Weights
 
 
@@ -60,7 +61,7 @@ def test_batches_share_few_plans():
 
 def test_groups_have_rows_for_the_whole_batch_and_no_launch_is_empty():
     for groups, rows, batch in itertools.product((1, 2, 3, 7), (1, 8, 20), range(1, 300)):
-        plan = Plan(4, 2, 1, groups, rows, None, None)
+        plan = Plan(4, 2, 1, groups, rows, None, None, 1.0)
         launches, share = plan.launches(batch), plan.rows_for(batch)
         assert share <= rows
         assert (launches - 1) * groups * share < batch <= launches * groups * share

@@ -42,6 +42,13 @@ def refuses(cell: Cell, inputs: Tensor, weights: Weights) -> str | None:
     return nvrtc.available()
 
 
+def step_time(cell: Cell, inputs: Tensor, weights: Weights) -> float:
+    """The estimated microseconds of a step, forward and backward, of a problem that is not refused."""
+    problem = Problem.of(cell, inputs, weights)
+    plan = plan_for(problem)
+    return float("inf") if plan is None else plan.step_time(problem.batch)
+
+
 def forward(
     cell: Cell, inputs: Tensor, weights: Weights, hidden: Tensor | None, memory: Tensor | None, keep: Tensor | None
 ) -> Results:

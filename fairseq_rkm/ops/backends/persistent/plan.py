@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fairseq_rkm.ops.batch_rounding import round_up
 from fairseq_rkm.ops.cells import Cell
 from fairseq_rkm.ops.compilation import nvrtc
 from fairseq_rkm.ops.weights import Weights
@@ -112,6 +113,7 @@ class Plan:
         rows: the most rows of the batch in a group.
         forward: the forward kernel.
         backward: the backward kernel.
+        launch_time: the estimated microseconds of a step, forward and backward, of one launch.
     """
 
     units: int
@@ -121,6 +123,7 @@ class Plan:
     rows: int
     forward: KernelPlan
     backward: KernelPlan
+    launch_time: float
 
     @property
     def blocks(self) -> int:
@@ -129,6 +132,10 @@ class Plan:
     def launches(self, batch: int) -> int:
         """The number of launches that a batch takes."""
         return -(-batch // (self.groups * self.rows))
+
+    def step_time(self, batch: int) -> float:
+        """The estimated microseconds of a step, forward and backward, for a batch."""
+        return self.launch_time * self.launches(batch)
 
     def rows_for(self, batch: int) -> int:
         """The rows of each group of each launch; the last groups have fewer, or none."""
@@ -169,7 +176,7 @@ def make_plan(
                 if None in kernels:
                     continue
                 (forward, cost), (backward, more) = kernels  # type: ignore[misc]
-                plan = Plan(units, words, slices, groups, rows, forward, backward)
+                plan = Plan(units, words, slices, groups, rows, forward, backward, cost + more)
                 if (cost + more) * plan.launches(batch) < best_cost:
                     best, best_cost = plan, (cost + more) * plan.launches(batch)
     return best
@@ -254,15 +261,6 @@ def _time(work: _Work, launch: KernelPlan) -> float:
         handed_over=clusters * work.m * work.rows / 1e3,
     )
     return COST[work.name, launch.warps].times(amounts) + NORM_COST * work.norm
-
-
-def round_up(batch: int) -> int:
-    """The batch to compile a kernel for: a multiple of 8 (whole tiles), beyond 64 of 16, beyond 128 of 32, and so on.
-
-    A kernel compiles in a second or two and must serve many batches. The launch gives it the true one.
-    """
-    step = max(8, 1 << (batch - 1).bit_length() >> 3)
-    return -(-batch // step) * step
 
 
 class Problem(NamedTuple):

@@ -15,6 +15,8 @@ all its units, and fetches a step's gates while it computes the step before.
 import triton
 import triton.language as tl
 
+from fairseq_rkm.ops.triton_functions import clamp, tanh
+
 
 @triton.jit
 def _compose(f_left, u_left, f_right, u_right):
@@ -22,16 +24,9 @@ def _compose(f_left, u_left, f_right, u_right):
 
 
 @triton.jit
-def _clamp(x, low, high):
-    """As ``torch.clamp``: NaN stays NaN."""
-    raised = tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
-    return tl.minimum(raised, high, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
 def _compose_clipped(f_left, u_left, low_left, high_left, f_right, u_right, low_right, high_right):
-    low = _clamp(f_right * low_left + u_right, low_right, high_right)
-    high = _clamp(f_right * high_left + u_right, low_right, high_right)
+    low = clamp(f_right * low_left + u_right, low_right, high_right)
+    high = clamp(f_right * high_left + u_right, low_right, high_right)
     return f_left * f_right, f_right * u_left + u_right, low, high
 
 
@@ -43,14 +38,9 @@ def _scan_clipped(f, u, carry, real, bound, FINITE: tl.constexpr):
     reach = tl.where(reach < FINITE, reach, FINITE)[None, :]
     limit = tl.where(real, bound[None, :], reach)
     # A sum beyond this is clipped whatever the memory is.
-    u = _clamp(u, -limit - reach, limit + reach)
+    u = clamp(u, -limit - reach, limit + reach)
     product, c, low, high = tl.associative_scan((f, u, -limit, limit), 0, _compose_clipped)
-    return _clamp(c + product * carry[None, :], low, high)
-
-
-@triton.jit
-def _tanh(x):
-    return 2 * tl.sigmoid(2 * x) - 1
+    return clamp(c + product * carry[None, :], low, high)
 
 
 @triton.jit
@@ -67,7 +57,7 @@ def _activate(
     """Candidate, input scale and forget scale of a tile."""
     candidate = tl.load(gates + place, mask=mask, other=0.0).to(WIDE)
     if SQUASH_CANDIDATE:
-        candidate = _tanh(candidate)
+        candidate = tanh(candidate)
     f = tl.zeros_like(candidate) + s_f
     if FORGET >= 0:
         f = _gate(gates, place, mask, FORGET, size, WIDE)
@@ -125,11 +115,11 @@ def forward(
         elif CLIP is None:
             c = u
         else:
-            c = _clamp(u, -bound[None, :], bound[None, :])
+            c = clamp(u, -bound[None, :], bound[None, :])
         tl.store(memory + (at + batch) * size + units[None, :], c, mask=mask)
         h = c
         if SQUASH_OUTPUT:
-            h = _tanh(c)
+            h = tanh(c)
         if OUTPUT >= 0:
             h = h * _gate(gates, place, mask, OUTPUT, size, WIDE)
         tl.store(output + at * size + units[None, :], tl.where(real, h, 0.0), mask=mask)
@@ -184,7 +174,7 @@ def backward(
         q = c
         slope = tl.zeros_like(c) + 1
         if SQUASH_OUTPUT:
-            q = _tanh(c)
+            q = tanh(c)
             slope = 1 - q * q
         to_c = to_h * slope
         if OUTPUT >= 0:
@@ -290,7 +280,7 @@ def normed_forward(
         new = deviation * inverse * g + b
         h = new
         if SQUASH_OUTPUT:
-            h = _tanh(new)
+            h = tanh(new)
         h = h * o
         if MASK:
             real = tl.load(keep + at) != 0
@@ -349,7 +339,7 @@ def normed_backward(
         q = now
         slope = zeros + 1
         if SQUASH_OUTPUT:
-            q = _tanh(now)
+            q = tanh(now)
             slope = 1 - q * q
         to_c = carry + to_h * o * slope + tl.where(t == final, to_last_c, 0.0)
         normal = tl.where(inside, (i * candidate + f * before - mean) * inverse, 0.0)

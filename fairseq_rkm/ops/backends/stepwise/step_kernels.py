@@ -1,0 +1,279 @@
+"""Triton kernels of ``stepwise.py``: all of a step but its matrix product.
+
+A program has one row of the batch and ``BLOCK`` units; with layer normalisation all units. The tensors of a sequence
+are found through a table of addresses in the GPU's memory. A CUDA graph of these kernels therefore serves any sequence.
+The number of a step is the table's ``DONE`` plus the launch's ``ahead``.
+"""
+
+import triton
+import triton.language as tl
+
+from fairseq_rkm.ops.triton_functions import clamp, tanh
+
+DONE = tl.constexpr(0)
+STEPS = tl.constexpr(1)
+BATCH = tl.constexpr(2)
+FIRST_ADDRESS = 3
+GATES = tl.constexpr(3)
+MEMORIES = tl.constexpr(4)
+HIDDENS = tl.constexpr(5)
+KEEP = tl.constexpr(6)
+BIAS = tl.constexpr(7)
+SCALE_I = tl.constexpr(8)
+SCALE_F = tl.constexpr(9)
+GAIN = tl.constexpr(10)
+SHIFT = tl.constexpr(11)
+MOMENTS = tl.constexpr(12)
+GRAD_OUTPUT = tl.constexpr(13)
+GRAD_GATES = tl.constexpr(14)
+GRAD_GAIN = tl.constexpr(15)
+GRAD_SHIFT = tl.constexpr(16)
+ENTRIES = 17
+"""The entries of the table; each address is a row's of this list."""
+
+
+@triton.jit(do_not_specialize=["steps", "batch"])
+def fill(
+    table, steps, batch, gates, memories, hiddens, keep, bias, scale_i, scale_f, gain, shift, moments, grad_output,
+    grad_gates, grad_gain, grad_shift,
+):  # fmt: skip
+    """Begin a sequence: its length, its rows and its tensors."""
+    tl.store(table + DONE, 0)
+    tl.store(table + STEPS, steps)
+    tl.store(table + BATCH, batch)
+    tl.store(table + GATES, gates.to(tl.int64))
+    tl.store(table + MEMORIES, memories.to(tl.int64))
+    tl.store(table + HIDDENS, hiddens.to(tl.int64))
+    tl.store(table + KEEP, keep.to(tl.int64))
+    tl.store(table + BIAS, bias.to(tl.int64))
+    tl.store(table + SCALE_I, scale_i.to(tl.int64))
+    tl.store(table + SCALE_F, scale_f.to(tl.int64))
+    tl.store(table + GAIN, gain.to(tl.int64))
+    tl.store(table + SHIFT, shift.to(tl.int64))
+    tl.store(table + MOMENTS, moments.to(tl.int64))
+    tl.store(table + GRAD_OUTPUT, grad_output.to(tl.int64))
+    tl.store(table + GRAD_GATES, grad_gates.to(tl.int64))
+    tl.store(table + GRAD_GAIN, grad_gain.to(tl.int64))
+    tl.store(table + GRAD_SHIFT, grad_shift.to(tl.int64))
+
+
+@triton.jit(do_not_specialize=["count"])
+def advance(table, count):
+    """Add ``count`` to the steps that are done."""
+    tl.store(table + DONE, tl.load(table + DONE) + count)
+
+
+@triton.jit
+def _address(table, ENTRY: tl.constexpr, TYPE: tl.constexpr):
+    return tl.multiple_of(tl.load(table + ENTRY).to(tl.pointer_type(TYPE)), 16)
+
+
+@triton.jit
+def _pre_activation(
+    gates, bias, sums, place, units, product, inside, size, GATE: tl.constexpr, FIRST_RECURRENT: tl.constexpr,
+    RECURRENT: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    value = tl.load(gates + place + GATE * size, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        value += tl.load(bias + GATE * size + units, mask=inside, other=0.0).to(tl.float32)
+    if GATE >= FIRST_RECURRENT and GATE < FIRST_RECURRENT + RECURRENT:
+        at = product + (GATE - FIRST_RECURRENT) * size + units
+        value += tl.load(sums + at, mask=inside, other=0.0).to(tl.float32)
+    return value
+
+
+@triton.jit(do_not_specialize=["ahead"])
+def forward(
+    table, sums, fed, ahead, size, sums_pitch, fed_pitch,
+    N_GATES: tl.constexpr, FIRST_RECURRENT: tl.constexpr, RECURRENT: tl.constexpr, INPUT: tl.constexpr,
+    FORGET: tl.constexpr, OUTPUT: tl.constexpr, SQUASH_CANDIDATE: tl.constexpr, SQUASH_OUTPUT: tl.constexpr,
+    CLIP: tl.constexpr, MASK: tl.constexpr, HAS_BIAS: tl.constexpr, NORM: tl.constexpr, EPSILON: tl.constexpr,
+    NARROW: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``c_t``, ``h_t`` and the activated gates of a step, from ``W X_t``, in place, and ``sums``, ``U h_{t-1}``.
+
+    ``fed`` holds ``h_{t-1}`` before and ``h_t`` after. The pitches are the rows' lengths of ``sums`` and ``fed``.
+    """
+    row = tl.program_id(0)
+    batch = tl.load(table + BATCH)
+    if row < batch:
+        at = (tl.load(table + DONE) + ahead) * batch + row
+        units = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = units < size
+        gates = _address(table, GATES, NARROW)
+        memories = _address(table, MEMORIES, tl.float32)
+        hiddens = _address(table, HIDDENS, NARROW)
+        bias = _address(table, BIAS, NARROW)
+        place = at * (N_GATES * size) + units
+        product = row.to(tl.int64) * sums_pitch
+        candidate = _pre_activation(
+            gates, bias, sums, place, units, product, inside, size, 0, FIRST_RECURRENT, RECURRENT, HAS_BIAS
+        )
+        if SQUASH_CANDIDATE:
+            candidate = tanh(candidate)
+        before = tl.load(memories + at * size + units, mask=inside, other=0.0)
+        if FORGET >= 0:
+            f = tl.sigmoid(_pre_activation(
+                gates, bias, sums, place, units, product, inside, size, FORGET, FIRST_RECURRENT, RECURRENT, HAS_BIAS
+            ))  # fmt: skip
+            tl.store(gates + place + FORGET * size, f, mask=inside)
+        else:
+            f = tl.load(_address(table, SCALE_F, tl.float32) + units, mask=inside, other=0.0)
+        if INPUT >= 0:
+            i = tl.sigmoid(_pre_activation(
+                gates, bias, sums, place, units, product, inside, size, INPUT, FIRST_RECURRENT, RECURRENT, HAS_BIAS
+            ))  # fmt: skip
+            tl.store(gates + place + INPUT * size, i, mask=inside)
+        elif FORGET >= 0:
+            i = 1 - f
+        else:
+            i = tl.zeros_like(candidate) + tl.load(_address(table, SCALE_I, tl.float32))
+        tl.store(gates + place, candidate, mask=inside)
+        c = i * candidate + f * before
+        if CLIP is not None:
+            c = clamp(c, -CLIP, CLIP)
+        if NORM:
+            mean = tl.sum(tl.where(inside, c, 0.0), axis=0) / size
+            centred = tl.where(inside, c - mean, 0.0)
+            inverse = 1 / tl.sqrt(tl.sum(centred * centred, axis=0) / size + EPSILON)
+            moments = _address(table, MOMENTS, tl.float32)
+            tl.store(moments + at * 2, mean)
+            tl.store(moments + at * 2 + 1, inverse)
+            gain = tl.load(_address(table, GAIN, tl.float32) + units, mask=inside, other=0.0)
+            shift = tl.load(_address(table, SHIFT, tl.float32) + units, mask=inside, other=0.0)
+            c = centred * inverse * gain + shift
+        real = True
+        if MASK:
+            real = tl.load(_address(table, KEEP, tl.uint8) + at) != 0
+            c = tl.where(real, c, before)
+        tl.store(memories + (at + batch) * size + units, c, mask=inside)
+        h = c
+        if SQUASH_OUTPUT:
+            h = tanh(c)
+        if OUTPUT >= 0:
+            o = tl.sigmoid(_pre_activation(
+                gates, bias, sums, place, units, product, inside, size, OUTPUT, FIRST_RECURRENT, RECURRENT, HAS_BIAS
+            ))  # fmt: skip
+            tl.store(gates + place + OUTPUT * size, o, mask=inside)
+            h = h * o
+        last = fed + row.to(tl.int64) * fed_pitch + units
+        if MASK:
+            h = tl.where(real, h, tl.load(last, mask=inside, other=0.0).to(tl.float32))
+        tl.store(hiddens + (at + batch) * size + units, h, mask=inside)
+        tl.store(last, h, mask=inside)
+
+
+@triton.jit
+def _stored(gates, place, size, inside, GATE: tl.constexpr):
+    return tl.load(gates + place + GATE * size, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _into(grads, fed, place, product, units, size, inside, grad, GATE: tl.constexpr,
+          FIRST_RECURRENT: tl.constexpr, RECURRENT: tl.constexpr):  # fmt: skip
+    """Store a gate's gradient for the products over all steps, and for this step's."""
+    tl.store(grads + place + GATE * size, grad, mask=inside)
+    if GATE >= FIRST_RECURRENT and GATE < FIRST_RECURRENT + RECURRENT:
+        tl.store(fed + product + (GATE - FIRST_RECURRENT) * size + units, grad, mask=inside)
+
+
+@triton.jit(do_not_specialize=["ahead"])
+def backward(
+    table, sums, fed, carry, held, ahead, size, sums_pitch, fed_pitch,
+    N_GATES: tl.constexpr, FIRST_RECURRENT: tl.constexpr, RECURRENT: tl.constexpr, INPUT: tl.constexpr,
+    FORGET: tl.constexpr, OUTPUT: tl.constexpr, SQUASH_CANDIDATE: tl.constexpr, SQUASH_OUTPUT: tl.constexpr,
+    CLIP: tl.constexpr, MASK: tl.constexpr, HAS_GRAD_OUTPUT: tl.constexpr, NORM: tl.constexpr, NARROW: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gates' gradients of a step, counted from the last, from ``sums``, the gradient of ``h_t`` by later steps.
+
+    ``carry``, ``(rows, d)``, holds the gradient of ``c_t`` before and of ``c_{t-1}`` after. ``held`` is the gradient of
+    ``h_t`` that passes by a padded step. ``fed`` gets the gradients of the recurrent gates, for the next product.
+    """
+    row = tl.program_id(0)
+    batch = tl.load(table + BATCH)
+    if row < batch:
+        t = tl.load(table + STEPS) - 1 - tl.load(table + DONE) - ahead
+        at = t * batch + row
+        units = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = units < size
+        gates = _address(table, GATES, NARROW)
+        memories = _address(table, MEMORIES, tl.float32)
+        grads = _address(table, GRAD_GATES, NARROW)
+        place = at * (N_GATES * size) + units
+        own = row.to(tl.int64) * size + units
+        product = row.to(tl.int64) * fed_pitch
+        to_h = tl.load(sums + row.to(tl.int64) * sums_pitch + units, mask=inside, other=0.0).to(tl.float32)
+        to_c = tl.load(carry + own, mask=inside, other=0.0)
+        real = True
+        if MASK:
+            real = tl.load(_address(table, KEEP, tl.uint8) + at) != 0
+            to_h += tl.load(held + own, mask=inside, other=0.0)
+            tl.store(held + own, tl.where(real, 0.0, to_h), mask=inside)
+        if HAS_GRAD_OUTPUT:
+            grad_output = _address(table, GRAD_OUTPUT, NARROW)
+            to_h += tl.load(grad_output + at * size + units, mask=inside, other=0.0).to(tl.float32)
+        before = tl.load(memories + at * size + units, mask=inside, other=0.0)
+        now = tl.load(memories + (at + batch) * size + units, mask=inside, other=0.0)
+        candidate = _stored(gates, place, size, inside, 0)
+        if FORGET >= 0:
+            f = _stored(gates, place, size, inside, FORGET)
+        else:
+            f = tl.load(_address(table, SCALE_F, tl.float32) + units, mask=inside, other=0.0)
+        if INPUT >= 0:
+            i = _stored(gates, place, size, inside, INPUT)
+        elif FORGET >= 0:
+            i = 1 - f
+        else:
+            i = tl.zeros_like(candidate) + tl.load(_address(table, SCALE_I, tl.float32))
+        q = now
+        slope = tl.full((BLOCK,), 1.0, tl.float32)
+        if SQUASH_OUTPUT:
+            q = tanh(now)
+            slope = 1 - q * q
+        if OUTPUT >= 0:
+            o = _stored(gates, place, size, inside, OUTPUT)
+            to_o = tl.where(real, to_h * q * o * (1 - o), 0.0)
+            _into(grads, fed, place, product, units, size, inside, to_o, OUTPUT, FIRST_RECURRENT, RECURRENT)
+            slope = slope * o
+        to_raw = to_c + to_h * slope
+        if CLIP is not None:
+            # As torch.clamp: at the bound itself the gradient passes. Gates that were rounded cannot tell.
+            beyond = tl.abs(now) >= CLIP
+            if NARROW.is_fp32():
+                beyond = beyond & (tl.abs(i * candidate + f * before) != CLIP)
+            to_raw = tl.where(beyond, 0.0, to_raw)
+        if NORM:
+            moments = _address(table, MOMENTS, tl.float32)
+            mean = tl.load(moments + at * 2)
+            inverse = tl.load(moments + at * 2 + 1)
+            normal = tl.where(inside, (i * candidate + f * before - mean) * inverse, 0.0)
+            to_gain = _address(table, GRAD_GAIN, tl.float32) + own
+            to_shift = _address(table, GRAD_SHIFT, tl.float32) + own
+            more_gain = tl.where(real, to_raw * normal, 0.0)
+            more_shift = tl.where(real, to_raw, 0.0)
+            tl.store(to_gain, tl.load(to_gain, mask=inside, other=0.0) + more_gain, mask=inside)
+            tl.store(to_shift, tl.load(to_shift, mask=inside, other=0.0) + more_shift, mask=inside)
+            weighted = to_raw * tl.load(_address(table, GAIN, tl.float32) + units, mask=inside, other=0.0)
+            shared = tl.sum(weighted, axis=0) / size
+            along = tl.sum(weighted * normal, axis=0) / size
+            to_raw = inverse * (weighted - shared - normal * along)
+        left = to_raw * f
+        if MASK:
+            left = tl.where(real, left, to_c)
+            to_raw = tl.where(real, to_raw, 0.0)
+        tl.store(carry + own, left, mask=inside)
+        to_candidate = to_raw * i
+        if SQUASH_CANDIDATE:
+            to_candidate = to_candidate * (1 - candidate * candidate)
+        if FORGET >= 0:
+            reach = before
+            if INPUT < 0:
+                reach = before - candidate
+            to_f = tl.where(real, to_raw * reach * f * (1 - f), 0.0)
+            _into(grads, fed, place, product, units, size, inside, to_f, FORGET, FIRST_RECURRENT, RECURRENT)
+        if INPUT >= 0:
+            to_i = tl.where(real, to_raw * candidate * i * (1 - i), 0.0)
+            _into(grads, fed, place, product, units, size, inside, to_i, INPUT, FIRST_RECURRENT, RECURRENT)
+        to_candidate = tl.where(real, to_candidate, 0.0)
+        _into(grads, fed, place, product, units, size, inside, to_candidate, 0, FIRST_RECURRENT, RECURRENT)

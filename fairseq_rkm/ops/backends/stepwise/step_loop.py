@@ -1,0 +1,300 @@
+"""The loop over the steps of one pass: a matrix product and a Triton kernel each.
+
+Launched from Python, a step costs the host more time than the GPU. So stretches of 64, 16, 4 steps and of one are
+recorded as CUDA graphs. A sequence of any length is a few of them, one after the other. The graphs work on buffers of
+their own, and find the sequence's tensors through a table of addresses (``step_kernels.py``). Layers of one kind share
+them, and batches of similar sizes (:func:`rows_for`).
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fairseq_rkm.ops.batch_rounding import round_up
+from fairseq_rkm.ops.cells import Cell
+from fairseq_rkm.ops.gate_layout import gate_places
+from fairseq_rkm.ops.weights import LAYER_NORM_EPS
+
+STRETCHES = (64, 16, 4, 1)
+"""The numbers of steps that are recorded as one graph, each when it is first needed."""
+FEW_STEPS = 3
+"""Up to so many steps are launched one by one: a graph would need a copy of the weights."""
+MOST_LOOPS, MOST_BUFFERED = 64, 1 << 30
+"""How many loops, and how many bytes of their buffers, are kept for each device."""
+PITCH = 8
+"""Rows of buffers are a multiple of so many elements long; other products take three times as long."""
+WIDE_BLOCK, NARROW_BLOCK, MANY = 1024, 256, 1 << 18
+"""The units of a program for more and for less than so many units in all rows together."""
+
+
+class Kind(NamedTuple):
+    """All that the buffers and the graphs of a loop depend on.
+
+    Attributes:
+        cell: the cell.
+        backward: the pass.
+        rows: the rows of the batch, rounded up.
+        size: d.
+        dtype: of inputs, weights and outputs.
+        norm: whether the memory is normalised.
+        mask: whether there is padding.
+        given: whether there is a bias, forward; whether all steps' outputs have gradients, backward.
+        tf32: whether products of float32 matrices are TF32.
+    """
+
+    cell: Cell
+    backward: bool
+    rows: int
+    size: int
+    dtype: torch.dtype
+    norm: bool
+    mask: bool
+    given: bool
+    tf32: bool
+
+    @property
+    def recurrent(self) -> int:
+        """The number of gates' units that see ``h_{t-1}``."""
+        return len(self.cell.recurrent_gates) * self.size
+
+
+@dataclass
+class Sequence:
+    """The tensors of one pass over a sequence, as ``step_kernels.py`` names them; None for one that is not read."""
+
+    gates: Tensor
+    memories: Tensor
+    hiddens: Tensor | None = None
+    keep: Tensor | None = None
+    bias: Tensor | None = None
+    scale_i: Tensor | None = None
+    scale_f: Tensor | None = None
+    gain: Tensor | None = None
+    shift: Tensor | None = None
+    moments: Tensor | None = None
+    grad_output: Tensor | None = None
+    grad_gates: Tensor | None = None
+    grad_gain: Tensor | None = None
+    grad_shift: Tensor | None = None
+
+
+def rows_for(batch: int, dtype: torch.dtype) -> int:
+    """The rows of the buffers for a batch.
+
+    A single row of float32 stays alone: cuBLAS multiplies a matrix by a vector faster than by eight.
+    """
+    return 1 if batch == 1 and dtype == torch.float32 else round_up(batch)
+
+
+def _padded(count: int) -> int:
+    return -(-count // PITCH) * PITCH
+
+
+class StepLoop:
+    """Buffers of a kind of loop, its kernel launches, and their graphs.
+
+    Attributes:
+        weights: U, ``(R * d, d)``, rows and columns padded with zeros.
+        fed: the product's operand: ``h_{t-1}`` forward, the recurrent gates' gradients backward; padding is zero.
+        sums: the product: ``U h_{t-1}`` forward, the gradient of ``h_{t-1}`` backward.
+        carry: the gradient of ``c_t``, backward.
+        held: the gradient of ``h_t`` that passes by padding, backward.
+        lock: held by a thread from its first launch to its last.
+    """
+
+    def __init__(self, kind: Kind, device: torch.device, weights: Tensor | None = None) -> None:
+        """``weights`` are taken as they are, if they need no padding."""
+        self.kind, self.device, self.lock = kind, device, threading.Lock()
+        gates, size = _padded(kind.recurrent), _padded(kind.size)
+
+        def zeros(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(rows, columns, dtype=dtype, device=device)
+
+        aligned = weights is not None and weights.shape == (gates, size)
+        self.weights: Tensor = weights if weights is not None and aligned else zeros(gates, size, kind.dtype)
+        read, made = (gates, size) if kind.backward else (size, gates)
+        self.fed, self.sums = zeros(kind.rows, read, kind.dtype), zeros(kind.rows, made)
+        carried = (kind.rows, kind.size) if kind.backward else (0, 0)
+        self.carry, self.held = zeros(*carried), zeros(*carried)
+        self.table = torch.zeros(_kernels().ENTRIES, dtype=torch.int64, device=device)
+        self._graphs: dict[int, Callable[[], None]] = {}
+        self._options = _options(kind)
+
+    @property
+    def bytes(self) -> int:
+        buffers = (self.weights, self.fed, self.sums, self.carry, self.held)
+        return sum(buffer.nbytes for buffer in buffers)
+
+    def begin(self, sequence: Sequence, steps: int, batch: int) -> None:
+        """Have the kernels read and write this sequence's tensors."""
+        tensors = (self.table if tensor is None else tensor for tensor in vars(sequence).values())
+        _kernels().fill[(1,)](self.table, steps, batch, *tensors)
+
+    def step(self, ahead: int) -> None:
+        """Launch the step after ``ahead`` further ones."""
+        if self.kind.backward:
+            self._point(ahead)
+            self._multiply(self.weights)
+        else:
+            self._multiply(self.weights.t())
+            self._point(ahead)
+
+    def run(self, steps: int) -> None:
+        """Launch all steps: as graphs, after :meth:`prepare`."""
+        if not self._graphs:
+            for ahead in range(steps):
+                self.step(ahead)
+            return
+        for stretch in STRETCHES:
+            for _ in range(steps // stretch):
+                self._graphs[stretch]()
+            steps %= stretch
+
+    def prepare(self, steps: int) -> None:
+        """Record the graphs that so many steps need, before :meth:`begin`: recording empties the table."""
+        for stretch in STRETCHES:
+            if steps >= stretch and stretch not in self._graphs:
+                self._graphs[stretch] = self._record(stretch)
+            steps %= stretch
+
+    def _record(self, stretch: int) -> Callable[[], None]:
+        stream, graph = _recording_stream(self.device), torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with _RECORDING, torch.cuda.stream(stream):
+            self.table.zero_()  # a sequence of no rows: the launch that compiles and loads all writes nothing
+            self._launch(1)
+            # Other threads, such as those that prepare batches, may do as they like meanwhile.
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                self._launch(stretch)
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        replay: Callable[[], None] = graph.replay
+        return replay
+
+    def _launch(self, stretch: int) -> None:
+        for ahead in range(stretch):
+            self.step(ahead)
+        _kernels().advance[(1,)](self.table, stretch)
+
+    def _multiply(self, weights: Tensor) -> None:
+        if self.fed.dtype == torch.float32:
+            with products(self.kind.tf32):
+                torch.mm(self.fed, weights, out=self.sums)
+        elif self.fed.is_cuda and hasattr(torch.ops.aten.mm, "dtype_out"):
+            torch.ops.aten.mm.dtype_out(self.fed, weights, torch.float32, out=self.sums)
+        else:
+            self.sums.copy_(self.fed @ weights)
+
+    def _point(self, ahead: int) -> None:
+        kind, kernels = self.kind, _kernels()
+        kernel, more = (kernels.backward, (self.carry, self.held)) if kind.backward else (kernels.forward, ())
+        grid = (kind.rows, -(-kind.size // self._options["BLOCK"]))
+        kernel[grid](
+            self.table, self.sums, self.fed, *more, ahead, kind.size, self.sums.stride(0), self.fed.stride(0),
+            **self._options,
+        )  # fmt: skip
+
+
+def _kernels() -> Any:
+    """The kernels; importing them takes Triton."""
+    from fairseq_rkm.ops.backends.stepwise import step_kernels
+
+    return step_kernels
+
+
+def _options(kind: Kind) -> dict[str, Any]:
+    """The compile-time arguments of a kind's kernel."""
+    import triton.language as tl
+
+    cell = kind.cell
+    narrow = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[kind.dtype]
+    whole = 1 << (kind.size - 1).bit_length()
+    block = whole if kind.norm else min(whole, WIDE_BLOCK if kind.rows * kind.size >= MANY else NARROW_BLOCK)
+    first = cell.gates.index(cell.recurrent_gates[0])
+    last = {"HAS_GRAD_OUTPUT": kind.given} if kind.backward else {"HAS_BIAS": kind.given, "EPSILON": LAYER_NORM_EPS}
+    return {
+        "N_GATES": len(cell.gates), "FIRST_RECURRENT": first, "RECURRENT": len(cell.recurrent_gates),
+        **gate_places(cell), "SQUASH_CANDIDATE": cell.squash_candidate, "SQUASH_OUTPUT": cell.squash_output,
+        "CLIP": cell.clip, "MASK": kind.mask, "NORM": kind.norm, "NARROW": narrow, "BLOCK": block, **last,
+        "num_warps": min(16, max(1, block // 256) * (1 if kind.norm else 2)),
+    }  # fmt: skip
+
+
+@contextmanager
+def products(tf32: bool) -> Iterator[None]:
+    """Products of float32 matrices in TF32, as cuDNN's LSTM has them, or in float32, whatever PyTorch's are."""
+    flags = torch.backends.cuda.matmul
+    name, value = ("fp32_precision", "tf32" if tf32 else "ieee") if hasattr(flags, "fp32_precision") else (
+        "allow_tf32", tf32
+    )  # fmt: skip
+    before = getattr(flags, name)
+    setattr(flags, name, value)
+    try:
+        yield
+    finally:
+        setattr(flags, name, before)
+
+
+class _Loops:
+    """The loops of a device and stream, the longest unused of them given up beyond the limits."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[Any, StepLoop] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def find(self, kind: Kind, device: torch.device) -> StepLoop:
+        """The loop of a kind for the current stream: work on one stream takes turns."""
+        key = kind, device.index, torch._C._cuda_getCurrentRawStream(device.index)
+        with self._lock:
+            loop = self._kept.get(key)
+            if loop is None:
+                loop = self._kept[key] = StepLoop(kind, device)
+                self._give_up(device)
+            self._kept.move_to_end(key)
+            return loop
+
+    def clear(self) -> None:
+        """Give up all loops that no thread uses."""
+        for device in {key[1] for key in self._kept}:
+            torch.cuda.synchronize(device)
+        self._kept.clear()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def _give_up(self, device: torch.device) -> None:
+        mine = [key for key in self._kept if key[1] == device.index]
+        bytes_ = sum(self._kept[key].bytes for key in mine)
+        while len(mine) > 1 and (len(mine) > MOST_LOOPS or bytes_ > MOST_BUFFERED):
+            torch.cuda.synchronize(device)  # a graph may still run
+            bytes_ -= self._kept.pop(mine.pop(0)).bytes
+
+
+LOOPS = _Loops()
+_STREAMS: dict[tuple[int, int], Any] = {}
+_RECORDING = threading.Lock()
+"""Held while a graph is recorded: threads that work on one stream record on one stream, too."""
+
+
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which graphs for the current one are recorded.
+
+    cuBLAS has a workspace for each stream, and graphs keep the one that they were recorded with.
+    """
+    key = device.index, torch._C._cuda_getCurrentRawStream(device.index)
+    if key not in _STREAMS:
+        _STREAMS[key] = torch.cuda.Stream(device)
+    return _STREAMS[key]
+
+
+def on_device(device: torch.device) -> Any:
+    """Make a GPU the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -1,0 +1,141 @@
+"""On GPUs, with feedback, whatever the size: a cuBLAS product and one Triton kernel a step (``step_loop.py``).
+
+For layers that do not fit on the chip, batches for which ``persistent`` is slow, and float32 without TF32. Projections
+of the inputs and gradients of the weights are one matrix product each over all steps, as in the other backends.
+"""
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from fairseq_rkm.ops.backends.scan.scan import INTERPRETED, MAX_NORMED
+from fairseq_rkm.ops.backends.stepwise.step_loop import FEW_STEPS, LOOPS, Kind, StepLoop, on_device, rows_for
+from fairseq_rkm.ops.backends.stepwise.step_loop import Sequence as Tensors
+from fairseq_rkm.ops.cells import Cell
+from fairseq_rkm.ops.gradients import parameter_gradients
+from fairseq_rkm.ops.ngram import project
+from fairseq_rkm.ops.passes import Extent, Gradients, Passes, Results, Saved, Sketch
+from fairseq_rkm.ops.weights import Weights
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def refuses(_cell: Cell, inputs: Tensor, weights: Weights) -> str | None:
+    """The reason why this backend cannot take a problem; None if it can."""
+    if inputs.device.type != "cuda" and not (INTERPRETED and inputs.device.type == "cpu"):
+        return f"it runs on CUDA GPUs, and the inputs are on {inputs.device}"
+    if weights.recurrent is None:
+        return "without feedback a step need not wait for the one before"
+    if inputs.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"it computes in float32, float16 and bfloat16, not in {inputs.dtype}"
+    if weights.norm_weight is not None and weights.norm_weight.numel() > MAX_NORMED:
+        return f"it normalises up to {MAX_NORMED} units"
+    if not inputs.numel() or not inputs.size(1):
+        return "it needs at least one step and one sequence"
+    return None if _has_triton() else "it needs Triton, which is not installed"
+
+
+def forward(
+    cell: Cell, inputs: Tensor, weights: Weights, hidden: Tensor | None, memory: Tensor | None, keep: Tensor | None
+) -> Results:
+    """The forward pass of :data:`PASSES`."""
+    gates = project(inputs, weights.input, None)
+    steps, batch, size = gates.size(0), gates.size(1), gates.size(2) // len(cell.gates)
+    hiddens = gates.new_empty(steps + 1, batch, size)
+    memories = gates.new_empty(steps + 1, batch, size, dtype=torch.float32)
+    moments = None if weights.norm_weight is None else memories.new_empty(steps, batch, 2)
+    for states, first in ((hiddens, hidden), (memories, memory)):
+        _ = states[0].zero_() if first is None else states[0].copy_(first)
+    real = None if keep is None else keep.contiguous().view(torch.uint8)
+    tensors = Tensors(
+        gates, memories, hiddens, real, _aligned(weights.bias), *_scales(cell, weights, memories),
+        _aligned(weights.norm_weight), _aligned(weights.norm_bias), moments,
+    )  # fmt: skip
+    with _loop(cell, weights, keep, tensors, backward=False) as loop:
+        loop.fed[:batch, :size] = hiddens[0]
+        loop.run(steps)
+    output = hiddens[1:] if keep is None else hiddens[1:].masked_fill(~keep.unsqueeze(-1), 0)
+    return Results(output, hiddens[-1].clone(), memories[-1].clone(), (gates, hiddens, memories, moments))
+
+
+def backward(saved: Saved, grads: Gradients, needs: Sequence[bool]) -> Gradients:
+    """The backward pass of :data:`PASSES`."""
+    cell, keep, weights, (gates, hiddens, memories, moments) = saved.cell, saved.keep, saved.weights, saved.own
+    steps, batch, size = memories.size(0) - 1, memories.size(1), memories.size(2)
+    grad_output, grad_hidden, grad_memory = (None if g is None else g.contiguous() for g in grads)
+    grad_gates = torch.empty_like(gates)
+    shares = [None if moments is None else torch.zeros_like(memories[0]) for _ in range(2)]
+    real = None if keep is None else keep.contiguous().view(torch.uint8)
+    tensors = Tensors(
+        gates, memories, None, real, None, *_scales(cell, weights, memories), _aligned(weights.norm_weight), None,
+        moments, _aligned(grad_output), grad_gates, *shares,
+    )  # fmt: skip
+    with _loop(cell, weights, keep, tensors, backward=True) as loop:
+        for buffer, last in ((loop.sums[:batch, :size], grad_hidden), (loop.carry[:batch], grad_memory)):
+            _ = buffer.zero_() if last is None else buffer.copy_(last)
+        loop.held.zero_()
+        loop.run(steps)
+        first_hidden = loop.sums[:batch, :size] + loop.held[:batch]
+        first_memory = loop.carry[:batch].clone()
+    need_inputs, need_hidden, need_memory, *need_weights = needs
+    gain, shift = (None if share is None else share.sum(0) for share in shares)
+    known = {"norm_weight": gain, "norm_bias": shift}
+    grad_inputs, *rest = parameter_gradients(
+        cell, weights, saved.inputs, hiddens, memories, gates, grad_gates, known, (need_inputs, *need_weights)
+    )
+    initial = first_hidden.to(hiddens.dtype) if need_hidden else None, first_memory if need_memory else None
+    return grad_inputs, *initial, *rest
+
+
+def own(extent: Extent) -> tuple[Sketch | None, ...]:
+    """The gates, all h, all c, and the layer norm's means and reciprocal deviations."""
+    steps, batch, size, gates, narrow, wide, norm = extent
+    return (
+        ((steps, batch, gates), narrow), ((steps + 1, batch, size), narrow), ((steps + 1, batch, size), wide),
+        ((steps, batch, 2), wide) if norm else None,
+    )  # fmt: skip
+
+
+PASSES = Passes(forward, backward, own)
+
+
+def _aligned(tensor: Tensor | None) -> Tensor | None:
+    """A tensor that begins at a multiple of 16 bytes, as kernels take it that all do."""
+    return tensor if tensor is None or tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def _scales(cell: Cell, weights: Weights, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """``s_i`` and ``s_f`` of a cell that has them constant."""
+    scale_i = like.new_ones(1) * weights.sigma_i if cell.input_is_constant else None
+    scale_f = like.new_ones(like.size(2)) * weights.sigma_f if cell.forget_is_constant else None
+    return scale_i, scale_f
+
+
+@contextmanager
+def _loop(cell: Cell, weights: Weights, keep: Tensor | None, tensors: Tensors, backward: bool) -> Iterator[StepLoop]:
+    """A loop for this thread alone: one that is kept, with graphs; or a new one for a few steps, or within a graph."""
+    steps, batch, size = tensors.memories.size(0) - 1, tensors.memories.size(1), tensors.memories.size(2)
+    device, recurrent, dtype = tensors.gates.device, weights.recurrent, tensors.gates.dtype
+    if recurrent is None:
+        raise TypeError("a problem that was refused")
+    given = tensors.grad_output is not None if backward else tensors.bias is not None
+    tf32 = dtype == torch.float32 and torch.backends.cudnn.allow_tf32
+    rows, normed = rows_for(batch, dtype), weights.norm_weight is not None
+    kind = Kind(cell, backward, rows, size, dtype, normed, keep is not None, given, tf32)
+    with on_device(device):
+        graphs = device.type == "cuda" and steps > FEW_STEPS and not torch.cuda.is_current_stream_capturing()
+        loop = LOOPS.find(kind, device) if graphs else StepLoop(kind, device, recurrent)
+        with loop.lock:
+            if graphs:
+                loop.prepare(steps)
+            if loop.weights is not recurrent:
+                loop.weights[: recurrent.size(0), :size] = recurrent
+            loop.begin(tensors, steps, batch)
+            yield loop
