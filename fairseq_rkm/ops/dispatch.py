@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fairseq_rkm.errors import RKMError
 from fairseq_rkm.ops import eager, exported_loop, operators, reference
-from fairseq_rkm.ops.backends import batched, native, persistent, scan, stepwise
+from fairseq_rkm.ops.backends import batched, blockwise, native, persistent, scan, stepwise
 from fairseq_rkm.ops.cells import Cell
 from fairseq_rkm.ops.higher_derivatives import REFERENCE, zeros_for_none
 from fairseq_rkm.ops.operators import Operator
@@ -57,6 +57,7 @@ def _backend(
 
 BACKENDS: dict[str, Backend] = dict(
     (
+        _backend("blockwise", blockwise.PASSES, blockwise.refuses, step_time=blockwise.step_time),
         _backend("persistent", persistent.PASSES, persistent.refuses, step_time=persistent.step_time),
         _backend("stepwise", stepwise.PASSES, stepwise.refuses, step_time=stepwise.step_time),
         _backend("scan", scan.PASSES, scan.refuses),

@@ -289,4 +289,4 @@ def test_fields_on_a_gpu_are_timed_eager_and_as_graphs(monkeypatch, tmp_path):
         assert row["backend"] in ("auto", row["picked"])
     picked = {(row["precision"], row["feedback"]): row["picked"] for row in rows if row["backend"] == "auto"}
     assert picked["bfloat16", False] == "scan"
-    assert picked["float32", True] != "persistent"
+    assert picked["float32", True] == "blockwise"

@@ -15,7 +15,7 @@ from fairseq_rkm.modules import Stepper
 from fairseq_rkm.ops import BACKENDS
 
 DOUBLE = torch.float64
-CPU_BACKENDS = [name for name in BACKENDS if name not in {"persistent", "scan"}]
+CPU_BACKENDS = [name for name in BACKENDS if name not in {"persistent", "blockwise", "stepwise", "scan"}]
 LEARNERS = [
     (cell, feedback)
     for cell in CELLS

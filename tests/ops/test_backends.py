@@ -17,7 +17,7 @@ from helpers import (
 from fairseq_rkm import CELLS, RKM
 from fairseq_rkm.ops import BACKENDS, reference
 
-FAST = [name for name in BACKENDS if name not in {"reference", "native", "persistent", "scan"}]
+FAST = [name for name in BACKENDS if name not in {"reference", "native", "persistent", "blockwise", "stepwise", "scan"}]
 NGRAMS = [(1, "causal"), (3, "causal"), (3, "same"), (5, "causal"), (5, "same")]
 
 

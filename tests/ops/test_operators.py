@@ -82,11 +82,12 @@ def test_operators_of_16_bits_keep_the_memory_s_32(name, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["batched", "persistent", "scan"])
+@pytest.mark.parametrize("name", ["batched", "persistent", "blockwise", "stepwise", "scan"])
 @pytest.mark.parametrize("mask", ["none", "mixed"])
 def test_operators_on_gpus_are_declared_as_pytorch_demands(name, mask):
     feedback = False if name == "scan" else None
-    for options in ({"cell": "rkm_cifg"}, {"cell": "linear_kernel", "layer_norm": True, "learn_sigma": True}):
+    normed = {"layer_norm": name != "blockwise"}
+    for options in ({"cell": "rkm_cifg"}, {"cell": "linear_kernel", **normed, "learn_sigma": True}):
         check_operator(name, device="cuda", feedback=feedback, mask=mask, **options)
         check_operator(name, device="cuda", feedback=feedback, mask=mask, state=False, ngram=3, **options)
 
@@ -205,7 +206,7 @@ def test_a_module_on_the_meta_device_needs_no_mode():
 @pytest.mark.parametrize("saved", [True, False])
 def test_selective_checkpoints_save_or_run_the_operator_again(device, saved, monkeypatch):
     rkm, exact = (module.to(device) for module in pair(num_layers=2, dropout=0.5))
-    names, runs = {"native", "batched", "persistent"}, []
+    names, runs = {"native", "batched", "blockwise", "persistent", "stepwise"}, []
 
     def policy(_context, function, *_arguments, **_options):
         ours = function.namespace == "fairseq_rkm" and function._opname in names

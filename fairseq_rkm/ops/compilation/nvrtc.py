@@ -1,7 +1,7 @@
 """Compile CUDA C++ at run time with PyTorch's own compiler (NVRTC), and launch it.
 
-Launches are cooperative: the driver makes all blocks of a grid resident at once, or refuses. Blocks that wait for each
-other therefore cannot hang.
+Launches are cooperative unless asked otherwise: the driver makes all blocks of a grid resident at once, or refuses.
+Blocks that wait for each other therefore cannot hang.
 """
 
 import ctypes
@@ -37,12 +37,14 @@ class _Configuration(ctypes.Structure):
 class Kernel:
     """A compiled kernel on one device."""
 
-    def __init__(self, function: ctypes.c_void_p, shared_bytes: int, device: int, cluster: int) -> None:
+    def __init__(
+        self, function: ctypes.c_void_p, shared_bytes: int, device: int, cluster: int, cooperative: bool
+    ) -> None:
         self.function, self.shared_bytes, self.device, self.cluster = function, shared_bytes, device, cluster
         _check(_driver().cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, shared_bytes))
         one, size = (ctypes.c_uint * 16)(1), (ctypes.c_uint * 16)(cluster, 1, 1)
         self._attributes = (_Attribute * 2)(_Attribute(_COOPERATIVE, 0, one), _Attribute(_CLUSTER, 0, size))
-        self._count = 2 if cluster > 1 else 1
+        self._count = 2 if cluster > 1 else int(cooperative)
         self._calls = threading.local()
 
     def _configuration(self, blocks: int, threads: int) -> _Configuration:
@@ -92,8 +94,9 @@ class _Call:
 
 @functools.cache
 def compile_kernel(
-    source: Path, name: str, macros: tuple[tuple[str, int | str], ...], shared: int, device: int, cluster: int = 1
-) -> Kernel:
+    source: Path, name: str, macros: tuple[tuple[str, int | str], ...], shared: int, device: int, cluster: int = 1,
+    cooperative: bool = True,
+) -> Kernel:  # fmt: skip
     """Compile one ``extern "C"`` kernel of a file for a device, once in a process.
 
     Args:
@@ -102,7 +105,8 @@ def compile_kernel(
         macros: names and values to define.
         shared: bytes of dynamic shared memory of a launch.
         device: index of the CUDA device.
-        cluster: blocks that run side by side and reach each other's shared memory.
+        cluster: blocks that run side by side and reach each other's shared memory; they are resident at once.
+        cooperative: whether all blocks of a launch must be resident at once.
 
     Raises:
         RuntimeError: the compiler's log, if it fails.
@@ -113,7 +117,7 @@ def compile_kernel(
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
         _check(_driver().cuModuleLoadData(ctypes.byref(module), image))
         _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()))
-        return Kernel(function, shared, device, cluster)
+        return Kernel(function, shared, device, cluster, cooperative)
 
 
 @functools.cache

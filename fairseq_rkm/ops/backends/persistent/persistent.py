@@ -12,6 +12,7 @@ from torch import Tensor
 from fairseq_rkm.ops.alignment import clear_and_align
 from fairseq_rkm.ops.backends.persistent.launch import Launches
 from fairseq_rkm.ops.backends.persistent.plan import Problem, plan_for
+from fairseq_rkm.ops.batch_rounding import likely, round_up
 from fairseq_rkm.ops.cells import Cell
 from fairseq_rkm.ops.compilation import nvrtc
 from fairseq_rkm.ops.gradients import parameter_gradients, product_operands
@@ -44,7 +45,7 @@ def refuses(cell: Cell, inputs: Tensor, weights: Weights) -> str | None:
 
 def step_time(cell: Cell, inputs: Tensor, weights: Weights) -> float:
     """The estimated microseconds of a step, forward and backward, of a problem that is not refused."""
-    problem = Problem.of(cell, inputs, weights)
+    problem = Problem.of(cell, inputs, weights)._replace(batch=round_up(likely(inputs.size(1))))
     plan = plan_for(problem)
     return float("inf") if plan is None else plan.step_time(problem.batch)
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fairseq_rkm.ops.batch_rounding import likely
 from fairseq_rkm.ops.cells import Cell
 from fairseq_rkm.ops.weights import Weights
 
@@ -34,7 +35,7 @@ NORM_TIME = 3.0
 
 def step_time(cell: Cell, inputs: Tensor, weights: Weights) -> float:
     """The estimated microseconds of a step, forward and backward, as a graph, on a GPU such as an H200."""
-    size, batch = weights.input.size(0) // len(cell.gates), inputs.size(1)
+    size, batch = weights.input.size(0) // len(cell.gates), likely(inputs.size(1))
     cost = RATES.get(inputs.dtype.itemsize, RATES[torch.float32.itemsize])
     operations = 2 * 2 * batch * len(cell.recurrent_gates) * size * size
     norm = NORM_TIME if weights.norm_weight is not None else 0.0

@@ -1,0 +1,186 @@
+"""On GPUs, with feedback, for layers of up to 128 units: a block of threads holds the layer (``blockwise.cu``).
+
+A block has all recurrent weights and takes some rows of the batch through the whole sequence. It waits for no other:
+where ``persistent`` exchanges values through the GPU's memory at each step, this takes a barrier. Products are sums of
+float32, whatever the type of the weights and whether TF32 is allowed.
+"""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fairseq_rkm.ops.batch_rounding import likely
+from fairseq_rkm.ops.cells import Cell
+from fairseq_rkm.ops.compilation import nvrtc
+from fairseq_rkm.ops.compilation.cell_macros import cell_macros
+from fairseq_rkm.ops.gradients import parameter_gradients
+from fairseq_rkm.ops.ngram import project
+from fairseq_rkm.ops.passes import Extent, Gradients, Passes, Results, Saved, Sketch
+from fairseq_rkm.ops.weights import Weights
+
+SOURCE = Path(__file__).with_suffix(".cu")
+MOST_UNITS = 128
+"""The most units: more weights do not fit into registers and shared memory of a multiprocessor."""
+ROWS = (1, 2, 4, 8)
+"""The rows of the batch that a block may take."""
+FEW_THREADS = 256
+"""With more threads in a block, one has half as many registers."""
+HELD = {1: 16, 2: 12, 4: 10}
+"""Four columns of weights make a chunk. Of many threads each holds so many in registers, by rows; of few, 16."""
+DEPTHS = {1: 4, 2: 2, 4: 1, 8: 1}
+"""How many steps ahead values are fetched, by rows: more rows hide more latency, and leave fewer registers."""
+CLOCKS_PER_STEP, CLOCKS_PER_CHUNK, CLOCKS_PER_REST, GIGAHERTZ = 350, 1.3, 4.0, 1.7
+"""A step without products; a warp's product of a chunk and a row; its fetch of a chunk of the rest; the clock."""
+
+
+def refuses(cell: Cell, inputs: Tensor, weights: Weights) -> str | None:
+    """The reason why this backend cannot take a problem; None if it can."""
+    if inputs.device.type != "cuda":
+        return f"it runs on CUDA GPUs, and the inputs are on {inputs.device}"
+    if weights.recurrent is None:
+        return "without feedback there is nothing to hold"
+    if weights.recurrent.size(1) > MOST_UNITS:
+        return f"it holds layers of up to {MOST_UNITS} units"
+    if inputs.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"it computes in float32, float16 and bfloat16, not in {inputs.dtype}"
+    if weights.norm_weight is not None:
+        return "it does not normalise"
+    if not inputs.numel() or not inputs.size(1):
+        return "it needs at least one step and one sequence"
+    if not torch.cuda.is_available():
+        return "there is no GPU here, and the inputs only stand for some on one"
+    if not _room(cell, weights.recurrent.size(1), inputs.device.index):
+        return f"the weights of {weights.recurrent.size(1)} units do not fit into this GPU's shared memory"
+    return nvrtc.available()
+
+
+def step_time(cell: Cell, inputs: Tensor, weights: Weights) -> float:
+    """The estimated microseconds of a step, forward and backward."""
+    size, device = weights.input.size(0) // len(cell.gates), inputs.device.index
+    batch = likely(inputs.size(1))
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    rows = _rows_for(cell, size, batch, device)
+    waves = -(-batch // (rows * processors))
+    warps, chunks = max(4, _threads(cell, size) // 32), -(-size // 4)
+    rest = chunks - _held(cell, size, rows)
+    work = warps * (chunks * rows * CLOCKS_PER_CHUNK + rest * CLOCKS_PER_REST)
+    return 2 * waves * (CLOCKS_PER_STEP + work) / (GIGAHERTZ * 1e3)
+
+
+def forward(
+    cell: Cell, inputs: Tensor, weights: Weights, hidden: Tensor | None, memory: Tensor | None, keep: Tensor | None
+) -> Results:
+    """The forward pass of :data:`PASSES`."""
+    gates = project(inputs, weights.input, None)
+    steps, batch, size = gates.size(0), gates.size(1), gates.size(2) // len(cell.gates)
+    hiddens = gates.new_empty(steps + 1, batch, size)
+    memories = gates.new_empty(steps + 1, batch, size, dtype=torch.float32)
+    last_hidden, last_memory = gates.new_empty(batch, size), memories.new_empty(batch, size)
+    given = (weights.bias, weights.recurrent, hidden, memory, last_hidden, last_memory, hiddens, memories)
+    _launch("forward", cell, weights, keep, gates, given, memories)
+    output = hiddens[1:] if keep is None else hiddens[1:].masked_fill(~keep.unsqueeze(-1), 0)
+    return Results(output, last_hidden, last_memory, (gates, hiddens, memories))
+
+
+def backward(saved: Saved, grads: Gradients, needs: Sequence[bool]) -> Gradients:
+    """The backward pass of :data:`PASSES`."""
+    cell, weights, (gates, hiddens, memories) = saved.cell, saved.weights, saved.own
+    grad_output = None if grads[0] is None else grads[0].contiguous()
+    last = [None if g is None else g.float().contiguous() for g in grads[1:]]
+    first_hidden, first_memory = torch.empty_like(memories[0]), torch.empty_like(memories[0])
+    grad_gates = torch.empty_like(gates)
+    given = (weights.recurrent, memories, grad_output, *last, first_hidden, first_memory, grad_gates)
+    _launch("backward", cell, weights, saved.keep, gates, given, memories)
+    need_inputs, need_hidden, need_memory, *need_weights = needs
+    grad_inputs, *rest = parameter_gradients(
+        cell, weights, saved.inputs, hiddens, memories, gates, grad_gates, {}, (need_inputs, *need_weights)
+    )
+    initial = first_hidden.to(hiddens.dtype) if need_hidden else None, first_memory if need_memory else None
+    return grad_inputs, *initial, *rest
+
+
+def own(extent: Extent) -> tuple[Sketch | None, ...]:
+    """The gates, all h and all c."""
+    steps, batch, size, gates, narrow, wide, _ = extent
+    return ((steps, batch, gates), narrow), ((steps + 1, batch, size), narrow), ((steps + 1, batch, size), wide)
+
+
+PASSES = Passes(forward, backward, own)
+
+
+@functools.cache
+def _room(cell: Cell, size: int, device: int) -> tuple[int, ...]:
+    """The rows of a block for which a GPU has room."""
+    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+    choices = ROWS if _threads(cell, size) <= FEW_THREADS else tuple(HELD)
+    return tuple(rows for rows in choices if shared_bytes("backward", cell, size, rows) <= shared)
+
+
+@functools.cache
+def _rows_for(cell: Cell, size: int, batch: int, device: int) -> int:
+    """The fewest rows with which all blocks run at a time, or the most."""
+    processors, room = torch.cuda.get_device_properties(device).multi_processor_count, _room(cell, size, device)
+    return next((rows for rows in room if rows * processors >= batch), room[-1])
+
+
+def _threads(cell: Cell, size: int) -> int:
+    """The threads of a block: whole warps, and 1, 2 or 4 threads for each unit."""
+    lanes = 1 << (len(cell.gates) - 1).bit_length()
+    return -(-size * lanes // 32) * 32
+
+
+def _held(cell: Cell, size: int, rows: int) -> int:
+    """The chunks of weights in a thread's registers."""
+    return min(-(-size // 4), HELD[rows] if _threads(cell, size) > FEW_THREADS else HELD[1])
+
+
+def _launch(
+    direction: str, cell: Cell, weights: Weights, keep: Tensor | None, gates: Tensor,
+    given: tuple[Tensor | None, ...], memories: Tensor,
+) -> None:  # fmt: skip
+    """Launch a kernel over the rows of the batch."""
+    steps, batch, size = memories.size(0) - 1, memories.size(1), memories.size(2)
+    device = gates.device.index
+    rows = _rows_for(cell, size, batch, device)
+    scale_f = memories.new_ones(size) * weights.sigma_f if cell.forget_is_constant else None
+    scale_i = memories.new_ones(1) * weights.sigma_i if cell.input_is_constant else None
+    real = None if keep is None else keep.contiguous().view(torch.uint8)
+    kernel = _kernel(direction, cell, size, gates.dtype, rows, keep is not None, device)
+    kernel.launch(-(-batch // rows), _threads(cell, size), gates, *given, real, scale_f, scale_i, steps, batch)
+
+
+@functools.cache
+def _kernel(
+    direction: str, cell: Cell, size: int, dtype: torch.dtype, rows: int, mask: bool, device: int
+) -> nvrtc.Kernel:
+    """A compiled kernel of ``blockwise.cu``."""
+    options = macros(direction, cell, size, dtype, rows, mask)
+    shared = shared_bytes(direction, cell, size, rows)
+    return nvrtc.compile_kernel(SOURCE, f"blockwise_{direction}", options, shared, device, cooperative=False)
+
+
+def macros(
+    direction: str, cell: Cell, size: int, dtype: torch.dtype, rows: int, mask: bool
+) -> tuple[tuple[str, int | str], ...]:
+    """The cell, the dtype and the sizes as macros of ``blockwise.cu``."""
+    return (
+        *cell_macros(cell).items(),
+        ("MASK", int(mask)),
+        ("ELEMENT", dtype.itemsize),
+        ("BF16", int(dtype == torch.bfloat16)),
+        ("SIZE", size),
+        ("ROWS", rows),
+        ("DEPTH", DEPTHS[rows]),
+        ("HELD", _held(cell, size, rows)),
+        ("BACKWARD", int(direction == "backward")),
+    )
+
+
+def shared_bytes(direction: str, cell: Cell, size: int, rows: int) -> int:
+    """The shared memory of a block: the weights that registers do not hold, and two buffers of values."""
+    chunks, threads = -(-size // 4), _threads(cell, size)
+    vectors = 1 << (len(cell.gates) - 1).bit_length() if direction == "backward" else 1
+    return (chunks - _held(cell, size, rows)) * threads * 16 + 2 * rows * vectors * (4 * chunks + 4) * 4
