@@ -118,7 +118,7 @@ def training_losses(
 ) -> Tensor:
     """The losses of a small regression trained with a backend, from the same start whatever the backend."""
     torch.manual_seed(0)
-    rkm = RKM(16, 24, layer_norm=True, backend=backend, dtype=dtype, **arguments).to(device)
+    rkm = RKM(16, 24, **{"layer_norm": True, **arguments}, backend=backend, dtype=dtype).to(device)
     optimizer = torch.optim.SGD(rkm.parameters(), lr=0.02)
     x, target = torch.randn(12, 8, 16, dtype=dtype).to(device), torch.randn(12, 8, 24, dtype=dtype).to(device)
     losses = []

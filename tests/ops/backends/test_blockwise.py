@@ -52,7 +52,8 @@ def test_sequences_that_begin_anew_and_all_memories(cell):
 def test_clipped_memory(cell, dtype):
     shape = {"steps": 4, "batch": 2, "sizes": (6, 5)}
     bound = clear_bound(cell, dtype=dtype, **shape)
-    compare("blockwise", device="cuda", dtype=dtype, cell=cell, tf32=True, memory_clip=bound, **shape)
+    with products_in("float32"):
+        compare("blockwise", device="cuda", dtype=dtype, cell=cell, memory_clip=bound, **shape)
 
 
 @pytest.mark.gpu
@@ -75,7 +76,7 @@ def test_three_orders_of_derivatives_are_the_reference_s():
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(
     ("steps", "batch", "size"),
-    [(1, 1, 1), (3, 1, 8), (63, 33, 100), (5, 140, 128), (6, 300, 65), (4, 600, 127), (4, 1100, 64), (9, 3, 51)],
+    [(1, 1, 2), (3, 1, 8), (63, 33, 100), (5, 140, 128), (6, 300, 65), (4, 600, 127), (4, 1100, 64), (9, 3, 51)],
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cell", ["rkm_lstm", "rkm_cifg", "linear_kernel_gated", "linear_kernel"])
@@ -97,7 +98,9 @@ def test_the_same_bits_on_a_repeated_run():
 
 @pytest.mark.gpu
 def test_training_follows_the_reference():
-    given, wanted = (training_losses(200, backend, device="cuda") for backend in ("blockwise", "reference"))
+    given, wanted = (
+        training_losses(200, backend, device="cuda", layer_norm=False) for backend in ("blockwise", "reference")
+    )
     assert_close(given, wanted, dtype="tf32")
 
 

@@ -30,9 +30,9 @@ FEW_THREADS = 256
 """With more threads in a block, one has half as many registers."""
 HELD = {1: 16, 2: 12, 4: 10}
 """Four columns of weights make a chunk. Of many threads each holds so many in registers, by rows; of few, 16."""
-DEPTHS = {1: 4, 2: 2, 4: 1, 8: 1}
-"""How many steps ahead values are fetched, by rows: more rows hide more latency, and leave fewer registers."""
-CLOCKS_PER_STEP, CLOCKS_PER_CHUNK, CLOCKS_PER_REST, GIGAHERTZ = 350, 1.3, 4.0, 1.7
+DEPTHS = {False: {1: 6, 2: 4, 4: 3, 8: 2}, True: {1: 4, 2: 2, 4: 1}}
+"""How many steps ahead values are fetched, by many threads or few, and rows: as far as registers reach."""
+CLOCKS_PER_STEP, CLOCKS_PER_CHUNK, CLOCKS_PER_REST, GIGAHERTZ = 850, 3.5, 6.0, 1.7
 """A step without products; a warp's product of a chunk and a row; its fetch of a chunk of the rest; the clock."""
 
 
@@ -173,7 +173,7 @@ def macros(
         ("BF16", int(dtype == torch.bfloat16)),
         ("SIZE", size),
         ("ROWS", rows),
-        ("DEPTH", DEPTHS[rows]),
+        ("DEPTH", DEPTHS[_threads(cell, size) > FEW_THREADS][rows]),
         ("HELD", _held(cell, size, rows)),
         ("BACKWARD", int(direction == "backward")),
     )
