@@ -14,11 +14,14 @@ from fairseq_rkm.modules.parameters import settle_loaded as _settle  # noqa: F40
 from fairseq_rkm.modules.per_sample_gradients import SLOT, watch
 from fairseq_rkm.modules.projections import Projection
 from fairseq_rkm.modules.sequences import Batch, Packed, layout_of
+from fairseq_rkm.modules.side_stream import Fork
 from fairseq_rkm.modules.state import RKMState
 from fairseq_rkm.ops import anew, recurrence
+from fairseq_rkm.ops.dispatch import leaves_room
 from fairseq_rkm.ops.exported_loop import checks_of_sizes
 from fairseq_rkm.ops.memories import memories
 from fairseq_rkm.ops.ngram import extend, next_context, steps_ahead
+from fairseq_rkm.ops.plain_tensors import are_plain
 from fairseq_rkm.ops.segments import Reset
 
 Rows = Tensor | list[Tensor]
@@ -187,14 +190,18 @@ class RKM(ExchangeWithLSTM):
                 contexts.append(next_context(x, self.ngram, before, keep, None if reset is None else reset.mask))
             results = []
             memories_too = wants_memories and layer == self.num_layers - 1
+            fork = Fork(x.device) if self._leaves_room(x) else None
             for direction, suffix in enumerate(self._suffixes):
                 i = layer * len(self._suffixes) + direction
                 first_hidden = None if hidden is None else hidden[i]
                 first_memory = None if memory is None else memory[i]
-                place = f"l{layer}{suffix}"
-                along, final_hidden, final_memory = self._direction(
-                    place, x, first_hidden, first_memory, before, keep, reset, autocast, memories_too
-                )
+                shared = x, first_hidden, first_memory, keep, None if reset is None else reset.mask
+                with nullcontext() if fork is None or not direction else fork.beside(shared):
+                    along, final_hidden, final_memory = self._direction(
+                        f"l{layer}{suffix}", x, first_hidden, first_memory, before, keep, reset, autocast, memories_too
+                    )
+                if fork is not None and direction:
+                    fork.join([*along, final_hidden, final_memory])
                 results.append(along)
                 hiddens.append(final_hidden)
                 final_memories.append(final_memory)
@@ -202,6 +209,12 @@ class RKM(ExchangeWithLSTM):
                 torch.cat(both, dim=-1) if self.bidirectional else both[0] for both in zip(*results, strict=True)
             ]
         return [x, *more], RKMState(_stack(hiddens), _stack(final_memories), contexts or None)
+
+    def _leaves_room(self, x: Tensor) -> bool:
+        """Whether a direction leaves enough of a GPU idle for the other to run beside it."""
+        if not (x.is_cuda and self.bidirectional) or torch.compiler.is_compiling() or not are_plain(x):
+            return False
+        return leaves_room(self.backend, self._cell, self.hidden_size, x.dtype, self.layer_norm)
 
     def _check_input(self, x: Any) -> None:
         packed = isinstance(x, PackedSequence)

@@ -116,6 +116,20 @@ def _fastest(cell: Cell, inputs: Tensor, weights: Weights) -> Backend:
     return BACKENDS["reference"] if best is None else best
 
 
+def leaves_room(name: str, cell: Cell, size: int, dtype: torch.dtype, norm: bool) -> bool:
+    """Whether a backend leaves most of a GPU idle, so that another recurrence may run beside this one.
+
+    Args:
+        name: ``"auto"`` or a backend's.
+        cell: the cell.
+        size: d.
+        dtype: of the inputs.
+        norm: whether the memory is normalised.
+    """
+    alone = size <= blockwise.MOST_UNITS and cell.has_feedback and not norm and dtype != torch.float64
+    return alone and name in ("auto", "blockwise")
+
+
 def recurrence(
     cell: Cell, inputs: Tensor, weights: Weights, size: int, hidden: Tensor | None, memory: Tensor | None,
     keep: Tensor | None = None, backend: str = "auto",

@@ -97,6 +97,25 @@ def test_the_same_bits_on_a_repeated_run():
 
 
 @pytest.mark.gpu
+def test_directions_that_run_at_the_same_time_do_not_disturb_each_other():
+    """Much memory is taken and freed meanwhile, by both streams."""
+    both = RKM(16, 64, num_layers=2, bidirectional=True, backend="blockwise", device="cuda")
+    wanted = {}
+    for turn in range(60):
+        torch.manual_seed(turn % 6)
+        x = torch.randn(30 + turn % 3, 16, 16, device="cuda", requires_grad=True)
+        with pytest.MonkeyPatch.context() as patch:
+            if turn < 6:
+                patch.setattr(RKM, "_leaves_room", lambda *_: False)
+            output, state = both(x)
+            loss = output.square().sum() + state.hidden.sum() + (state.cell * state.cell).sum()
+            given = [output, *state[:2], *torch.autograd.grad(loss, [x, *both.parameters()])]
+        del output, state, loss
+        for tensor, expected in zip(given, wanted.setdefault(turn % 6, given), strict=True):
+            assert torch.equal(tensor, expected)
+
+
+@pytest.mark.gpu
 def test_training_follows_the_reference():
     given, wanted = (
         training_losses(200, backend, device="cuda", layer_norm=False) for backend in ("blockwise", "reference")
