@@ -15,6 +15,7 @@ from fairseq_rkm.modules.per_sample_gradients import SLOT, watch
 from fairseq_rkm.modules.projections import Projection
 from fairseq_rkm.modules.sequences import Batch, Packed, layout_of
 from fairseq_rkm.modules.side_stream import Fork
+from fairseq_rkm.modules.single_steps import take_step
 from fairseq_rkm.modules.state import RKMState
 from fairseq_rkm.ops import anew, recurrence
 from fairseq_rkm.ops.dispatch import leaves_room
@@ -155,6 +156,10 @@ class RKM(ExchangeWithLSTM):
         Raises:
             RKMError: a shape, type or device does not fit, or an argument is given by both of its names.
         """
+        if not return_memory and padding_mask is None and reset is None and input is None and hx is None:
+            taken = take_step(self, x, state)
+            if taken is not None:
+                return taken
         given = _one_of("x", x, "input", input)
         state = _one_of("state", state, "hx", hx)
         with checks_of_sizes():

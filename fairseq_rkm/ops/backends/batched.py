@@ -145,7 +145,7 @@ class _Forward:
         cell, weights, gates, previous = self.cell, self.weights, self.gates[now], self.memory[before]
         kept = self.memory[now.start + 1 : now.stop + 1]
         new = kept if self.norm is None else self.norm.raw[now]
-        _remembered(cell, weights, gates, previous, new)
+        remembered(cell, weights, gates, previous, new)
         if cell.clip is not None:
             new.clamp_(-cell.clip, cell.clip)
         if self.norm is not None:
@@ -166,7 +166,7 @@ class _Forward:
         self.hidden[block.start + 1 : block.stop + 1] = output
 
 
-def _remembered(cell: Cell, weights: Weights, gates: Tensor, previous: Tensor, out: Tensor) -> None:
+def remembered(cell: Cell, weights: Weights, gates: Tensor, previous: Tensor, out: Tensor) -> None:
     """``c_t`` before layer norm or clipping, from the activated gates and ``c_{t-1}``."""
     at = gate_slices(cell, out.size(-1))
     candidate = gates[..., at[CANDIDATE]]
@@ -198,7 +198,7 @@ class _Backward:
     def _inside(self, clip: float) -> Tensor:
         """1 where ``c_t`` was within the bound, or at it, before clipping; else 0, as for ``torch.clamp``."""
         raw = torch.empty_like(self.memory[1:])
-        _remembered(self.cell, self.weights, self.gates, self.memory[:-1], raw)
+        remembered(self.cell, self.weights, self.gates, self.memory[:-1], raw)
         return (raw.abs() <= clip).to(raw.dtype)
 
     def _factors(self) -> None:

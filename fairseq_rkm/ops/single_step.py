@@ -1,0 +1,83 @@
+"""One step without gradients, with little work for the host: two products, and on GPUs one kernel."""
+
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fairseq_rkm.ops.backends.batched import remembered
+from fairseq_rkm.ops.cells import OUTPUT, Cell
+from fairseq_rkm.ops.compilation import nvrtc
+from fairseq_rkm.ops.compilation.cell_macros import cell_macros
+from fairseq_rkm.ops.gate_layout import gate_slices, recurrent_slice
+from fairseq_rkm.ops.weights import LAYER_NORM_EPS, Weights
+
+SOURCE = Path(__file__).with_suffix(".cu")
+BLOCK_THREADS = 128
+"""The threads of a block."""
+
+
+def single_step(
+    cell: Cell, x: Tensor, weights: Weights, hidden: Tensor, memory: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A step's output, and the hidden state and the memory after it, ``(B, d)`` each, in memory of their own.
+
+    Args:
+        cell: the cell.
+        x: ``(B, m)``, plain, contiguous.
+        weights: of n = 1; plain, contiguous, on the device of ``x`` and of its dtype. The scales are numbers.
+        hidden: ``(B, d)``, of the dtype of ``x``.
+        memory: ``(B, d)``, of the memory's dtype.
+    """
+    bias, matrix = weights.bias, weights.input.t()
+    gates = torch.mm(x, matrix) if bias is None else torch.addmm(bias, x, matrix)
+    if weights.recurrent is not None:
+        whole = len(cell.recurrent_gates) == len(cell.gates)
+        fed = gates if whole else gates[:, recurrent_slice(cell, memory.size(1))]
+        fed.addmm_(hidden, weights.recurrent.t())
+    if not x.is_cuda or weights.norm_weight is not None or x.dtype == torch.float64 or nvrtc.available() is not None:
+        return _by_operators(cell, gates.to(memory.dtype), weights, hidden, memory)
+    output, after, kept = torch.empty_like(hidden), torch.empty_like(hidden), torch.empty_like(memory)
+    count = memory.numel()
+    kernel = _kernel(cell, x.dtype, weights.sigma_i, weights.sigma_f, x.device.index)
+    kernel.launch(-(-count // BLOCK_THREADS), BLOCK_THREADS, gates, memory, output, after, kept, memory.size(1), count)
+    return output, after, kept
+
+
+def _by_operators(
+    cell: Cell, gates: Tensor, weights: Weights, hidden: Tensor, memory: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`single_step`, from the pre-activations, which it overwrites."""
+    size = memory.size(1)
+    if cell.squash_candidate:
+        gates[:, :size].tanh_()
+    if len(cell.gates) > 1:
+        gates[:, size:].sigmoid_()
+    after = torch.empty_like(memory)
+    remembered(cell, weights, gates, memory, after)
+    if cell.clip is not None:
+        after.clamp_(-cell.clip, cell.clip)
+    if weights.norm_weight is not None:
+        after = F.layer_norm(after, (size,), weights.norm_weight, weights.norm_bias, LAYER_NORM_EPS)
+    output = after.tanh() if cell.squash_output else after
+    if cell.output_is_gate:
+        output = output * gates[:, gate_slices(cell, size)[OUTPUT]]
+    output = output.to(hidden.dtype)
+    return output, output.clone(), after
+
+
+@functools.cache
+def _kernel(
+    cell: Cell, dtype: torch.dtype, sigma_i: Tensor | float, sigma_f: Tensor | float, device: int
+) -> nvrtc.Kernel:
+    """The compiled kernel of ``single_step.cu``."""
+    macros = (
+        *cell_macros(cell).items(),
+        ("ELEMENT", dtype.itemsize),
+        ("BF16", int(dtype == torch.bfloat16)),
+        ("SCALE_I", f"{float(sigma_i)!r}f"),
+        ("SCALE_F", f"{float(sigma_f)!r}f"),
+    )
+    return nvrtc.compile_kernel(SOURCE, "single_step", macros, 0, device, cooperative=False)

@@ -1,0 +1,153 @@
+"""The short way through a single step: it gives what the long way gives, and leaves all else to it."""
+
+import itertools
+
+import pytest
+import torch
+from helpers import assert_close, product_type, randomized
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from fairseq_rkm import CELLS, RKM, RKMError, RKMState
+from fairseq_rkm.modules import rkm as module
+from fairseq_rkm.modules import single_steps
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture
+def ways(monkeypatch):
+    """Which way each call has gone."""
+    gone = []
+
+    def take_step(*arguments):
+        taken = single_steps.take_step(*arguments)
+        gone.append("long" if taken is None else "short")
+        return taken
+
+    monkeypatch.setattr(module, "take_step", take_step)
+    return gone
+
+
+def both(rkm, x, state, monkeypatch):
+    """Outputs and states by both ways."""
+    with torch.no_grad():
+        given = rkm(x, state)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "take_step", lambda *_: None)
+            return given, rkm(x, state)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_it_gives_what_the_long_way_gives(cell, device, ways, monkeypatch):
+    dtypes = [torch.float64, torch.float32, torch.bfloat16, torch.float16] if device == "cuda" else [torch.float64]
+    options = itertools.product((None, False), (False, True), (1, 2), (False, True), (True, False), dtypes)
+    for feedback, layer_norm, layers, batch_first, bias, dtype in options:
+        rkm = RKM(
+            3, 5, layers, cell=cell, feedback=feedback, layer_norm=layer_norm, batch_first=batch_first, bias=bias,
+            dtype=dtype, sigma_i2=0.3, sigma_f2=0.7,
+        )  # fmt: skip
+        rkm = randomized(rkm).to(device)
+        x = torch.randn(*((4, 1, 3) if batch_first else (1, 4, 3)), dtype=dtype, device=device)
+        state = rkm.initial_state(4).map(lambda t: torch.randn(t.shape, dtype=t.dtype, device=device))
+        ways.clear()
+        given, wanted = both(rkm, x, state, monkeypatch)
+        assert ways == ["long" if layer_norm and dtype.itemsize < 4 else "short"]
+        assert type(given[1]) is RKMState
+        for name, a, b in zip(("output", "h", "c"), (given[0], *given[1]), (wanted[0], *wanted[1]), strict=True):
+            assert a.dtype == b.dtype
+            kind = "tf32" if device == "cuda" and dtype == torch.float32 else dtype
+            assert_close(a, b, name, product_type(kind, device) if isinstance(kind, torch.dtype) else kind)
+
+
+def test_results_have_memory_of_their_own(ways):
+    rkm = RKM(3, 4)
+    state = rkm.initial_state(2)
+    with torch.no_grad():
+        output, after = rkm(torch.randn(1, 2, 3), state)
+        kept = [t.clone() for t in after]
+        output.zero_()
+        assert all(torch.equal(a, b) for a, b in zip(after, kept, strict=True))
+        after.hidden.fill_(1)
+        assert output.eq(0).all()
+    assert ways == ["short"]
+    assert all(t.eq(0).all() for t in state)
+
+
+def test_a_plain_pair_is_taken_and_changed_weights_count(ways):
+    rkm = RKM(3, 4)
+    x, pair = torch.randn(1, 2, 3), (torch.randn(1, 2, 4), torch.randn(1, 2, 4))
+    with torch.no_grad():
+        first, _ = rkm(x, pair)
+        rkm.weight_hh_l0.data.mul_(2)
+        second, _ = rkm(x, pair)
+        exact = RKM(3, 4, backend="reference")
+        exact.load_state_dict(rkm.state_dict())
+        wanted, _ = exact(x, pair)
+    assert not torch.equal(first, second)
+    assert_close(second, wanted)
+    assert ways[:2] == ["short", "short"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"bidirectional": True}, {"ngram": 2}, {"proj_size": 2}, {"cell": "linear_kernel", "learn_sigma": True},
+        {"backend": "batched"}, {"weight_dropout": 0.5}, {"num_layers": 2, "dropout": 0.5},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_other_layers_go_the_long_way(arguments, ways):
+    rkm = RKM(3, 4, **arguments)
+    with torch.no_grad():
+        rkm(torch.randn(1, 2, 3), rkm.initial_state(2))
+    assert ways == ["long"]
+
+
+def test_other_calls_go_the_long_way(ways):
+    rkm, x = RKM(3, 4), torch.randn(1, 2, 3)
+    state = rkm.initial_state(2)
+    rkm(x, state)[0].sum().backward()
+    with torch.no_grad():
+        rkm(torch.randn(2, 2, 3), state)
+        rkm(torch.randn(1, 2, 6)[..., ::2], state)
+        rkm(x)
+        rkm(x[:, 0], rkm.initial_state())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rkm(x, state)
+        parametrizations.weight_norm(rkm, "weight_hh_l0")
+        rkm(x, state)
+    assert ways == ["long"] * 7
+
+
+def test_what_does_not_fit_is_refused_as_ever():
+    rkm, state = RKM(3, 4), RKM(3, 4).initial_state(2)
+    with torch.no_grad():
+        for x, given, message in (
+            (torch.randn(1, 2, 5), state, "with m = 3, not"),
+            (torch.randn(1, 3, 3), state, "hidden must have shape"),
+            (torch.randn(1, 2, 3).double(), state, r"torch\.float64 but the weights"),
+            (torch.randn(1, 2, 3), (state.hidden, 1.0), "cell must be one tensor"),
+        ):
+            with pytest.raises(RKMError, match=message):
+                rkm(x, given)
+
+
+def test_inference_mode_and_modules_around_it(ways):
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = RKM(3, 4)
+
+        def forward(self, x, state):
+            return self.rnn(x, state)
+
+    around, x = Around(), torch.randn(1, 2, 3)
+    state = around.rnn.initial_state(2)
+    with torch.inference_mode():
+        inside = around(x, state)[0]
+        assert torch.func.vmap(lambda x: around(x.unsqueeze(0), state)[0])(torch.stack([x[0], x[0]])).shape[0] == 2
+    with torch.no_grad():
+        assert_close(inside.clone(), around(x, state)[0])
+    assert ways == ["short", "long", "short"]
