@@ -14,7 +14,7 @@ from fairseq_rkm.modules.per_sample_gradients import SLOT
 from fairseq_rkm.modules.state import RKMState
 from fairseq_rkm.ops.plain_tensors import are_plain
 from fairseq_rkm.ops.single_step import single_step
-from fairseq_rkm.ops.weights import Weights, memory_dtype
+from fairseq_rkm.ops.weights import Weights
 
 
 def take_step(rkm: RKMParameters, x: Any, state: Any) -> tuple[Tensor, RKMState] | None:
@@ -22,36 +22,38 @@ def take_step(rkm: RKMParameters, x: Any, state: Any) -> tuple[Tensor, RKMState]
 
     It never refuses: of what it does not know well it leaves the judgement to the long way.
     """
-    if torch.is_grad_enabled() or type(x) is not Tensor or x.dim() != 3 or not isinstance(state, tuple):
+    if torch.is_grad_enabled() or type(x) is not Tensor or x.dim() != 3 or type(state) not in (RKMState, tuple):
         return None
     if x.size(1 if rkm.batch_first else 0) != 1 or len(state) != 2 or not _is_simple(rkm):
         return None
     hidden, memory = state
-    if type(hidden) is not Tensor or type(memory) is not Tensor:
+    if type(hidden) is not Tensor or type(memory) is not Tensor or not (x.is_cuda or x.is_cpu):
         return None
-    rows = x.view(x.size(0) if rkm.batch_first else x.size(1), x.size(2)) if x.is_contiguous() else None
-    if rows is None or x.size(2) != rkm.input_size or torch.is_autocast_enabled(x.device.type):
+    rows, kind = x.size(0 if rkm.batch_first else 1), x.dtype
+    wide = kind if kind.itemsize >= torch.float32.itemsize else torch.float32
+    if (
+        hidden.dtype is not kind
+        or memory.dtype is not wide
+        or torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu")
+    ):
         return None
-    shape = rkm.num_layers, rows.size(0), rkm.hidden_size
-    if hidden.shape != shape or memory.shape != shape or not rows.size(0):
+    shape = rkm.num_layers, rows, rkm.hidden_size
+    if not rows or x.size(2) != rkm.input_size or hidden.shape != shape or memory.shape != shape:
         return None
-    layers = None if rkm.layer_norm and x.dtype.itemsize < 4 else _layers(rkm, x)  # normalised in float32
-    if layers is None or hidden.dtype != x.dtype or memory.dtype != memory_dtype(x.dtype):
+    if rkm.layer_norm and kind is not wide:  # normalised in float32
         return None
-    if hidden.device != x.device or memory.device != x.device:
+    layers = [_layer(rkm, number) for number in range(rkm.num_layers)]
+    tensors = [x, hidden, memory, *(tensor for weights in layers for tensor in weights[:5] if tensor is not None)]
+    if len(tensors) != 3 + len(layers) * len(rkm._kinds) or not _are_alike(tensors, x):
         return None
-    if not are_plain(x, hidden, memory, *(tensor for weights in layers for tensor in weights[:5])):
-        return None
-    hiddens: list[Tensor] = []
-    memories: list[Tensor] = []
-    output = rows
+    output, states = x.view(rows, x.size(2)), []
     for number, weights in enumerate(layers):
-        before = hidden[number].contiguous(), memory[number].contiguous()
-        output, after, kept = single_step(rkm._cell, output, weights, *before)
-        hiddens.append(after)
-        memories.append(kept)
-    after_all, kept_all = (t[0].unsqueeze(0) if len(t) == 1 else torch.stack(t) for t in (hiddens, memories))
-    return output.unsqueeze(1 if rkm.batch_first else 0), RKMState(after_all, kept_all)
+        alone = slice(number, number + 1)
+        before = (hidden, memory) if len(layers) == 1 else (hidden[alone], memory[alone])
+        output, *after = single_step(rkm._cell, output.view(rows, -1), weights, *before)
+        states.append(after)
+    hidden, memory = states[0] if len(states) == 1 else map(torch.cat, zip(*states, strict=True))
+    return output.view(rows, 1, -1) if rkm.batch_first else output, RKMState(hidden, memory)
 
 
 def _is_simple(rkm: RKMParameters) -> bool:
@@ -63,19 +65,24 @@ def _is_simple(rkm: RKMParameters) -> bool:
     return not (rkm.training and (rkm.weight_dropout or (rkm.num_layers > 1 and rkm.dropout.p)))
 
 
-def _layers(rkm: RKMParameters, x: Tensor) -> list[Weights] | None:
-    """Each layer's weights; None if one is computed, or is not what ``x`` is."""
-    own, layers = rkm._parameters, []
-    for number in range(rkm.num_layers):
-        names: dict[str, Any] = {kind: own.get(f"{kind}_l{number}") for kind in rkm._kinds}
-        for tensor in names.values():
-            if tensor is None or tensor.device != x.device or tensor.dtype != x.dtype or not tensor.is_contiguous():
-                return None
-        find = names.get
-        layers.append(
-            Weights(
-                names["weight_ih"], find("weight_hh"), find("bias"), find("norm_weight"), find("norm_bias"),
-                rkm.sigma_i2, rkm.sigma_f2,
-            )
-        )  # fmt: skip
-    return layers
+def _layer(rkm: RKMParameters, number: int) -> Weights:
+    """A layer's weights; None stands for one that is absent or computed."""
+    own, cell = rkm._parameters, rkm._cell
+    return Weights(
+        own.get(f"weight_ih_l{number}"),  # type: ignore[arg-type]
+        own.get(f"weight_hh_l{number}"),
+        own.get(f"bias_l{number}"),
+        own.get(f"norm_weight_l{number}"),
+        own.get(f"norm_bias_l{number}"),
+        rkm.sigma_i2 if cell.input_is_constant else 0.0,
+        rkm.sigma_f2 if cell.forget_is_constant else 0.0,
+    )
+
+
+def _are_alike(tensors: list[Tensor], x: Tensor) -> bool:
+    """Whether all are plain and contiguous, on the device of ``x`` and, but for the memory, of its dtype."""
+    place, kind = x.get_device(), x.dtype
+    for number, tensor in enumerate(tensors):
+        if tensor.get_device() != place or not tensor.is_contiguous() or (number > 2 and tensor.dtype is not kind):
+            return False
+    return are_plain(*tensors)

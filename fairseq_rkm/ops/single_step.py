@@ -22,27 +22,27 @@ BLOCK_THREADS = 128
 def single_step(
     cell: Cell, x: Tensor, weights: Weights, hidden: Tensor, memory: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A step's output, and the hidden state and the memory after it, ``(B, d)`` each, in memory of their own.
+    """A step's output, and the hidden state and the memory after it, ``(1, B, d)`` each, in memory of their own.
 
     Args:
         cell: the cell.
         x: ``(B, m)``, plain, contiguous.
         weights: of n = 1; plain, contiguous, on the device of ``x`` and of its dtype. The scales are numbers.
-        hidden: ``(B, d)``, of the dtype of ``x``.
-        memory: ``(B, d)``, of the memory's dtype.
+        hidden: ``(1, B, d)``, contiguous, of the dtype of ``x``.
+        memory: ``(1, B, d)``, contiguous, of the memory's dtype.
     """
-    bias, matrix = weights.bias, weights.input.t()
-    gates = torch.mm(x, matrix) if bias is None else torch.addmm(bias, x, matrix)
+    size = memory.size(2)
+    gates = F.linear(x, weights.input, weights.bias)
     if weights.recurrent is not None:
         whole = len(cell.recurrent_gates) == len(cell.gates)
-        fed = gates if whole else gates[:, recurrent_slice(cell, memory.size(1))]
-        fed.addmm_(hidden, weights.recurrent.t())
+        fed = gates if whole else gates[:, recurrent_slice(cell, size)]
+        fed.addmm_(hidden.view(-1, size), weights.recurrent.t())
     if not x.is_cuda or weights.norm_weight is not None or x.dtype == torch.float64 or nvrtc.available() is not None:
         return _by_operators(cell, gates.to(memory.dtype), weights, hidden, memory)
     output, after, kept = torch.empty_like(hidden), torch.empty_like(hidden), torch.empty_like(memory)
     count = memory.numel()
     kernel = _kernel(cell, x.dtype, weights.sigma_i, weights.sigma_f, x.device.index)
-    kernel.launch(-(-count // BLOCK_THREADS), BLOCK_THREADS, gates, memory, output, after, kept, memory.size(1), count)
+    kernel.launch(-(-count // BLOCK_THREADS), BLOCK_THREADS, gates, memory, output, after, kept, size, count)
     return output, after, kept
 
 
@@ -50,12 +50,12 @@ def _by_operators(
     cell: Cell, gates: Tensor, weights: Weights, hidden: Tensor, memory: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`single_step`, from the pre-activations, which it overwrites."""
-    size = memory.size(1)
+    size = memory.size(2)
     if cell.squash_candidate:
         gates[:, :size].tanh_()
     if len(cell.gates) > 1:
         gates[:, size:].sigmoid_()
-    after = torch.empty_like(memory)
+    after, gates = torch.empty_like(memory), gates.unsqueeze(0)
     remembered(cell, weights, gates, memory, after)
     if cell.clip is not None:
         after.clamp_(-cell.clip, cell.clip)
@@ -63,7 +63,7 @@ def _by_operators(
         after = F.layer_norm(after, (size,), weights.norm_weight, weights.norm_bias, LAYER_NORM_EPS)
     output = after.tanh() if cell.squash_output else after
     if cell.output_is_gate:
-        output = output * gates[:, gate_slices(cell, size)[OUTPUT]]
+        output = output * gates[..., gate_slices(cell, size)[OUTPUT]]
     output = output.to(hidden.dtype)
     return output, output.clone(), after
 

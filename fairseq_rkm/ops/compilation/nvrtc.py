@@ -7,7 +7,6 @@ Blocks that wait for each other therefore cannot hang.
 import ctypes
 import functools
 import threading
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -38,7 +37,7 @@ class Kernel:
     """A compiled kernel on one device."""
 
     def __init__(
-        self, function: ctypes.c_void_p, shared_bytes: int, device: int, cluster: int, cooperative: bool
+        self, function: ctypes.c_void_p, shared_bytes: int, device: int, cluster: int, cooperative: bool = True
     ) -> None:
         self.function, self.shared_bytes, self.device, self.cluster = function, shared_bytes, device, cluster
         _check(_driver().cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, shared_bytes))
@@ -70,7 +69,10 @@ class Kernel:
         call.values[:] = [a if type(a) is int else 0 if a is None else a.data_ptr() for a in arguments]  # type: ignore[union-attr]
         # Triton asks so too; torch.cuda.current_stream would make an object at each call.
         call.configuration.stream = torch._C._cuda_getCurrentRawStream(self.device)
-        with nullcontext() if torch.cuda.current_device() == self.device else torch.cuda.device(self.device):
+        if torch._C._cuda_getDevice() == self.device:
+            _check(_driver().cuLaunchKernelEx(call.reference, self.function, call.pointers, None))
+            return
+        with torch.cuda.device(self.device):
             _check(_driver().cuLaunchKernelEx(call.reference, self.function, call.pointers, None))
 
     def _call(self, blocks: int, threads: int, arguments: int) -> "_Call":

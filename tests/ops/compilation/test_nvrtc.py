@@ -43,7 +43,7 @@ class Driver:
 def driver(monkeypatch):
     driver = Driver()
     monkeypatch.setattr(nvrtc, "_driver", lambda: driver)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 70 + device, raising=False)
     return driver
 
@@ -84,3 +84,8 @@ def test_what_the_driver_refuses_is_said(driver):
     driver.status = 720
     with pytest.raises(RuntimeError, match="CUDA error 720: too many blocks"):
         nvrtc.Kernel(ctypes.c_void_p(5), 0, 0, 1).launch(1000, 32)
+
+
+def test_a_launch_need_not_be_cooperative(driver):
+    nvrtc.Kernel(ctypes.c_void_p(5), 0, 0, 1, cooperative=False).launch(100_000, 32)
+    assert driver.launches[0]["attributes"] == []
