@@ -8,8 +8,8 @@ from pathlib import Path
 from fairseq_rkm.errors import RKMError
 
 EPILOG = (
-    "Other commands: python -m fairseq_rkm.predict (classify text), python -m fairseq_rkm.fairseq_patches (list the "
-    "changes to fairseq)."
+    "Other commands: python -m fairseq_rkm.predict (classify text), python -m fairseq_rkm.score (BLEU, as "
+    "fairseq-score), python -m fairseq_rkm.fairseq_patches (list the changes to fairseq)."
 )
 
 

@@ -9,7 +9,7 @@ pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
 say() { printf '[setup] %s\n' "$*"; }
 
 stamp=.venv/.done
-wanted="$(cksum < setup.py) ${TORCH:-}"
+wanted="$(cat setup.py scripts/setup.sh | cksum) ${TORCH:-}"
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then exit 0; fi
 
 command -v "$python" > /dev/null || { say "no $python here: set PYTHON" >&2; exit 1; }
@@ -58,5 +58,10 @@ env -u CUDA_HOME "$PWD/.venv/bin/python" -m pip --disable-pip-version-check inst
 beside=$(.venv/bin/python -c 'from importlib.util import find_spec as f; print(f("fairseq").origin)')
 beside=$(dirname "$(dirname "$beside")")
 if [ -w "$beside" ] && [ ! -e "$beside/fairseq_rkm" ]; then ln -sfn "$PWD/fairseq_rkm" "$beside/fairseq_rkm"; fi
+# fairseq-score takes no --user-dir, and two of its flags fail with today's sacrebleu: the script runs ours.
+score=.venv/bin/fairseq-score
+if [ -f "$score" ]; then
+  sed -i 's/from fairseq_cli\.score import cli_main/from fairseq_rkm.score import main as cli_main/' "$score"
+fi
 printf '%s' "$wanted" > "$stamp"
 say "done: .venv is ready"
