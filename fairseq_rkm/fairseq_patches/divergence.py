@@ -31,7 +31,7 @@ def close_alone(_exit: Any) -> Any:
 def look_away(_apply: Any) -> Any:
     """Make ``NanDetector._apply`` print nothing."""
 
-    def pass_by(_detector: NanDetector, *_seen: Any) -> None:
+    def pass_by(_detector: NanDetector, *_seen: Any, **_how: Any) -> None:
         """Ignore a module: in a diverged run every module hands on values that are not finite."""
 
     return pass_by
