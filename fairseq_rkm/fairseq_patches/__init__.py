@@ -20,6 +20,7 @@ SUBJECTS = (
     "checkpoint_writing",
     "resuming",
     "processes",
+    "data_parallel",
     "interruptions",
     "error_messages",
     "divergence",

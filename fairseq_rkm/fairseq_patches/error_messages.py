@@ -12,7 +12,7 @@ import hydra.errors
 import omegaconf
 
 from fairseq_rkm.errors import RKMError, first_line
-from fairseq_rkm.fairseq_patches import interruptions, processes
+from fairseq_rkm.fairseq_patches import data_parallel, interruptions, processes
 from fairseq_rkm.fairseq_patches.commands import in_fairseq_command
 from fairseq_rkm.fairseq_patches.registry import setting
 
@@ -90,6 +90,8 @@ def sentence_of(error: BaseException | None) -> str | None:
             return _advised(in_worker[2])
         if isinstance(link, RKMError):
             return str(link)
+        if "Please install fairscale" in str(link):
+            return data_parallel.without_fairscale("fully_sharded" if "FullySharded" in str(link) else "slowmo")
         if about_flags := _about_flags(link):
             return about_flags
         if isinstance(link, FloatingPointError):

@@ -19,7 +19,6 @@ Key = TypeVar("Key")
 Recorded = TypeVar("Recorded")
 
 NEEDS_GPU = "needs a CUDA GPU (and no --cpu)"
-NEEDS_ONE_PROCESS = "is for one process"
 
 
 def refuse(asked: str, refusals: Mapping[str, bool]) -> None:

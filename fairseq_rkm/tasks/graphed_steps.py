@@ -2,21 +2,24 @@
 
 An update of a language model is some 200 launches. Each of them takes the host longer than the GPU. A graph is one
 launch.
+
+A graph is of one process. Several processes average their gradients after the passes, in a few large tensors that the
+graphs write to (:mod:`fairseq_rkm.optim.gradient_buckets`). They do so with a graph and without. So each process may
+record and replay by itself, and none waits for a step that another does in another way.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple, Optional
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Optional, cast
 
 import torch
 from fairseq import utils
 from fairseq.optim import FairseqOptimizer
 from fairseq.tasks import FairseqTask
-from torch import Tensor
+from torch import Tensor, nn
 
 from fairseq_rkm.graphs.recording import (
     NEEDS_GPU,
-    NEEDS_ONE_PROCESS,
     GraphRecorder,
     Recordings,
     copy_all,
@@ -25,6 +28,7 @@ from fairseq_rkm.graphs.recording import (
 )
 from fairseq_rkm.models.language_model.carried_state import CarriedState
 from fairseq_rkm.modules import RKMState
+from fairseq_rkm.optim.gradient_buckets import buckets_of
 
 MOST_LENGTHS = 1000
 """The most recorded lengths of segments. Further lengths go without a graph."""
@@ -65,7 +69,6 @@ def check_graphs(args: Any, model: Any) -> None:
     """Raise RKMError where steps cannot be recorded: they may need nothing but the work of one GPU."""
     refusals = {
         NEEDS_GPU: args.cpu or not torch.cuda.is_available(),
-        NEEDS_ONE_PROCESS: args.distributed_world_size > 1,
         "cannot be had with --fp16 or --amp, whose loss scale changes: use --bf16": args.fp16 or args.amp,
         "cannot be had with an adaptive softmax, whose sizes depend on the words": (
             getattr(model.decoder, "adaptive_softmax", None) is not None
@@ -93,7 +96,7 @@ class StepGraphs:
     (:class:`~fairseq_rkm.graphs.recording.Recordings`).
 
     Args:
-        model: the model, in training.
+        model: the model, in training; of several processes in fairseq's wrapper for ``--ddp-backend legacy_ddp``.
         criterion: its tensors must have sizes that follow from the sample's sizes.
         optimizer: fairseq's, without loss scale.
         record: :func:`~fairseq_rkm.graphs.recording.record`, or a test's substitute.
@@ -103,7 +106,8 @@ class StepGraphs:
         self.model, self.criterion, self.optimizer = model, criterion, optimizer
         self.carried: CarriedState[list[RKMState]] = model.decoder.carried[True]
         self.weights = [p for p in model.parameters() if p.requires_grad]
-        self.gradients = [torch.empty_like(p) for p in self.weights]
+        self.gradients = gradients_of(model, self.weights)
+        self.modules = list(unwrapped(model))
         self.recorder = GraphRecorder(self.weights[0].device, record, "train without --cuda-graphs")
         self.steps: Recordings[torch.Size, _Recorded] = Recordings(MOST_LENGTHS)
         self.entered: list[RKMState] = []
@@ -112,7 +116,7 @@ class StepGraphs:
     def takes(self, sample: dict) -> bool:
         """Return whether a step can be replayed: no padding, a state to start from, no hooks to call."""
         whole = sample["ntokens"] == sample["target"].numel()
-        return bool(sample["net_input"]["segment"]) and whole and not self.model._forward_hooks
+        return bool(sample["net_input"]["segment"]) and whole and not any(m._forward_hooks for m in self.modules)
 
     def step(self, sample: dict, without: Callable[[], tuple]) -> tuple:
         """Return loss, sample size and logging output, as fairseq's ``train_step``. The weights have their gradients.
@@ -135,8 +139,7 @@ class StepGraphs:
         self.carried.after(segment, self.entered, self.left)
         for i in step.moved:
             self.weights[i].grad = self.gradients[i]
-        if hasattr(self.optimizer, "_needs_sync"):  # FP16Optimizer.backward marks new gradients so
-            self.optimizer._needs_sync = True
+        mark_gradients(self.optimizer)
         return step.logged["loss"], step.logged["sample_size"], dict(step.logged)
 
     def _enter(self, segment: int) -> None:
@@ -166,6 +169,29 @@ class StepGraphs:
             logged.update(outcome)
 
         return _Recorded(_sample_tensors(held), self.recorder.record(run), moved, logged)
+
+
+def unwrapped(model: nn.Module) -> Iterator[nn.Module]:
+    """The model after all the wrappers in which several processes have it."""
+    yield model
+    while "module" in model._modules:
+        model = cast(nn.Module, model._modules["module"])
+        yield model
+
+
+def gradients_of(model: nn.Module, weights: list[nn.Parameter]) -> list[Tensor]:
+    """Return tensors for the gradients. Several processes average them there, so that none is copied."""
+    buckets = buckets_of(model)
+    places = {} if buckets is None else dict(zip(map(id, buckets.weights), buckets.places, strict=True))
+    return [places[id(p)] if id(p) in places else torch.empty_like(p) for p in weights]
+
+
+def mark_gradients(optimizer: FairseqOptimizer) -> None:
+    """Tell fairseq's optimizer for half precision, in a wrapper or not, of new gradients, as its ``backward`` does."""
+    wrapped: Any = getattr(optimizer, "_optimizer", None)
+    for each in (optimizer, wrapped):
+        if hasattr(each, "_needs_sync"):
+            each._needs_sync = True
 
 
 def _sample_tensors(sample: dict) -> list[Tensor]:

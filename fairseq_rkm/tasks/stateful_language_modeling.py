@@ -127,6 +127,7 @@ class StatefulLanguageModelingTask(AveragedValidation, GraphedSteps, LanguageMod
             raise RKMError(
                 f"{type(model).__name__} carries no state between segments: use --arch rkm_lm, or another task"
             )
+        model.cuda_graphs = self.args.cuda_graphs  # for the wrapper of several processes
         self.training_state = carried[True]
         if self.args.cache_size:
             model.decoder.use_cache(

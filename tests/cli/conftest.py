@@ -64,13 +64,17 @@ class Result:
         return re.search(r"^fairseq-rkm: error: (.*)$", self.output, re.M)[1]
 
 
-def start(command: str, *args: object, gpus: int = 1) -> subprocess.Popen:
-    """Start a fairseq command in the repository's root; it sees so many GPUs, if there are any: fairseq takes all."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+def start(command: str, *args: object, gpus: int = 1, **environment: str) -> subprocess.Popen:
+    """Start a fairseq command in the repository's root; it sees so many GPUs, if there are any: fairseq takes all.
+
+    A command that ends in ``.py`` is a script of the tests.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **environment}
     visible = environment.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
     environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible[:gpus])
+    program = [ROOT / "tests" / command] if command.endswith(".py") else ["-m", f"fairseq_cli.{command}"]
     return subprocess.Popen(
-        [sys.executable, "-m", f"fairseq_cli.{command}", *map(str, args)],
+        [sys.executable, *program, *map(str, args)],
         cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 

@@ -4,7 +4,7 @@ import time
 import pytest
 import torch
 
-from cli.conftest import SMALL, finish, start, succeed
+from cli.conftest import SMALL, fairseq, finish, start, succeed
 
 
 def free_port() -> int:
@@ -76,6 +76,58 @@ def test_two_gpus_train_as_one_with_the_same_global_batch(data, tmp_path, backen
     losses = [[float(entry["loss"]) for entry in result.entries("train_inner")] for result in (one, two)]
     assert len(losses[0]) == 8
     assert losses[1] == pytest.approx(losses[0], rel=5e-3)
+
+
+ON_TWO_GPUS = [
+    *(flag for flag in SMALL if flag != "--cpu"), *AVERAGED, "--ngram", 2, "--dropout", 0.2, "--max-update", 60,
+    "--save-interval-updates", 30, "--batch-size", 4,
+]  # fmt: skip
+
+
+@pytest.mark.gpu(count=2)
+@pytest.mark.parametrize("precision", [[], ["--bf16"]], ids=["float32", "bfloat16"])
+def test_two_gpus_replay_the_same_training_and_go_on_with_it(data, tmp_path, precision):
+    """With either backend; the runs without graphs take the one that averages gradients in the same way."""
+    runs = {
+        name: succeed("train", data, *ON_TWO_GPUS, *precision, *flags, "--save-dir", tmp_path / name, gpus=2)
+        for name, flags in {
+            "plain": ["--ddp-backend", "legacy_ddp"],
+            "legacy": ["--ddp-backend", "no_c10d", "--cuda-graphs"],
+            "pytorch": ["--ddp-backend", "pytorch_ddp", "--cuda-graphs"],
+        }.items()
+    }
+    assert "--cuda-graphs averages gradients after the replay: --ddp-backend legacy_ddp" in runs["pytorch"].output
+    logged = [[(e["loss"], e["gnorm"]) for e in run.entries("train_inner")] for run in runs.values()]
+    assert len(logged[0]) == 60
+    assert logged[1] == logged[2] == logged[0]
+    wanted = checkpoint(tmp_path / "plain")["model"]
+    for name in ("legacy", "pytorch"):
+        given = checkpoint(tmp_path / name)["model"]
+        assert all(torch.equal(given[key], value) for key, value in wanted.items()), name
+    if not precision:  # fairseq rounds a resumed run's half-precision weights once
+        (saved,) = (tmp_path / "legacy").glob("checkpoint_*_30.pt")
+        flags = ["--cuda-graphs", "--restore-file", saved, "--save-dir", tmp_path / "resumed"]
+        succeed("train", data, *ON_TWO_GPUS, *flags, gpus=2)
+        given = checkpoint(tmp_path / "resumed")["model"]
+        assert all(torch.equal(given[key], value) for key, value in wanted.items())
+
+
+@pytest.mark.gpu(count=2)
+def test_two_gpus_replay_as_one_with_the_same_global_batch(data, tmp_path):
+    flags = [*(flag for flag in SMALL if flag != "--cpu"), *AVERAGED, "--max-update", 20, "--adam-eps", "1e-4"]
+    one = succeed("train", data, *flags, "--batch-size", 8, "--cuda-graphs", "--save-dir", tmp_path / "a")
+    two = succeed("train", data, *flags, "--batch-size", 4, "--cuda-graphs", "--save-dir", tmp_path / "b", gpus=2)
+    losses = [[float(entry["loss"]) for entry in result.entries("train_inner")] for result in (one, two)]
+    assert len(losses[0]) == 20
+    assert losses[1] == pytest.approx(losses[0], rel=5e-3)
+
+
+@pytest.mark.gpu(count=2)
+@pytest.mark.parametrize("flags", [["--optimizer", "adam"], AVERAGED], ids=["at_once", "late"])
+def test_two_gpus_end_a_run_that_diverges(data, tmp_path, flags):
+    common = [*(flag for flag in SMALL if flag != "--cpu"), *flags, "--lr", "1e30", "--clip-norm", 0]
+    result = fairseq("train", data, *common, "--memory-clip", "none", "--save-dir", tmp_path, gpus=2)
+    assert result.error.startswith("training has diverged")
 
 
 @pytest.mark.parametrize("all_ranks", [[], ["--load-checkpoint-on-all-dp-ranks"]])

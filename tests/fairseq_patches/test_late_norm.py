@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 import fairseq_rkm
 from fairseq_rkm.fairseq_patches import late_readings
-from fairseq_rkm.fairseq_patches.late_readings import norm_an_update_late
+from fairseq_rkm.fairseq_patches.late_readings import compare_norms_late, norm_an_update_late
 from fairseq_rkm.optim.adamw_average import AveragedAdamWConfig, FairseqAveragedAdamW
 from fairseq_rkm.optim.nt_asgd import FairseqNonMonotoneASGD, NonMonotoneASGDConfig
 
@@ -45,7 +45,11 @@ PLAIN = {adamw: partial(torch.optim.AdamW, lr=0.1, weight_decay=0), nt_asgd: par
 
 def make_trainer(device, processes=1, build=adamw):
     params = [torch.nn.Parameter(torch.randn(3, 4, device=device)) for _ in range(2)]
-    return StandIn(optimizer=build(params), data_parallel_world_size=processes), params
+    trainer = StandIn(
+        optimizer=build(params), data_parallel_world_size=processes, data_parallel_rank=processes - 1,
+        data_parallel_process_group=None, _grad_norm_buf=None,
+    )  # fmt: skip
+    return trainer, params
 
 
 def update(trainer, params, gradient):
@@ -103,13 +107,79 @@ def test_an_update_that_is_not_finite_changes_no_weights_and_is_known_at_the_nex
 
 
 @pytest.mark.usefixtures("as_on_gpu")
-def test_not_with_loss_scaling_nor_in_several_processes_nor_with_other_optimizers():
-    scaled, params_of_scaled = make_trainer("cpu")
+def test_not_with_loss_scaling_nor_with_other_optimizers():
+    scaled, params = make_trainer("cpu")
     scaled.optimizer = Wrapped(scaled.optimizer, scaler=object())
-    for trainer, params in (make_trainer("cpu", processes=2), (scaled, params_of_scaled)):
-        assert [update(trainer, params, g).item() for g in (1.0, 2.0)] == pytest.approx([norm_of(1), norm_of(2)])
+    assert [update(scaled, params, g).item() for g in (1.0, 2.0)] == pytest.approx([norm_of(1), norm_of(2)])
     trainer = StandIn(optimizer=object(), data_parallel_world_size=1)
     assert norm_an_update_late(lambda *_: torch.tensor(7.0))(trainer, 1.0) == 7
+    sharded, params = make_trainer("cpu")
+    sharded.optimizer._optimizer = torch.optim.SGD(params, 0.1)  # as --zero-sharding wraps ours
+    assert [update(sharded, params, g).item() for g in (1.0, 2.0)] == pytest.approx([norm_of(1), norm_of(2)])
+
+
+def others_norm(monkeypatch, norm):
+    """Let this process have rank 1 of two, and rank 0 the norm that ``norm`` makes of this one's."""
+
+    def all_reduce(norms, group):
+        assert norms.tolist()[0] == 0
+        norms[0] = norm(norms[1])
+
+    monkeypatch.setattr(late_readings.distributed_utils, "all_reduce", all_reduce)
+
+
+def compared(trainer, shown):
+    """Whether the trainer's own comparison was left out."""
+    called = []
+    compare_norms_late(lambda *_: called.append(True))(trainer, shown)
+    return not called
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("mine", [False, True])
+def test_a_norm_that_is_not_finite_in_one_process_is_known_to_all(monkeypatch, bad, mine):
+    trainer, params = make_trainer("cpu", processes=2)
+    others_norm(monkeypatch, lambda norm: norm)
+    assert [update(trainer, params, g).item() for g in (0.5, 2.0, 1.0)] == pytest.approx(
+        [norm_of(g) for g in (0.5, 0.5, 2)]
+    )
+    before = [p.detach().clone() for p in params]
+    others_norm(monkeypatch, lambda _: 1.0 if mine else bad)
+    shown = update(trainer, params, bad if mine else 1.0)
+    assert shown.item() == pytest.approx(norm_of(1))
+    assert compared(trainer, shown)
+    assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+    others_norm(monkeypatch, lambda norm: norm)
+    shown = update(trainer, params, 1.0)
+    assert not shown.isfinite()
+    assert compared(trainer, shown), "the trainer ends the run for this process's norm, as in one process"
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+@pytest.mark.parametrize(("factor", "alike"), [(1 + 1e-7, True), (1 + 1e-5, False), (1 - 1e-5, False)])
+def test_norms_that_differ_change_no_weights_and_reach_the_trainers_comparison(monkeypatch, factor, alike):
+    trainer, params = make_trainer("cpu", processes=2)
+    others_norm(monkeypatch, lambda norm: norm)
+    update(trainer, params, 0.5)
+    before = [p.detach().clone() for p in params]
+    others_norm(monkeypatch, lambda norm: norm * factor)
+    assert compared(trainer, update(trainer, params, 1.0))
+    assert torch.equal(params[0], before[0]) != alike
+    others_norm(monkeypatch, lambda norm: norm)
+    assert compared(trainer, update(trainer, params, 1.0)) == alike
+
+
+@pytest.mark.parametrize(("norms", "message"), [((1.0, 2.0), "inconsistent"), ((math.nan, 1.0), "Nan/Inf")])
+def test_divergence_is_told_from_difference(norms, message):
+    """As the trainer compares norms at once, with another optimizer."""
+    trainer = StandIn(_grad_norm_buf=torch.tensor(norms))
+
+    def check(*_):
+        raise FloatingPointError("gradients are inconsistent between workers")
+
+    with pytest.raises(FloatingPointError, match=message):
+        compare_norms_late(check)(trainer, torch.tensor(norms[0]))
 
 
 def test_the_trainer_is_shown_it_once():

@@ -3,6 +3,7 @@ from argparse import Namespace
 import pytest
 import torch
 from fairseq.data import Dictionary
+from fairseq.distributed import LegacyDistributedDataParallel, ModuleProxyWrapper
 from omegaconf import OmegaConf
 
 import fairseq_rkm
@@ -12,6 +13,7 @@ from fairseq_rkm.graphs.recording import record
 from fairseq_rkm.models.language_model.language_model_decoder import RKMLanguageModelDecoder
 from fairseq_rkm.models.language_model.rkm_language_model import RKMLanguageModel, RKMLanguageModelConfig
 from fairseq_rkm.optim.adamw_average import AveragedAdamWConfig, FairseqAveragedAdamW
+from fairseq_rkm.optim.gradient_buckets import buckets_of
 from fairseq_rkm.tasks.graphed_steps import StepGraphs, check_graphs
 from fairseq_rkm.tasks.stateful_language_modeling import StatefulLanguageModelingConfig, StatefulLanguageModelingTask
 
@@ -125,14 +127,31 @@ def test_hooks_are_called():
     _, second, _, fourth, *_ = samples("cpu")
     graphs.takes(second)
     assert graphs.takes(fourth)
+    wrapped = LegacyDistributedDataParallel(model, process_group=None)
+    graphs = graphs_of(ModuleProxyWrapper(wrapped), optimizer, "cpu")
+    assert graphs.takes(fourth)
     model.register_forward_hook(lambda *_: None)
     assert not graphs.takes(fourth)
 
 
-def test_half_precision_is_told_of_new_gradients():
+def test_graphs_of_several_processes_leave_gradients_where_they_are_averaged():
+    model, optimizer = build("cpu", torch.float32)
+    wrapped = ModuleProxyWrapper(LegacyDistributedDataParallel(model, process_group=None))
+    graphs = graphs_of(wrapped, optimizer, "cpu")
+    first, second, third, fourth, *_ = samples("cpu")
+    for sample in (first, second, third):
+        graphs.step(sample, lambda sample=sample: graphs.criterion(model, sample))
+    graphs.step(fourth, None)
+    places = buckets_of(wrapped).places
+    assert all(p.grad is place for p, place in zip(model.parameters(), places, strict=True))
+    assert any(place.any() for place in places)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_half_precision_is_told_of_new_gradients(wrapped):
     model, optimizer = build("cpu", torch.float32)
     half = Namespace(backward=optimizer.backward, _needs_sync=False)
-    graphs = graphs_of(model, half, "cpu")
+    graphs = graphs_of(model, Namespace(backward=half.backward, _optimizer=half) if wrapped else half, "cpu")
     first, second, third, fourth, *_ = samples("cpu")
     for sample in (first, second, third):
         graphs.step(sample, lambda sample=sample: graphs.criterion(model, sample))
@@ -171,7 +190,6 @@ def test_the_task_replays_what_it_can(monkeypatch):
     ("flags", "decoder", "message"),
     [
         ({"cpu": True}, {}, "needs a CUDA GPU"),
-        ({"distributed_world_size": 2}, {}, "is for one process"),
         ({"fp16": True}, {}, "use --bf16"),
         ({"amp": True}, {}, "use --bf16"),
         ({}, {"adaptive_softmax": object()}, "adaptive softmax"),
@@ -181,6 +199,6 @@ def test_the_task_replays_what_it_can(monkeypatch):
 def test_where_there_can_be_none_training_does_not_begin(monkeypatch, flags, decoder, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     model = Namespace(decoder=Namespace(**{"adaptive_softmax": None, "reset_at_eos": False, **decoder}))
-    given = {"cpu": False, "distributed_world_size": 1, "fp16": False, "amp": False, **flags}
+    given = {"cpu": False, "fp16": False, "amp": False, **flags}
     with pytest.raises(RKMError, match=f"--cuda-graphs.*{message}"):
         check_graphs(Namespace(**given), model)

@@ -12,7 +12,7 @@ from fairseq_rkm.checkpoints.loading import Wanted
 from fairseq_rkm.data.sentencepieces import check_pieces
 from fairseq_rkm.errors import RKMError
 from fairseq_rkm.graphs.graphed_function import GraphedFunction
-from fairseq_rkm.graphs.recording import NEEDS_GPU, NEEDS_ONE_PROCESS, refuse
+from fairseq_rkm.graphs.recording import NEEDS_GPU, refuse
 from fairseq_rkm.models import trained_models
 from fairseq_rkm.models.fitting_task import check_task
 from fairseq_rkm.models.recurrence_options import CELL_CHOICES, RKMOptions
@@ -82,7 +82,7 @@ class RKMConfig(SoftmaxOptions, RKMOptions):
     cuda_graphs: bool = field(
         default=False,
         metadata={
-            "help": "on one GPU, replay the passes of each batch whose shape has been met before as CUDA graphs, which "
+            "help": "on a GPU, replay the passes of each batch whose shape has been met before as CUDA graphs, which "
             "spares the host most of its work; not with --amp"
         },
     )
@@ -184,10 +184,9 @@ class RKMModel(FairseqEncoderDecoderModel):
 
 
 def check_graphs(tokens: Tensor) -> None:
-    """Raise RKMError where passes cannot be recorded: they need a GPU, one process and no autocast."""
+    """Raise RKMError where passes cannot be recorded: they need a GPU and no autocast."""
     refusals = {
         NEEDS_GPU: not tokens.is_cuda,
-        NEEDS_ONE_PROCESS: torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1,
         "cannot be had with --amp, which would keep what a graph overwrites: use --bf16 or --fp16": (
             torch.is_autocast_enabled()
         ),
