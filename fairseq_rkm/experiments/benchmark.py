@@ -5,6 +5,7 @@
     python scripts/benchmark.py train DATA --user-dir fairseq_rkm --task stateful_language_modeling --arch rkm_lm ...
     python scripts/benchmark.py corpus --tokens 1000000000 --processes 2
     python scripts/benchmark.py derivatives --device cpu --shape 35,20,200,200
+    python scripts/benchmark.py scaling --gpus 1 2 4 8 --batch 80 20 --json scaling.json --plot scaling.png
 
 The first command prints, for each shape T,B,m,d, the milliseconds (median and quartiles) of the forward pass and of
 forward and backward. It prints the memory that a forward pass keeps for the backward pass, and the speed relative to
@@ -19,6 +20,10 @@ that runs out, a refusal or a wrong result is told in its field. The picture sho
 The third command prints the tokens per second of whole updates. The fourth makes a corpus and prints how long a
 language model's data takes to open and to read, and how much memory that takes. The fifth prints what derivatives of
 higher order and gradients of each sample cost.
+
+The sixth trains a language model on each number of GPUs that the machine has, with CUDA graphs and without. It prints
+and draws tokens per second, their ratio to one GPU's, and the parts of an update's time: the passes, the reduction of
+gradients and numbers over processes, the optimizer, and the host. Further flags are fairseq-train's.
 """
 
 import argparse
@@ -38,7 +43,7 @@ from fairseq_rkm.experiments.derivatives_benchmark import derivatives
 from fairseq_rkm.experiments.fairseq_log import entries
 from fairseq_rkm.experiments.recurrence_benchmark import plot, recurrence, shape_of
 from fairseq_rkm.experiments.result_files import pyplot
-from fairseq_rkm.experiments.sweep_benchmark import add_flags
+from fairseq_rkm.experiments.sweep_benchmark import add_flags, count
 
 
 def train(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -67,7 +72,16 @@ def train(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def corpus(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The subcommand ``corpus``; it alone needs fairseq, which a machine for measuring kernels may lack."""
+    import fairseq_rkm.quiet_import  # isort: skip  # noqa: F401  before anything that imports fairseq
     from fairseq_rkm.experiments.corpus_benchmark import corpus as measure
+
+    return measure(args)
+
+
+def scaling(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The subcommand ``scaling``; it needs fairseq as ``corpus`` does."""
+    import fairseq_rkm.quiet_import  # isort: skip  # noqa: F401  before anything that imports fairseq
+    from fairseq_rkm.experiments.scaling_benchmark import scaling as measure
 
     return measure(args)
 
@@ -92,7 +106,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    """Read the command line; ``flags`` holds the flags of ``train`` for fairseq."""
+    """Read the command line; ``flags`` holds the flags of ``train`` and ``scaling`` for fairseq."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("recurrence", help="one layer against nn.LSTM")
@@ -135,11 +149,27 @@ def parse() -> argparse.Namespace:
     four.add_argument("--seed", type=int, default=1)
     four.add_argument("--json", type=Path, help="where to append the rows, with hardware, versions and commit")
     four.set_defaults(run=derivatives, plot=None, keeps_rows=False)
+    add_scaling_flags(commands.add_parser("scaling", help="a language model's training on several GPUs"))
     args, rest = parser.parse_known_args()
-    if rest and args.run is not train:
+    if rest and args.run not in (train, scaling):
         parser.error(f"unknown arguments: {' '.join(rest)}")
     args.flags = rest
     return args
+
+
+def add_scaling_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of the subcommand ``scaling``."""
+    has_gpu = torch.cuda.is_available()
+    parser.add_argument("--gpus", type=count, nargs="+", default=[1, 2, 4, 8], metavar="N", help="or CPU processes")
+    parser.add_argument("--batch", type=count, nargs="+", default=[80, 20], metavar="B", help="streams of each GPU")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if has_gpu else "cpu")
+    parser.add_argument("--precision", choices=["bfloat16", "float32"], default="bfloat16" if has_gpu else "float32")
+    parser.add_argument("--updates", type=count, default=200)
+    parser.add_argument("--tokens-per-sample", type=count, default=70)
+    parser.add_argument("--words", type=count, default=10_000, help="words of the random text, at most 65,000")
+    parser.add_argument("--json", type=Path, help="where to append the rows as they come")
+    parser.add_argument("--plot", type=Path, help="where to draw speeds and parts")
+    parser.set_defaults(run=scaling, keeps_rows=True)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import fairseq_rkm
 from fairseq_rkm.tasks.stateful_language_modeling import StatefulLanguageModelingConfig, StatefulLanguageModelingTask
 
 TYPES_MADE = 50_000
-"""Words of the made language. Their numbers are stored in 16 bits."""
+"""Words of the made language."""
 LONGEST_MADE = 49
 """The most tokens of a sentence."""
 MADE_AT_ONCE = 1 << 24
@@ -58,19 +58,20 @@ def corpus(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def make_corpus(folder: Path, tokens: int) -> None:
+def make_corpus(folder: Path, tokens: int, types: int = TYPES_MADE) -> None:
     """Write a dictionary and a training split of random words, as fairseq-preprocess writes them.
 
     Args:
         folder: an existing folder.
         tokens: in sentences of 1 to :data:`LONGEST_MADE` tokens. After :data:`MADE_AT_ONCE` the text repeats itself.
+        types: words of the language, at most 65,000, as their numbers are stored in 16 bits.
     """
     draw = np.random.default_rng(1)
     dictionary = Dictionary()
-    (folder / "dict.txt").write_text("".join(f"w{i} 1\n" for i in range(TYPES_MADE)))
+    (folder / "dict.txt").write_text("".join(f"w{i} 1\n" for i in range(types)))
     ends = np.cumsum(draw.integers(1, LONGEST_MADE + 1, MADE_AT_ONCE), dtype=np.int64)
     ends = np.append(ends[ends < MADE_AT_ONCE], MADE_AT_ONCE)
-    text = draw.integers(dictionary.nspecial, dictionary.nspecial + TYPES_MADE, MADE_AT_ONCE).astype("<u2")
+    text = draw.integers(dictionary.nspecial, dictionary.nspecial + types, MADE_AT_ONCE).astype("<u2")
     text[ends - 1] = dictionary.eos()
     starts = []
     with open(folder / "train.bin", "wb") as file:
