@@ -12,7 +12,7 @@ import hydra.errors
 import omegaconf
 
 from fairseq_rkm.errors import RKMError, first_line
-from fairseq_rkm.fairseq_patches import data_parallel, interruptions, processes
+from fairseq_rkm.fairseq_patches import data_parallel, interruptions, meetings
 from fairseq_rkm.fairseq_patches.commands import in_fairseq_command
 from fairseq_rkm.fairseq_patches.registry import setting
 
@@ -98,7 +98,7 @@ def sentence_of(error: BaseException | None) -> str | None:
             return _advised(str(link))
         if isinstance(link, (MemoryError, RuntimeError, OSError)) and _short_of_memory(link):
             return MEMORY.format(_about_memory(link))
-        if lost := processes.lost_process(link):
+        if lost := meetings.lost_process(link):
             return lost
     # A bare Exception is how fairseq itself tells users of a mistake.
     told = (str(link) for link in chain if isinstance(link, OSError) or type(link) is Exception)

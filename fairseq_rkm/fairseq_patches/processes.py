@@ -1,19 +1,14 @@
 """Several processes train one model. If one fails, a sentence says which process failed and how to go on."""
 
-import contextlib
 import logging
 import os
-import re
 import socket
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -23,45 +18,12 @@ from fairseq.distributed import utils as distributed_utils
 from omegaconf import OmegaConf, open_dict
 
 from fairseq_rkm.errors import RKMError, first_line
+from fairseq_rkm.fairseq_patches import meetings
 from fairseq_rkm.fairseq_patches.checkpoint_writing import training_folders
 from fairseq_rkm.fairseq_patches.commands import in_fairseq_command
 from fairseq_rkm.fairseq_patches.registry import patch, setting
 
 logger = logging.getLogger(__name__)
-
-TIMEOUT = 600
-"""Seconds (ten minutes) that processes wait for each other, unless ``--heartbeat-timeout`` gives another number."""
-
-ANSWER = 3.0
-"""Seconds that a process which lost another waits for the rest to answer."""
-
-AGAIN = "start the same command again in all processes: it goes on from the last checkpoint"
-
-LOST = re.compile(
-    r"Connection (closed|reset|refused)|Broken pipe|Timed out|timed out|timeout|gloo|NCCL|ncclRemoteError|TCPStore|"
-    r"socket"
-)
-"""Words of torch.distributed in errors of a process that cannot be reached."""
-
-
-@dataclass
-class Meeting:
-    """The meeting place of a run's processes.
-
-    Attributes:
-        store: the store of torch.distributed, to which all processes write.
-        rank: this process's rank.
-        homes: each process as ``host:process``, by rank.
-        seconds: how long processes wait for each other.
-    """
-
-    store: Any
-    rank: int
-    homes: list[str]
-    seconds: int
-
-
-_meeting: list[Meeting] = []
 
 
 def on_cpus(cfg: Any) -> bool:
@@ -244,7 +206,7 @@ def _spawn(cfg: Any, main: Callable, kwargs: dict) -> None:
     except torch.multiprocessing.ProcessExitedException as error:
         how = f"was ended by {error.signal_name}" if error.signal_name else f"ended with status {error.exit_code}"
         raise RKMError(
-            f"the process of rank {first + error.error_index} {how}, and the others were stopped: {AGAIN}"
+            f"the process of rank {first + error.error_index} {how}, and the others were stopped: {meetings.AGAIN}"
         ) from error
     finally:
         for process in context.processes:
@@ -270,7 +232,7 @@ def run_rank(number: int, main: Callable, cfg: Any, kwargs: dict) -> None:
     try:
         distributed_utils.distributed_main(number, main, cfg, kwargs)
     except RuntimeError as error:
-        sentence = lost_process(error)
+        sentence = meetings.lost_process(error)
         if sentence is None:
             raise
         raise RKMError(sentence) from error
@@ -300,26 +262,20 @@ def _meet(cfg: Any) -> None:
     """Initialize torch.distributed, as fairseq does, once all processes have come.
 
     Raises:
-        RKMError: a process did not come in time; the message names its rank.
+        RKMError: a process did not come in time, or cannot be reached; the message names its rank.
     """
     rank, size, method = cfg.distributed_rank, cfg.distributed_world_size, cfg.distributed_init_method
-    seconds = cfg.heartbeat_timeout if cfg.heartbeat_timeout > 0 else TIMEOUT
+    seconds = cfg.heartbeat_timeout if cfg.heartbeat_timeout > 0 else meetings.TIMEOUT
     logger.info(f"distributed init (rank {rank}): {method}; processes wait {seconds} seconds for each other")
-    store = _open_store(method, rank, size, seconds)
-    store.set(f"home{rank}", f"{socket.gethostname()}:{os.getpid()}")
-    missing = _missing(store, "home", [other for other in range(size) if other != rank], seconds)
-    if missing:
-        raise RKMError(
-            f"{_ranks(missing)} of {size} did not come to {method} within {seconds} seconds, for which rank {rank} "
-            "waited (--heartbeat-timeout): start a process for each rank, all with the same address and world size"
-        )
-    homes = [store.get(f"home{other}").decode() for other in range(size)]
-    _meeting[:] = [Meeting(store, rank, homes, seconds)]
+    meeting = meetings.meet(method, rank, size, seconds)
     time_allowed = _wait_at_most(seconds)
-    dist.init_process_group(
-        cfg.distributed_backend, store=dist.PrefixStore("groups", store), rank=rank, world_size=size,
-        timeout=time_allowed,
-    )  # fmt: skip
+    try:
+        dist.init_process_group(
+            cfg.distributed_backend, store=dist.PrefixStore("groups", meeting.store), rank=rank, world_size=size,
+            timeout=time_allowed,
+        )  # fmt: skip
+    except RuntimeError as error:
+        raise RKMError(meetings.unreachable(meeting, error)) from error
     logger.info(f"initialized host {socket.gethostname()} as rank {rank}")
     if torch.cuda.is_available():
         dist.all_reduce(torch.zeros(1).cuda())
@@ -332,8 +288,8 @@ def _meet(cfg: Any) -> None:
 )
 def wait_ten_minutes() -> None:
     """Let the processes of fairseq's commands wait ten minutes for each other, unless another time was asked for."""
-    if in_fairseq_command() and not _meeting:
-        _wait_at_most(TIMEOUT)
+    if in_fairseq_command() and not meetings.current:
+        _wait_at_most(meetings.TIMEOUT)
 
 
 def _wait_at_most(seconds: int) -> timedelta:
@@ -354,109 +310,9 @@ def leave_time_to_torch(init: Any) -> Any:
     """Make fairseq's own clock stand still where torch.distributed already limits the time that processes wait."""
 
     def initialize(wrapper: Any, module: Any, timeout: int, *args: Any, **kwargs: Any) -> None:
-        init(wrapper, module, -1 if _meeting else timeout, *args, **kwargs)
+        init(wrapper, module, -1 if meetings.current else timeout, *args, **kwargs)
 
     return initialize
-
-
-def _open_store(method: str, rank: int, size: int, seconds: int) -> Any:
-    """Open the store at a meeting place.
-
-    Raises:
-        RKMError: the place cannot be reached in time.
-    """
-    place = urlsplit(method)
-    time_allowed = timedelta(seconds=seconds)
-    try:
-        if place.scheme == "tcp" and place.port:
-            if rank > 0:
-                _await_listener(place.hostname or "localhost", place.port, seconds)
-            return dist.TCPStore(
-                place.hostname or "localhost", place.port, size, rank == 0, time_allowed, wait_for_workers=False
-            )
-        return next(dist.rendezvous(method, rank, size, timeout=time_allowed))[0]
-    except (RuntimeError, ValueError, OSError) as error:
-        what = "cannot listen" if rank == 0 else f"did not find rank 0 within {seconds} seconds (--heartbeat-timeout)"
-        raise RKMError(
-            f"rank {rank} {what} at {method}: {first_line(error)}: start a process for each rank, all with the same "
-            "address, of rank 0's machine, and a port that is free there"
-        ) from error
-
-
-def _await_listener(host: str, port: int, seconds: float) -> None:
-    """Return once somebody listens. torch's own waiting prints stack traces of C++.
-
-    Raises:
-        OSError: nobody listened within ``seconds``.
-    """
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            socket.create_connection((host, port), timeout=max(0.1, end - time.monotonic())).close()
-            return
-        except OSError:
-            if time.monotonic() > end:
-                raise
-        time.sleep(0.2)
-
-
-def _missing(store: Any, key: str, ranks: list[int], seconds: float) -> list[int]:
-    """Return the ranks that have not written ``key`` with their number to the store within ``seconds``."""
-    end = time.monotonic() + seconds
-    # Poll: torch's own waiting prints warnings of C++.
-    while missing := [rank for rank in ranks if not store.check([f"{key}{rank}"])]:
-        if time.monotonic() > end:
-            break
-        time.sleep(0.1)
-    return missing
-
-
-def _ranks(ranks: list[int]) -> str:
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
-
-
-def lost_process(error: BaseException) -> str | None:
-    """Return a sentence for an error that came of another process's end or silence; None for any other error."""
-    if not dist.is_initialized() or not isinstance(error, RuntimeError) or not LOST.search(str(error)):
-        return None
-    if not _meeting:
-        return f"rank {dist.get_rank()} lost another process. See the output of the others for the reason, then {AGAIN}"
-    meeting = _meeting[0]
-    others = [rank for rank in range(len(meeting.homes)) if rank != meeting.rank]
-    gone = [rank for rank in others if _has_ended(meeting.homes[rank])] or _silent(meeting, others)
-    too_late = re.search("[Tt]imed out|timeout", str(error))
-    late = f" within {meeting.seconds} seconds (--heartbeat-timeout)" if too_late else ""
-    who = _ranks(gone) if gone else "another process"
-    homes = "".join(f" ({meeting.homes[rank]})" for rank in gone[:1])
-    return (
-        f"rank {meeting.rank} lost {who}{homes}, which has ended or did not answer{late}. See the output of {who} for "
-        f"the reason, then {AGAIN}"
-    )
-
-
-def _has_ended(home: str) -> bool:
-    """Return whether a process of this machine has ended; False for a process of another machine."""
-    host, _, process = home.rpartition(":")
-    if host != socket.gethostname():
-        return False
-    # An ended process stays in the table, as a zombie, until its parent asks for its status.
-    time.sleep(0.2)
-    try:
-        with open(f"/proc/{process}/stat") as stat:
-            return stat.read().rpartition(")")[2].split()[0] in "ZX"
-    except OSError:
-        return os.path.isdir("/proc/self")
-
-
-def _silent(meeting: Meeting, others: list[int]) -> list[int]:
-    """Return the ranks that do not report, as this one does, that they have lost another."""
-    try:
-        with contextlib.suppress(RuntimeError):
-            meeting.store.set_timeout(timedelta(seconds=ANSWER))
-        meeting.store.set(f"lost{meeting.rank}", "1")
-        return _missing(meeting.store, "lost", others, ANSWER)
-    except RuntimeError:
-        return [0]  # the process of rank 0 keeps the store
 
 
 @patch(

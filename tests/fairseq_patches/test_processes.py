@@ -1,12 +1,9 @@
 import os
 import socket
-import subprocess
 import sys
-import threading
 
 import pytest
 import torch
-import torch.distributed as dist
 from fairseq.dataclass.configs import FairseqConfig
 from fairseq.distributed import utils as distributed_utils
 from omegaconf import OmegaConf
@@ -14,7 +11,6 @@ from omegaconf import OmegaConf
 import fairseq_rkm
 from fairseq_rkm import RKMError
 from fairseq_rkm.fairseq_patches import processes
-from fairseq_rkm.fairseq_patches.processes import Meeting, lost_process
 
 fairseq_rkm.register()
 
@@ -129,49 +125,3 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         return listener.getsockname()[1]
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_who_does_not_come_is_named(rank):
-    cfg = config(
-        distributed_world_size=2, distributed_rank=rank, heartbeat_timeout=1,
-        distributed_init_method=f"tcp://localhost:{free_port()}",
-    )  # fmt: skip
-    wanted = "rank 1 of 2 did not come .* within 1 seconds" if rank == 0 else "rank 1 did not find rank 0 within 1 sec"
-    with pytest.raises(RKMError, match=wanted):
-        distributed_utils.distributed_init(cfg)
-    assert not dist.is_initialized()
-
-
-@pytest.fixture
-def meeting(monkeypatch):
-    """Of rank 1 of 4: rank 2 has ended, and rank 3 is on another machine."""
-    monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(processes, "ANSWER", 0.3)
-    ended = subprocess.Popen([sys.executable, "-S", "-c", ""])
-    ended.wait()
-    here = socket.gethostname()
-    homes = [f"{here}:{os.getppid()}", f"{here}:{os.getpid()}", f"{here}:{ended.pid}", "elsewhere:1"]
-    found = Meeting(dist.HashStore(), 1, homes, 7)
-    monkeypatch.setattr(processes, "_meeting", [found])
-    return found
-
-
-def test_who_has_ended_is_named(meeting):
-    sentence = lost_process(RuntimeError("[gloo/pair.cc:547] Connection closed by peer [127.0.0.1]:4"))
-    assert sentence.startswith(f"rank 1 lost rank 2 ({meeting.homes[2]}), which has ended or did not answer. See")
-
-
-def test_who_does_not_answer_is_named(meeting):
-    meeting.homes[2] = meeting.homes[0]
-    threading.Timer(0.1, lambda: [meeting.store.set(f"lost{rank}", "1") for rank in (0, 2)]).start()
-    sentence = lost_process(RuntimeError("Timed out waiting 7000ms for recv operation to complete"))
-    assert "rank 1 lost rank 3 (elsewhere:1)" in sentence
-    assert "within 7 seconds (--heartbeat-timeout)" in sentence
-
-
-def test_other_errors_are_no_lost_process(meeting):
-    assert lost_process(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
-    assert lost_process(ValueError("Connection closed by peer")) is None
-    processes._meeting.clear()
-    assert lost_process(RuntimeError("size mismatch")) is None
