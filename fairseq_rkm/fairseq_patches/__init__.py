@@ -18,6 +18,7 @@ SUBJECTS = (
     "file_names",
     "memory_bounds",
     "checkpoint_writing",
+    "checkpoint_folders",
     "resuming",
     "processes",
     "data_parallel",
