@@ -6,6 +6,10 @@ cd "$(dirname "$0")/.."
 bash scripts/setup.sh
 # Tools run as modules: .venv may see tools of the Python that made it, and then has no commands for them.
 tool() { .venv/bin/python -m "$@"; }
+# Tests that cut the cable between two machines make network namespaces. Without ip they are skipped with a reason.
+if ! command -v ip > /dev/null && [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
+  echo "[test] installing iproute2" && { apt-get update -qq && apt-get install -qq -y iproute2; } > /dev/null 2>&1 || true
+fi
 tool ruff check .
 tool ruff format --check .
 tool mypy
