@@ -118,6 +118,9 @@ OURS: dict[str, dict[str, Range | str]] = {
         "cache_size": COUNT,
         "cache_theta": NOT_NEGATIVE,
         "cache_lambda": PROBABILITY,
+        "softmax_temperature": Range(0.01, 100),
+        "dynamic_lr": NOT_NEGATIVE,
+        "dynamic_decay": NOT_NEGATIVE,
     },
     "criterion": {"alpha": NOT_NEGATIVE, "beta": NOT_NEGATIVE},
     "optimizer": {

@@ -49,6 +49,14 @@ def test_the_documented_flags_are_the_configuration_s(architecture):
     }  # fmt: skip
 
 
+def test_the_documented_flags_of_evaluation_are_the_task_s():
+    from fairseq.tasks import TASK_DATACLASS_REGISTRY
+
+    of_task = fields(TASK_DATACLASS_REGISTRY["stateful_language_modeling"])
+    in_code = {f"--{f.name.replace('_', '-')}" for f in of_task if re.match("cache_|softmax_|dynamic_", f.name)}
+    assert documented("`--task stateful_language_modeling`, in evaluation") == in_code
+
+
 def test_the_readme_s_example_runs():
     example = re.search(r"```python\n(.*?)```", README, re.S)[1]
     assert len(example.strip().splitlines()) <= 12

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import fairseq_rkm
+from fairseq_rkm.experiments.scored_stream import open_stream
 from fairseq_rkm.modules.continuous_cache import CacheMemory, ContinuousCache, cache_probabilities
 
 THETAS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0)
@@ -71,18 +72,8 @@ def tune() -> None:
     parser.add_argument("--size", type=int, default=500, help="outputs that the cache holds")
     parser.add_argument("--split", default="valid", help="what to choose them on")
     args = parser.parse_args()
-    fairseq_rkm.register()
-    from fairseq.checkpoint_utils import load_model_ensemble_and_task
-
-    from fairseq_rkm.data.token_stream import StreamSegments
-
-    overrides = {"data": str(args.data), "cache_size": 0, "batch_size_valid": 1}
-    (model,), _, task = load_model_ensemble_and_task([str(args.checkpoint)], arg_overrides=overrides)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device).float().eval()
-    task.load_dataset(args.split)
-    segments = StreamSegments(task.dataset(args.split), 1, (0, 1), 100, task.dictionary.pad())
-    found = perplexities(model.decoder, segments, args.size, device)
+    decoder, segments, device = open_stream(args.data, args.checkpoint, args.split)
+    found = perplexities(decoder, segments, args.size, device)
     print("theta  lambda  perplexity")
     for (theta, weight), value in sorted(found.items(), key=lambda item: item[1])[:5]:
         print(f"{theta:5}  {weight:6}  {value:10.2f}")

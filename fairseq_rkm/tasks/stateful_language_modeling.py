@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -19,12 +20,18 @@ from torch import Tensor
 from fairseq_rkm.data.binarized_split import open_tokens
 from fairseq_rkm.data.token_stream import SegmentIterator, StreamSegments, TokenStream
 from fairseq_rkm.errors import RKMError, first_line
+from fairseq_rkm.models.language_model.stream_learner import StreamLearner
 from fairseq_rkm.modules.continuous_cache import ContinuousCache
 from fairseq_rkm.tasks import saved_streams
 from fairseq_rkm.tasks.averaged_validation import AveragedValidation
 from fairseq_rkm.tasks.graphed_steps import GraphedSteps
 
 logger = logging.getLogger(__name__)
+
+DYNAMIC_LR = 0.002
+DYNAMIC_DECAY = 0.02
+STATISTICS_STREAMS = 100
+"""Parallel streams of the training text, of which ``--dynamic-eval`` takes the statistics."""
 
 
 @dataclass
@@ -48,6 +55,19 @@ class StatefulLanguageModelingConfig(FairseqDataclass):
     )
     cache_theta: float = field(default=1.0, metadata={"help": "how sharply the cache prefers outputs that are alike"})
     cache_lambda: float = field(default=0.1, metadata={"help": "the cache's share of the probability"})
+    softmax_temperature: float = field(
+        default=1.0, metadata={"help": "in evaluation, divide the logits by this number before the softmax"}
+    )
+    dynamic_eval: bool = field(
+        default=False,
+        metadata={"help": "in fairseq-eval-lm, learn each segment after it was scored (dynamic evaluation)"},
+    )
+    dynamic_lr: Optional[float] = field(
+        default=None, metadata={"help": "learning rate of --dynamic-eval (default: 0.002)"}
+    )
+    dynamic_decay: Optional[float] = field(
+        default=None, metadata={"help": "decay of --dynamic-eval to the trained weights (default: 0.02)"}
+    )
     cuda_graphs: bool = field(
         default=False,
         metadata={
@@ -85,7 +105,8 @@ class StatefulLanguageModelingTask(AveragedValidation, GraphedSteps, LanguageMod
     With ``--cuda-graphs`` training steps are recorded once for each length and replayed (see
     :mod:`fairseq_rkm.tasks.graphed_steps`).
 
-    With ``--cache-size`` evaluation mixes in a continuous cache (Grave et al. 2017). Any trained model can have one.
+    With ``--cache-size`` evaluation mixes in a continuous cache (Grave et al. 2017). Any trained model can have one. So
+    it can have ``--softmax-temperature``, and in ``fairseq-eval-lm`` ``--dynamic-eval`` (Krause et al. 2018).
     """
 
     def __init__(self, cfg: StatefulLanguageModelingConfig, dictionary: Dictionary, **kwargs: Any) -> None:
@@ -109,6 +130,9 @@ class StatefulLanguageModelingTask(AveragedValidation, GraphedSteps, LanguageMod
             )
         if cfg.no_lr_rescaling and not cfg.variable_bptt:
             raise RKMError("--no-lr-rescaling says how --variable-bptt is to train: give that too, or neither")
+        for flag, value in (("--dynamic-lr", cfg.dynamic_lr), ("--dynamic-decay", cfg.dynamic_decay)):
+            if value is not None and not cfg.dynamic_eval:
+                raise RKMError(f"{flag} says how --dynamic-eval is to learn: give that too, or neither")
         if cfg.tokens_per_sample < 1:
             raise RKMError(f"--tokens-per-sample must be at least 1, not {cfg.tokens_per_sample}")
         dictionary = load_dictionary(utils.split_paths(cfg.data or ""))
@@ -119,7 +143,8 @@ class StatefulLanguageModelingTask(AveragedValidation, GraphedSteps, LanguageMod
         """Build a model and keep hold of its carried state.
 
         Raises:
-            RKMError: the model carries no state, or cannot have the cache.
+            RKMError: the model carries no state, or cannot have what evaluation adds; or it is to be trained with
+                ``--dynamic-eval``.
         """
         model = super().build_model(cfg, from_checkpoint)
         carried = getattr(model.decoder, "carried", None)
@@ -129,11 +154,36 @@ class StatefulLanguageModelingTask(AveragedValidation, GraphedSteps, LanguageMod
             )
         model.cuda_graphs = self.args.cuda_graphs  # for the wrapper of several processes
         self.training_state = carried[True]
-        if self.args.cache_size:
-            model.decoder.use_cache(
-                ContinuousCache(self.args.cache_size, self.args.cache_theta, self.args.cache_lambda)
-            )
+        self._prepare_evaluation(model.decoder, trains=not from_checkpoint)
         return model
+
+    def _prepare_evaluation(self, decoder: Any, trains: bool) -> None:
+        """Give a decoder what evaluation adds to it."""
+        flags = self.args
+        if flags.cache_size:
+            decoder.use_cache(ContinuousCache(flags.cache_size, flags.cache_theta, flags.cache_lambda))
+        if flags.softmax_temperature != 1.0:
+            decoder.use_temperature(flags.softmax_temperature)
+        if flags.dynamic_eval:
+            if trains:
+                raise RKMError("--dynamic-eval changes the weights as it scores a text: it is for fairseq-eval-lm")
+            rate = DYNAMIC_LR if flags.dynamic_lr is None else flags.dynamic_lr
+            decay = DYNAMIC_DECAY if flags.dynamic_decay is None else flags.dynamic_decay
+            decoder.use_learner(StreamLearner(decoder, rate, decay, self._training_segments))
+
+    def _training_segments(self) -> Iterable[dict]:
+        """Return the segments of the training text, for the statistics of ``--dynamic-eval``.
+
+        Raises:
+            RKMError: there is no training text in the folder of data.
+        """
+        folder = utils.split_paths(self.args.data)[0]
+        path = os.path.join(folder, self.args.train_subset)
+        tokens = open_tokens(path, self.dictionary, self.args.dataset_impl, combine=False)
+        stream = TokenStream(tokens, self.dictionary.eos(), self.args.train_subset)
+        streams = max(1, min(STATISTICS_STREAMS, len(stream) // self.args.tokens_per_sample))
+        segments = StreamSegments(stream, streams, (0, streams), self.args.tokens_per_sample, self.dictionary.pad())
+        return (segments[index] for index in range(len(segments)))
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> None:
         """Open a split as one stream. Of several folders of data each epoch has one, in turn.

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from cli.conftest import ROOT, SMALL, TASK, fairseq, hydra_flags, succeed
 from fairseq_rkm import CELLS, RKMError
+from fairseq_rkm.experiments import temperature_tuning
 from fairseq_rkm.models import RKMLanguageModel, RKMModel
 from fairseq_rkm.models.language_model.language_model_decoder import RKMLanguageModelDecoder
 
@@ -253,3 +254,38 @@ def test_tune_cache_finds_what_eval_lm_then_reports(trained, data):
     )  # fmt: skip
     best = float(re.search(r"perplexity\n\s*\S+\s+\S+\s+(\S+)", output)[1])
     assert perplexity(result) == pytest.approx(best, abs=0.011)
+
+
+def test_tune_temperature_finds_what_eval_lm_then_reports(trained, data, monkeypatch, capsys):
+    """Beside a cache, too."""
+    run, _ = trained
+    cache = ["--cache-size", "30", "--cache-theta", "0.3", "--cache-lambda", "0.2"]
+    found = {}
+    for beside in ([], cache):
+        monkeypatch.setattr(sys, "argv", ["tune_temperature", str(data), str(run / "checkpoint_best.pt"), *beside])
+        temperature_tuning.main()
+        output = capsys.readouterr().out
+        found[len(beside)] = float(re.search(r"perplexity\n\s*\S+\s+(\S+)", output)[1])
+    assert f"--softmax-temperature {temperature(output)} {' '.join(cache)}" in output
+    assert temperature(output) != 1.0
+    result = succeed(
+        "eval_lm", data, *TASK, "--path", run / "checkpoint_best.pt", "--batch-size", 1, "--cpu", "--gen-subset",
+        "valid", "--softmax-temperature", temperature(output), *cache,
+    )  # fmt: skip
+    assert perplexity(result) == pytest.approx(found[len(cache)], abs=0.011)
+    plain, _ = one_pass_perplexity(run / "checkpoint_best.pt", data, "valid")
+    assert found[0] < plain
+
+
+def temperature(output: str) -> float:
+    return float(re.search(r"--softmax-temperature (\S+)", output)[1])
+
+
+def test_dynamic_evaluation_learns_the_text_that_eval_lm_scores(trained, data):
+    run, _ = trained
+    flags = [*TASK, "--path", run / "checkpoint_best.pt", "--batch-size", 1, "--cpu", "--tokens-per-sample", 5]
+    learned = succeed("eval_lm", data, *flags, "--dynamic-eval", "--dynamic-lr", 0.001, "--dynamic-decay", 0.01)
+    plain, tokens = one_pass_perplexity(run / "checkpoint_best.pt", data, "test")
+    assert "gradients of 5 training segments are measured" in learned.output
+    assert f"Evaluated {tokens:,} tokens" in learned.output
+    assert 0.01 < abs(perplexity(learned) - plain) < 1

@@ -10,8 +10,14 @@ from fairseq_rkm import RKMError
 from fairseq_rkm.data import token_stream, tokens
 from fairseq_rkm.data.token_stream import TokenStream, random_lengths
 from fairseq_rkm.fairseq_patches.error_messages import sentence_of
+from fairseq_rkm.models.language_model.rkm_language_model import RKMLanguageModelConfig
 from fairseq_rkm.optim.nt_asgd import FairseqNonMonotoneASGD, NonMonotoneASGDConfig
-from fairseq_rkm.tasks.stateful_language_modeling import StatefulLanguageModelingConfig, StatefulLanguageModelingTask
+from fairseq_rkm.tasks.stateful_language_modeling import (
+    DYNAMIC_DECAY,
+    DYNAMIC_LR,
+    StatefulLanguageModelingConfig,
+    StatefulLanguageModelingTask,
+)
 
 
 def build(**flags):
@@ -185,3 +191,27 @@ def test_the_average_is_in_the_model_from_validation_to_the_next_update():
     torch.testing.assert_close(iterates[-1], torch.full((3,), -30.0 * 6), msg="training went on with the weights")
     assert history["validation_losses"] == [2.0, 2.5, 4.0, 4.0, 4.0], "the first validation set's"
     assert history["averaged_updates"] == 3, "begun when 2.5 was above 2.0, recorded a validation before"
+
+
+@pytest.mark.parametrize("flag", ["dynamic_lr", "dynamic_decay"])
+def test_how_to_learn_is_for_dynamic_evaluation_alone(flag):
+    cfg = OmegaConf.structured(StatefulLanguageModelingConfig(**{flag: 0.1, "update_freq": [1]}))
+    with pytest.raises(RKMError, match=f"--{flag.replace('_', '-')} says how --dynamic-eval is to learn"):
+        StatefulLanguageModelingTask.setup_task(cfg)
+
+
+def test_dynamic_evaluation_is_refused_in_training():
+    task = build(dynamic_eval=True)
+    model = OmegaConf.structured(RKMLanguageModelConfig(_name="rkm_lm", criterion_name=None))
+    with pytest.raises(RKMError, match="it is for fairseq-eval-lm"):
+        task.build_model(model)
+    learner = task.build_model(model, from_checkpoint=True).decoder.learner
+    assert learner.numbers == (DYNAMIC_LR, DYNAMIC_DECAY)
+
+
+def test_evaluation_flags_are_refused_for_an_adaptive_softmax():
+    values = {"adaptive_softmax_cutoff": "2", "criterion_name": "adaptive_loss"}
+    model = OmegaConf.structured(RKMLanguageModelConfig(_name="rkm_lm", **values))
+    for flag, value in (("softmax_temperature", 1.1), ("dynamic_eval", True), ("cache_size", 3)):
+        with pytest.raises(RKMError, match=f"--{flag.replace('_', '-')} is for models with a plain softmax"):
+            build(**{flag: value}).build_model(model, from_checkpoint=True)

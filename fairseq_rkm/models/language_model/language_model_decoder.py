@@ -3,6 +3,7 @@
 from itertools import pairwise
 from typing import Any, Optional, cast
 
+import torch
 from fairseq.data import Dictionary
 from fairseq.models import FairseqIncrementalDecoder
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from fairseq_rkm.data.dictionary import FINGERPRINT, check_fingerprint, fingerprint
 from fairseq_rkm.errors import RKMError
 from fairseq_rkm.models.language_model.carried_state import CarriedState
+from fairseq_rkm.models.language_model.stream_learner import StreamLearner
 from fairseq_rkm.models.recurrence_options import NO_LIMIT, build_rkm
 from fairseq_rkm.models.word_layers import build_embedding, build_softmax
 from fairseq_rkm.modules import RKM, LockedDropout, RKMState, dropped_embedding
@@ -63,6 +65,8 @@ class RKMLanguageModelDecoder(FairseqIncrementalDecoder):
         self.carried = {True: CarriedState[States](), False: CarriedState[States]()}
         self.cache: Optional[ContinuousCache] = None
         self.cache_memory = CarriedState[CacheMemory]()
+        self.temperature = 1.0
+        self.learner: Optional[StreamLearner] = None
 
     def forward(
         self,
@@ -90,7 +94,26 @@ class RKMLanguageModelDecoder(FairseqIncrementalDecoder):
             are the last layer's output, ``(T, B, d)``, after and before its dropout. ``reset`` is None, or
             ``(T, B)`` bool, True where the state began anew before the step.
         """
-        states, tokens, mask = None, prev_output_tokens, None
+        if segment is None or self.training or self.learner is None or features_only:
+            features, extra = self._features(prev_output_tokens, incremental_state, segment)
+            if features_only:
+                return features, extra
+            logits = self.output_layer(features)
+        else:
+            self.learner.begin(segment, prev_output_tokens)
+            with torch.enable_grad():
+                features, extra = self._features(prev_output_tokens, None, segment)
+                logits = self.output_layer(features)
+            logits = self.learner.scores(segment, prev_output_tokens, logits)
+        if segment is not None and not self.training:
+            logits = self._evaluated(logits, features.detach(), prev_output_tokens, segment)
+        return logits, extra
+
+    def _features(
+        self, tokens: Tensor, incremental_state: Optional[dict], segment: Optional[int]
+    ) -> tuple[Tensor, dict]:
+        """Return the last layer's output ``(B, T, d)`` and fairseq's extras, and carry the state."""
+        states, mask = None, None
         if incremental_state is not None:
             states = self.get_incremental_state(incremental_state, "states")
             if states is not None:
@@ -108,17 +131,11 @@ class RKMLanguageModelDecoder(FairseqIncrementalDecoder):
             self.set_incremental_state(incremental_state, "states", new_states)
         elif segment is not None:
             self.carried[self.training].after(segment, states, [state.detach() for state in new_states])
-        features = dropped.transpose(0, 1).contiguous()
         extra = {
             "attn": None, "features": dropped, "raw_features": raw_features,
             "reset": None if reset is None else reset.mask,
         }  # fmt: skip
-        if features_only:
-            return features, extra
-        logits = self.output_layer(features)
-        if self.cache is not None and segment is not None and not self.training:
-            logits = self._with_cache(self.cache, logits, features, tokens, segment)
-        return logits, extra
+        return dropped.transpose(0, 1).contiguous(), extra
 
     def use_cache(self, cache: ContinuousCache) -> None:
         """Evaluate with a continuous cache from now on; the outputs are the mixture's log probabilities.
@@ -126,15 +143,39 @@ class RKMLanguageModelDecoder(FairseqIncrementalDecoder):
         Raises:
             RKMError: the model has an adaptive softmax: its probabilities come with the loss.
         """
-        if self.adaptive_softmax is not None:
-            raise RKMError("--cache-size is for models with a plain softmax, and this one has an adaptive one")
+        self._need_plain_softmax("--cache-size")
         self.cache = cache
 
-    def _with_cache(
-        self, cache: ContinuousCache, logits: Tensor, outputs: Tensor, tokens: Tensor, segment: int
-    ) -> Tensor:
+    def use_temperature(self, temperature: float) -> None:
+        """Evaluate segments with logits divided by a temperature from now on.
+
+        Raises:
+            RKMError: the model has an adaptive softmax.
+        """
+        self._need_plain_softmax("--softmax-temperature")
+        self.temperature = temperature
+
+    def use_learner(self, learner: StreamLearner) -> None:
+        """Learn each segment after it was evaluated from now on.
+
+        Raises:
+            RKMError: the model has an adaptive softmax.
+        """
+        self._need_plain_softmax("--dynamic-eval")
+        self.learner = learner
+
+    def _need_plain_softmax(self, flag: str) -> None:
+        if self.adaptive_softmax is not None:
+            raise RKMError(f"{flag} is for models with a plain softmax, and this one has an adaptive one")
+
+    def _evaluated(self, logits: Tensor, outputs: Tensor, tokens: Tensor, segment: int) -> Tensor:
+        """Return logits, or a cache's log probabilities, after the temperature."""
+        if self.temperature != 1.0:
+            logits = logits / self.temperature
+        if self.cache is None:
+            return logits
         memory = self.cache_memory.before(segment)
-        mixed, left = cache.log_probabilities(logits, outputs, tokens, memory)
+        mixed, left = self.cache.log_probabilities(logits, outputs, tokens, memory)
         self.cache_memory.after(segment, memory, left)
         return mixed
 
