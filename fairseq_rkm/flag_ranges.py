@@ -115,6 +115,7 @@ OURS: dict[str, dict[str, Range | str]] = {
     "task": {
         "data": FILE,
         "tokens_per_sample": AT_LEAST_1,
+        "overlap": AT_LEAST_1,
         "cache_size": COUNT,
         "cache_theta": NOT_NEGATIVE,
         "cache_lambda": PROBABILITY,

@@ -12,6 +12,7 @@ from fairseq.data.iterators import EpochBatchIterator
 from torch import Tensor
 
 from fairseq_rkm.data.indexed_check import spread
+from fairseq_rkm.data.stream_order import Passes, Streams, check_overlap
 from fairseq_rkm.data.tokens import HeldTokens, Tokens
 from fairseq_rkm.errors import RKMError
 
@@ -134,6 +135,12 @@ class StreamSegments(FairseqDataset):
     token is a target once. A stretch's first token is predicted from the token before it in the corpus, with a zero
     state. The corpus's first token is predicted from the end-of-sentence symbol.
 
+    With ``overlap`` the corpus is read so many times over, and every token is a target so many times
+    (:class:`~fairseq_rkm.data.stream_order.Passes`). Segments of one length are then cut at different places in each
+    pass; to this end a stretch has whole segments, except the last. With ``shuffle_seed`` each stretch is rotated
+    (:class:`~fairseq_rkm.data.stream_order.Streams`). A token is predicted from the token before it in the corpus even
+    where the order jumps; the state is then of the tokens read before.
+
     >>> stream = TokenStream(torch.arange(4, 14), eos=2, name="train")
     >>> segments = StreamSegments(stream, streams=2, rows=(0, 2), length=3, pad=1)
     >>> segments[0]["net_input"]["src_tokens"], segments[0]["target"]
@@ -148,24 +155,26 @@ class StreamSegments(FairseqDataset):
         length: tokens in a segment; the last may be shorter.
         pad: fills the last segment's last column in rows of shorter stretches.
         length_seed: makes lengths vary around ``length`` (see :func:`random_lengths`), the same for all rows.
+        shuffle_seed: a run's seed and the epoch, to rotate the stretches by.
+        overlap: passes over the corpus.
 
     Attributes:
         cut: all facts that decide, beside the epoch, which tokens the k-th segment holds.
 
     Raises:
-        RKMError: there are fewer tokens than streams.
+        RKMError: there are fewer tokens than streams, or ``overlap`` does not go with streams or length.
     """
 
     def __init__(
         self, stream: TokenStream, streams: int, rows: tuple[int, int], length: int, pad: int,
-        length_seed: tuple[int, int] | None = None,
+        length_seed: tuple[int, int] | None = None, shuffle_seed: tuple[int, int] | None = None, overlap: int = 1,
     ) -> None:  # fmt: skip
         stream.check_streams(streams)
+        check_overlap(overlap, streams, length)
         self.stream, self.rows, self.pad = stream, rows, pad
-        quotient, longer = divmod(len(stream), streams)
-        self.sizes = [quotient + (row < longer) for row in range(*rows)]
-        self.starts = [row * quotient + min(row, longer) for row in range(*rows)]
-        total = quotient + (longer > 0)
+        unit = length if overlap > 1 and length_seed is None else 1
+        self.order = Streams(Passes(len(stream), overlap, length), streams, unit, shuffle_seed)
+        total = self.order.sizes[0]
         self.ends = (
             range(length, total + length, length)
             if length_seed is None
@@ -173,10 +182,10 @@ class StreamSegments(FairseqDataset):
         )
         self.total = total
         self.block = Block(0, 0, np.empty((0, 0)), np.empty((0, 0)))
-        seed = None if length_seed is None else length_seed[0]
+        seed = length_seed or shuffle_seed
         self.cut: dict[str, Any] = {
             "text": stream.fingerprint(), "streams": streams, "length": length, "varied": length_seed is not None,
-            "seed": seed,
+            "shuffled": shuffle_seed is not None, "overlap": overlap, "seed": None if seed is None else seed[0],
         }  # fmt: skip
 
     def __len__(self) -> int:
@@ -186,7 +195,7 @@ class StreamSegments(FairseqDataset):
         index = range(len(self))[index]
         first, stop = int(self.ends[index - 1]) if index else 0, min(int(self.ends[index]), self.total)
         if not (self.block.first <= first and stop <= self.block.stop):
-            self.block = self._read(first, max(stop, min(first + BLOCK // len(self.starts), self.total)))
+            self.block = self._read(first, max(stop, min(first + BLOCK // (self.rows[1] - self.rows[0]), self.total)))
         columns = slice(first - self.block.first, stop - self.block.first)
         source, target = (torch.tensor(part[:, columns]) for part in (self.block.source, self.block.target))
         rows = len(source)
@@ -204,12 +213,13 @@ class StreamSegments(FairseqDataset):
 
     def _read(self, first: int, stop: int) -> "Block":
         """Read columns of all rows."""
-        block = Block(first, stop, *np.full((2, len(self.starts), stop - first), self.pad))
-        for row, (start, size) in enumerate(zip(self.starts, self.sizes, strict=True)):
-            here = min(stop, size) - first
-            if here > 0:
-                tokens = self.stream.read(start + first - 1, start + first + here)
-                block.source[row, :here], block.target[row, :here] = tokens[:-1], tokens[1:]
+        rows = range(*self.rows)
+        block = Block(first, stop, *np.full((2, len(rows), stop - first), self.pad))
+        for source, target, row in zip(block.source, block.target, rows, strict=True):
+            at = 0
+            for begin, end in self.order.places(row, first, min(stop, self.order.sizes[row])):
+                tokens, columns = self.stream.read(begin - 1, end), slice(at, at := at + end - begin)
+                source[columns], target[columns] = tokens[:-1], tokens[1:]
         return block
 
     def collater(self, samples: list[dict]) -> dict:
@@ -254,9 +264,13 @@ class SegmentIterator(EpochBatchIterator):
         "streams": "--batch-size times processes",
         "length": "--tokens-per-sample",
         "varied": "--variable-bptt",
-        "seed": "--seed, by which --variable-bptt draws lengths",
+        "shuffled": "--partial-shuffle",
+        "overlap": "--overlap",
+        "seed": "--seed, by which --variable-bptt and --partial-shuffle draw",
     }
     """The flag or data that decides each part of :attr:`StreamSegments.cut`."""
+    OLDER: ClassVar = {"shuffled": False, "overlap": 1}
+    """The parts that checkpoints lack from before there were these flags."""
 
     @property
     def frozen_batches(self) -> SingleBatches:
@@ -281,6 +295,7 @@ class SegmentIterator(EpochBatchIterator):
         within = state.get("iterations_in_epoch", 0)
         cut, saved = self.dataset.cut, state.get("cut")
         if within and saved is not None:
+            saved = {**self.OLDER, **saved}
             others = [key for key in self.FLAGS if saved.get(key) != cut[key]]
             if "text" in others and self.dataset.stream.has_fingerprint(saved.get("text", "")):
                 others.remove("text")

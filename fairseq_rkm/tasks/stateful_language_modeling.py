@@ -18,6 +18,7 @@ from omegaconf import II
 from torch import Tensor
 
 from fairseq_rkm.data.binarized_split import open_tokens
+from fairseq_rkm.data.stream_order import check_overlap
 from fairseq_rkm.data.token_stream import SegmentIterator, StreamSegments, TokenStream
 from fairseq_rkm.errors import RKMError, first_line
 from fairseq_rkm.models.language_model.stream_learner import StreamLearner
@@ -32,6 +33,8 @@ DYNAMIC_LR = 0.002
 DYNAMIC_DECAY = 0.02
 STATISTICS_STREAMS = 100
 """Parallel streams of the training text, of which ``--dynamic-eval`` takes the statistics."""
+TRAINING = "update_epoch_batch_itr"
+"""An argument that fairseq's trainer gives for the iterator that it trains with, and nobody gives for another."""
 
 
 @dataclass
@@ -49,6 +52,19 @@ class StatefulLanguageModelingConfig(FairseqDataclass):
     )
     no_lr_rescaling: bool = field(
         default=False, metadata={"help": "with --variable-bptt: leave the learning rate as scheduled"}
+    )
+    partial_shuffle: bool = field(
+        default=False,
+        metadata={
+            "help": "in training, begin each epoch at a random place of each stream, and read what is before it last"
+        },
+    )
+    overlap: int = field(
+        default=1,
+        metadata={
+            "help": "in training, read the text this many times an epoch, cut into segments at other places each time; "
+            "it must share no factor with the number of streams"
+        },
     )
     cache_size: int = field(
         default=0, metadata={"help": "in evaluation, mix in a continuous cache of this many outputs; 0: none"}
@@ -101,6 +117,13 @@ class StatefulLanguageModelingTask(AveragedValidation, GraphedSteps, LanguageMod
     segment. The learning rate of a segment's update is multiplied by ``L / tokens_per_sample`` (Merity et al. 2018).
     The lengths depend on ``--seed`` and the epoch alone. The number of updates in an epoch varies: ``--max-update``
     ends a run after a known number.
+
+    With ``--partial-shuffle`` each epoch rotates every stream by a number of tokens that depends on ``--seed``, the
+    epoch and the stream alone (Press 2019). With ``--overlap P`` an epoch reads the text P times, and cuts it into
+    segments at other places each time (Kocher et al. 2019): see :mod:`fairseq_rkm.data.stream_order`. Segments of equal
+    lengths then stay on these places under ``--partial-shuffle``: the rotations are of whole segments. Every token is a
+    target once, or P times. These and ``--variable-bptt`` are for training alone: any evaluation, of the training set
+    too, reads the text once and in order.
 
     With ``--cuda-graphs`` training steps are recorded once for each length and replayed (see
     :mod:`fairseq_rkm.tasks.graphed_steps`).
@@ -212,8 +235,12 @@ class StatefulLanguageModelingTask(AveragedValidation, GraphedSteps, LanguageMod
         path = os.path.join(folder, split)
         tokens = open_tokens(path, self.dictionary, self.args.dataset_impl, combine)
         stream = TokenStream(tokens, self.dictionary.eos(), split)
-        per_process = self.args.batch_size if split == self.args.train_subset else self.args.batch_size_valid
-        stream.check_streams((per_process or 1) * max(1, self.args.distributed_world_size))
+        training = split == self.args.train_subset
+        per_process = self.args.batch_size if training else self.args.batch_size_valid
+        streams = (per_process or 1) * max(1, self.args.distributed_world_size)
+        stream.check_streams(streams)
+        if training:
+            check_overlap(self.args.overlap, streams, self.args.tokens_per_sample)
         return stream
 
     def get_batch_iterator(
@@ -233,10 +260,11 @@ class StatefulLanguageModelingTask(AveragedValidation, GraphedSteps, LanguageMod
         """Return the segments, in order, of one process's streams. The arguments are fairseq's.
 
         fairseq-interactive and hubs give sentences to continue or score. These are batched by fairseq's own task, and
-        begin afresh.
+        begin afresh. Fairseq's trainer alone gives :data:`TRAINING`, for training: without it a split is evaluated.
 
         Raises:
-            RKMError: there is no ``--batch-size``, or there are fewer tokens than streams.
+            RKMError: there is no ``--batch-size``, there are fewer tokens than streams, or ``--overlap`` does not go
+                with them.
         """
         if not isinstance(dataset, TokenStream):
             return super().get_batch_iterator(
@@ -247,16 +275,21 @@ class StatefulLanguageModelingTask(AveragedValidation, GraphedSteps, LanguageMod
         if not max_sentences:
             raise RKMError("--task stateful_language_modeling needs --batch-size, the number of parallel streams")
         rows = (shard_id * max_sentences, (shard_id + 1) * max_sentences)
-        varied = self.args.variable_bptt and dataset.name == self.args.train_subset
+        training = TRAINING in kwargs
+        order: dict[str, Any] = {
+            "length_seed": (seed, epoch) if self.args.variable_bptt else None,
+            "shuffle_seed": (seed, epoch) if self.args.partial_shuffle else None,
+            "overlap": self.args.overlap,
+        }
         segments = StreamSegments(
             dataset, num_shards * max_sentences, rows, self.args.tokens_per_sample, self.dictionary.pad(),
-            length_seed=(seed, epoch) if varied else None,
+            **(order if training else {}),
         )  # fmt: skip
         iterator = SegmentIterator(
             segments, num_workers=num_workers, epoch=epoch, buffer_size=data_buffer_size,
             skip_remainder_batch=skip_remainder_batch,
         )  # fmt: skip
-        if dataset.name == self.args.train_subset:
+        if training:
             self.train_iterator = iterator
         return iterator
 

@@ -1,7 +1,10 @@
+import math
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from fairseq_rkm import RKMError
@@ -95,6 +98,128 @@ def test_items_do_not_depend_on_how_much_is_read_at_a_time(count, per_rank, rank
         items[len(items)]
 
 
+def by_hand(tokens, streams, length, whole, shifts, overlap):
+    """Each stream's ``(source, target)`` pairs in order, from lists of tokens alone."""
+    before = dict(zip(tokens, [EOS, *tokens], strict=False))
+    text = []
+    for number in range(overlap):
+        # This pass begins its segments ``number / overlap`` of a segment after the text's first token, and goes on
+        # within a segment where the pass before it ended.
+        begin = (len(text) + number * length // overlap) % length % len(tokens)
+        text += tokens[begin:] + tokens[:begin]
+    unit = length if whole else 1
+    units = [text[i : i + unit] for i in range(0, len(text), unit)]
+    rows = [[token for i in part for token in units[i]] for part in np.array_split(np.arange(len(units)), streams)]
+    return [[(before[t], t) for t in row[shift:] + row[:shift]] for row, shift in zip(rows, shifts, strict=True)]
+
+
+@given(
+    st.integers(1, 80), st.integers(1, 4), st.integers(1, 3), st.integers(1, 9), st.integers(1, 7), st.booleans(),
+    st.booleans(), st.integers(1, 50), st.tuples(st.integers(0, 9), st.integers(1, 9)),
+)  # fmt: skip
+def test_shuffled_and_overlapping_streams_by_hand(
+    count, per_rank, ranks, length, overlap, shuffled, varied, block, seed
+):
+    tokens, streams = list(range(10, 10 + count)), per_rank * ranks
+    whole = overlap > 1 and not varied
+    enough = count >= streams and -(-count * overlap // (length if whole else 1)) >= streams
+    assume(enough and math.gcd(overlap, streams) == 1 and overlap <= length)
+    stream = TokenStream(torch.tensor(tokens), EOS, "train")
+    order = {"length_seed": seed if varied else None, "shuffle_seed": seed if shuffled else None, "overlap": overlap}
+    read = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(token_stream, "BLOCK", block)
+        for rank in range(ranks):
+            rows = (rank * per_rank, (rank + 1) * per_rank)
+            items = StreamSegments(stream, streams, rows, length, PAD, **order)
+            parts = [items[i] for i in range(len(items))]
+            source = torch.cat([part["net_input"]["src_tokens"] for part in parts], 1)
+            target = torch.cat([part["target"] for part in parts], 1)
+            pairs = torch.stack([source, target], 2).tolist()
+            read += [[(s, t) for s, t in row if t != PAD] for row in pairs]
+            assert sum(part["ntokens"] for part in parts) == target.ne(PAD).sum()
+    shifts = items.order.shifts
+    assert read == by_hand(tokens, streams, length, whole, shifts, overlap)
+    targets = Counter(target for row in read for _, target in row)
+    assert targets == dict.fromkeys(tokens, overlap), "every token is a target once a pass"
+    assert shuffled or not any(shifts)
+    assert all(shift % (length if whole else 1) == 0 for shift in shifts)
+
+
+@pytest.mark.parametrize("shuffle", [None, (1, 1)])
+@pytest.mark.parametrize(("streams", "overlap", "length"), [(4, 5, 10), (3, 7, 70), (7, 3, 9)])
+def test_passes_end_segments_at_evenly_spread_places(streams, overlap, length, shuffle):
+    """Each token but a few begins a segment in at most one pass."""
+    count = 2003
+    items = iterator(count, streams, length, shuffle=shuffle, overlap=overlap, shift=10).dataset
+    places = Counter()
+    for item in map(items.__getitem__, range(len(items))):
+        places.update((item["target"][:, 0][item["target"][:, 0] != PAD] - 10).remainder(length).tolist())
+    even = [number * length // overlap for number in range(overlap)]
+    each = [places[place] for place in even]
+    # A pass ends within a segment, and so does the last stream, which goes on from its start if it is rotated.
+    assert places.total() == pytest.approx(overlap * count / length, abs=2)
+    if shuffle is None:
+        assert places.total() - sum(each) <= overlap - 1
+        assert max(each) - min(each) <= 3
+    else:
+        assert sum(each) >= (1 - 1.03 / streams) * places.total()
+
+
+def test_rotations_depend_on_seed_epoch_and_stream_and_on_nothing_else():
+    shifts = [iterator(10_000, 8, shuffle=seed).dataset.order.shifts for seed in [(1, 1), (1, 1), (1, 2), (2, 1)]]
+    assert shifts[0] == shifts[1]
+    assert shifts[0] != shifts[2] != shifts[3] != shifts[0]
+    assert len(set(shifts[0])) == 8
+    assert iterator(10_000, 8, seed=(1, 1), shuffle=(1, 1)).dataset.order.shifts == shifts[0]
+    varied = [iterator(10_000, 8, seed=(1, 1), shuffle=s).dataset.ends.tolist() for s in (None, (1, 1))]
+    assert varied[0] == varied[1]
+    drawn = [shift for e in range(500) for shift in iterator(400, 4, shuffle=(1, e)).dataset.order.shifts]
+    assert sorted(set(drawn)) == list(range(100))
+    assert np.mean(drawn) == pytest.approx(49.5, abs=2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"streams": 80, "overlap": 4}, "share the factor 4, so that 4 streams would .*: use 79 or 81 streams"),
+        ({"streams": 6, "overlap": 4}, "share the factor 2, .*: use 5 or 7 streams"),
+        ({"streams": 7, "overlap": 7, "length": 70}, "share the factor 7, .*: use 6 or 8 streams"),
+        ({"streams": 3, "overlap": 8, "length": 7}, "--tokens-per-sample 7: make --overlap at most 7"),
+        (
+            {"streams": 9, "overlap": 2, "length": 70, "tokens": 200},
+            "are 6 segments of 70 tokens, fewer than the 9 parallel",
+        ),
+    ],
+)
+def test_an_overlap_that_does_not_go_with_the_streams_is_refused(flags, message):
+    with pytest.raises(RKMError, match=message):
+        iterator(**{"tokens": 1000, **flags})
+
+
+def test_a_large_text_is_not_copied_to_be_read_in_another_order():
+    class Large:
+        """A text of 10^12 tokens that are their places; it knows how many were read."""
+
+        count = 0
+
+        def __len__(self):
+            return 10**12
+
+        def read(self, first, stop):
+            self.count += stop - first
+            return np.arange(first, stop)
+
+    text = Large()
+    stream = TokenStream(text, EOS, "train")
+    stream.fingerprint = lambda: ""
+    items = StreamSegments(stream, 81, (0, 81), 70, PAD, None, (1, 1), 7)
+    for index in (0, len(items) // 2, len(items) - 2):
+        item = items[index]
+        assert torch.equal(item["net_input"]["src_tokens"].clamp(min=0) + 1, item["target"])
+    assert text.count < 4 * token_stream.BLOCK
+
+
 @given(st.integers(1, 3000), st.integers(1, 90), st.tuples(st.integers(0, 9), st.integers(1, 9)))
 def test_random_lengths_fill_the_stream_and_depend_on_the_seed_alone(total, length, seed):
     lengths = random_lengths(total, length, seed)
@@ -114,9 +239,9 @@ def test_random_lengths_are_of_the_published_distribution():
         assert group.std() == pytest.approx(5, abs=0.4)
 
 
-def iterator(tokens: int = 100, streams: int = 4, length: int = 5, seed: tuple[int, int] | None = None, shift: int = 0):
+def iterator(tokens=100, streams=4, length=5, seed=None, shift=0, shuffle=None, overlap=1):
     stream = TokenStream(torch.arange(tokens) + shift, 2, "train")
-    segments = StreamSegments(stream, streams, (0, streams), length, 1, length_seed=seed)
+    segments = StreamSegments(stream, streams, (0, streams), length, 1, seed, shuffle, overlap)
     return SegmentIterator(segments)
 
 
@@ -128,7 +253,14 @@ def iterator(tokens: int = 100, streams: int = 4, length: int = 5, seed: tuple[i
         ({}, {"tokens": 101}, "the training text"),
         ({}, {"shift": 1}, "the training text"),
         ({}, {"seed": (1, 1)}, "--variable-bptt: False, now True"),
-        ({"seed": (1, 1)}, {"seed": (2, 1)}, "--seed, by which --variable-bptt draws lengths: 1, now 2"),
+        ({"seed": (1, 1)}, {"seed": (2, 1)}, "--seed, by which --variable-bptt and --partial-shuffle draw: 1, now 2"),
+        (
+            {"shuffle": (1, 1)},
+            {"shuffle": (2, 1)},
+            "--seed, by which --variable-bptt and --partial-shuffle draw: 1, now",
+        ),
+        ({}, {"shuffle": (1, 1)}, "--partial-shuffle: False, now True"),
+        ({}, {"overlap": 3}, "--overlap: 1, now 3"),
     ],
 )
 def test_a_text_that_is_cut_otherwise_is_not_gone_on_with(then, now, named):
@@ -184,5 +316,7 @@ def test_the_same_cut_goes_on_with_the_next_segment():
     assert torch.equal(next(resumed.next_epoch_itr())["target"], next(batches)["target"])
     old = {key: value for key, value in before.state_dict().items() if key != "cut"}
     iterator(seed=(1, 1)).load_state_dict(old)  # as checkpoints were before
+    cut = {key: value for key, value in before.dataset.cut.items() if key not in SegmentIterator.OLDER}
+    iterator(seed=(1, 1)).load_state_dict({**old, "cut": cut})  # and before there was another order
     with pytest.raises(RKMError, match="stopped after 99 segments of an epoch that has"):
         iterator().load_state_dict({**old, "iterations_in_epoch": 99})

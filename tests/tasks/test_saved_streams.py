@@ -17,18 +17,19 @@ from fairseq_rkm.tasks.stateful_language_modeling import StatefulLanguageModelin
 
 STREAMS, STEPS = 12, 3
 DIVISIONS = [1, 2, 3, 4, 6, 12]
+OTHER_ORDER = {"partial_shuffle": True, "overlap": 5, "variable_bptt": True}
 TEXT = torch.randint(4, 9, (STREAMS * 50,), generator=torch.Generator().manual_seed(1))
 
 
 class Rank:
     """One of several processes' task and model, as if it were alone."""
 
-    def __init__(self, patch, world, rank, streams=STREAMS, **flags):
+    def __init__(self, patch, world, rank, streams=STREAMS, order=None, **flags):
         self.patch, self.world, self.rank = patch, world, rank
         batch = streams // world
         values = {"batch_size": batch, "batch_size_valid": batch, "train_subset": "train", "update_freq": [1]}
         cfg = StatefulLanguageModelingConfig(
-            **values, dataset_impl=None, distributed_world_size=world, tokens_per_sample=5
+            **values, dataset_impl=None, distributed_world_size=world, tokens_per_sample=5, **(order or {})
         )
         dictionary = Dictionary()
         for i in range(5):
@@ -41,7 +42,9 @@ class Rank:
         self.task.training_state = self.model.carried[True]
         stream = TokenStream(TEXT, dictionary.eos(), "train")
         self.here()
-        self.iterator = self.task.get_batch_iterator(stream, max_sentences=batch, num_shards=world, shard_id=rank)
+        self.iterator = self.task.get_batch_iterator(
+            stream, max_sentences=batch, num_shards=world, shard_id=rank, update_epoch_batch_itr=False
+        )
 
     def here(self):
         """Let the next calls be this process's."""
@@ -75,10 +78,10 @@ def save(patch, ranks):
 @settings(max_examples=10, deadline=None)
 @given(
     before=st.sampled_from(DIVISIONS), now=st.sampled_from(DIVISIONS), ngram=st.integers(1, 3),
-    cell=st.sampled_from(["rkm_lstm", "gated_cnn"]),
+    cell=st.sampled_from(["rkm_lstm", "gated_cnn"]), order=st.sampled_from([{}, OTHER_ORDER]),
 )  # fmt: skip
-def test_a_run_goes_on_in_any_division_of_its_streams(before, now, ngram, cell):
-    flags = {"ngram": ngram, "cell": cell}
+def test_a_run_goes_on_in_any_division_of_its_streams(before, now, ngram, cell, order):
+    flags = {"ngram": ngram, "cell": cell, "order": order}
     with pytest.MonkeyPatch.context() as patch:
         whole = Rank(patch, 1, 0, **flags).run(2 * STEPS)
         ranks = [Rank(patch, before, rank, **flags) for rank in range(before)]

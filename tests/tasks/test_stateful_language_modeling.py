@@ -26,9 +26,13 @@ def build(**flags):
     return StatefulLanguageModelingTask(OmegaConf.structured(cfg), Dictionary())
 
 
-def batches(task, split="train", epoch=1, seed=3, **kwargs):
-    stream = TokenStream(torch.randint(4, 9, (1000,)), 2, split)
+def batches(task, training=True, epoch=1, seed=3, **kwargs):
+    """Of a training set, as the trainer asks for it or as an evaluation does."""
+    stream = TokenStream(torch.arange(1000) + 4, 2, "train")
+    if training:
+        kwargs["update_epoch_batch_itr"] = False
     iterator = task.get_batch_iterator(stream, max_sentences=2, seed=seed, epoch=epoch, **kwargs)
+    assert (task.train_iterator is iterator) == training
     return list(iterator.next_epoch_itr(shuffle=False))
 
 
@@ -64,8 +68,37 @@ def test_training_segments_vary_with_seed_and_epoch_and_others_do_not():
     task = build(variable_bptt=True)
     assert lengths(batches(task)) == random_lengths(500, 20, (3, 1))
     assert lengths(batches(task, epoch=2)) == random_lengths(500, 20, (3, 2))
-    assert lengths(batches(task, "valid")) == [20] * 25
+    assert lengths(batches(task, training=False)) == [20] * 25
     assert lengths(batches(build())) == [20] * 25
+
+
+def test_another_order_is_for_training_alone():
+    """Of the training set itself, too: its perplexity is of the text in order, and once."""
+    plain = batches(build())
+    for flags in ({"partial_shuffle": True}, {"overlap": 3}, {"partial_shuffle": True, "overlap": 3}):
+        task = build(**flags)
+        trained, scored = batches(task), batches(task, training=False)
+        assert len(trained) == (75 if "overlap" in flags else 25)
+        assert not torch.equal(trained[1]["target"], plain[1]["target"])
+        assert all(torch.equal(one["target"], other["target"]) for one, other in zip(scored, plain, strict=True))
+        again, later = batches(build(**flags)), batches(task, epoch=2)
+        assert all(torch.equal(one["target"], other["target"]) for one, other in zip(trained, again, strict=True))
+        same = [torch.equal(one["target"], other["target"]) for one, other in zip(trained, later, strict=True)]
+        assert not any(same) if "partial_shuffle" in flags else all(same)
+
+
+def test_an_overlap_is_checked_against_the_streams_of_all_processes_when_the_text_is_opened(tmp_path):
+    path = folder_of_data(tmp_path / "data", "abcd", [4] * 1000)
+    for processes, overlap, refused in ((1, 3, False), (3, 3, True), (1, 2, True), (1, 21, True), (5, 7, False)):
+        cfg = build(data=path, overlap=overlap, distributed_world_size=processes).args
+        task = StatefulLanguageModelingTask.setup_task(cfg)
+        if refused:
+            with pytest.raises(RKMError, match=f"--overlap {overlap} "):
+                task.load_dataset("train")
+        else:
+            task.load_dataset("train")
+        cfg.train_subset = "other"
+        task.load_dataset("train")  # to be evaluated
 
 
 def test_each_update_has_the_rate_of_its_segment_s_length():
