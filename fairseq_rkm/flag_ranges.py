@@ -123,7 +123,12 @@ OURS: dict[str, dict[str, Range | str]] = {
         "dynamic_lr": NOT_NEGATIVE,
         "dynamic_decay": NOT_NEGATIVE,
     },
-    "criterion": {"alpha": NOT_NEGATIVE, "beta": NOT_NEGATIVE},
+    "criterion": {
+        "alpha": NOT_NEGATIVE,
+        "beta": NOT_NEGATIVE,
+        "past_decode": NOT_NEGATIVE,
+        "adversarial_noise": NOT_NEGATIVE,
+    },
     "optimizer": {
         "weight_decay": NOT_NEGATIVE,
         "non_monotone_window": AT_LEAST_1,

@@ -1,7 +1,8 @@
 """``cross_entropy_ar_tar``: cross entropy with activation and temporal activation regularisation (AR and TAR).
 
 Merity, McCann and Socher (2017), *Revisiting Activation Regularization for Language RNNs*. Large outputs cost
-something, and so do outputs that change fast from step to step.
+something, and so do outputs that change fast from step to step. Two regularisers of a whole softmax can be added:
+:mod:`fairseq_rkm.criterions.past_decoding` and :mod:`fairseq_rkm.criterions.adversarial_softmax`.
 """
 
 import math
@@ -16,6 +17,8 @@ from fairseq.logging import metrics
 from torch import Tensor
 from torch.nn import functional as F
 
+from fairseq_rkm.criterions.adversarial_softmax import cost_of_noise
+from fairseq_rkm.criterions.past_decoding import PastDecoder
 from fairseq_rkm.errors import RKMError
 
 
@@ -30,16 +33,38 @@ class CrossEntropyARTARConfig(CrossEntropyCriterionConfig):
         default=1.0,
         metadata={"help": "weight of TAR, the mean square of its change from step to step before dropout"},
     )
+    past_decode: float = field(
+        default=0.0,
+        metadata={
+            "help": "weight of past decode regularisation, the cross entropy of the input word, decoded from the "
+            "predicted distribution by the embedding; 0: none"
+        },
+    )
+    adversarial_noise: float = field(
+        default=0.0,
+        metadata={
+            "help": "size of the worst noise on the target's output embedding, as a share of the embedding's norm; "
+            "0: none"
+        },
+    )
 
 
 @register_criterion("cross_entropy_ar_tar", dataclass=CrossEntropyARTARConfig)
 class CrossEntropyARTARCriterion(CrossEntropyCriterion):
-    """Cross entropy + alpha * AR + beta * TAR in training, and cross entropy alone in evaluation.
+    """Cross entropy and its regularisers in training, and cross entropy alone in evaluation.
+
+    The loss is cross entropy + alpha * AR + beta * TAR + past_decode * PDR, and what noise adds to the cross entropy.
 
     The last layer's output h is ``(T, B, d)``. AR is the mean of ``dropped(h)_t ** 2``, and TAR the mean of ``(h_t -
     h_{t-1}) ** 2``, over positions that are not padded (Merity et al. 2018). A step before which the state begins anew
     has no change to count. The logged ``nll_loss`` and ``ppl`` are of the cross entropy alone. ``ar`` and ``tar`` are
     logged without their weights.
+
+    PDR is the mean cross entropy of the input words, decoded from the predicted distributions
+    (:class:`~fairseq_rkm.criterions.past_decoding.PastDecoder`); it is logged in bits as ``past_nll``. The noise is
+    adversarial (:mod:`fairseq_rkm.criterions.adversarial_softmax`); its mean cost is logged in bits as ``noise_nll``.
+    Both need a whole softmax. PDR has weights, a bias for each word: they are in the checkpoint's ``criterion``, and
+    no evaluation needs them.
 
         fairseq-train ... --arch rkm_lm --criterion cross_entropy_ar_tar --alpha 2 --beta 1
 
@@ -48,15 +73,20 @@ class CrossEntropyARTARCriterion(CrossEntropyCriterion):
     then have no gradient: several processes need ``--ddp-backend legacy_ddp``.
 
     Raises:
-        RKMError: a weight is negative, or the model lacks these extras.
+        RKMError: a weight is negative, or the model lacks these extras or a whole softmax.
     """
 
-    def __init__(self, task: Any, sentence_avg: bool, alpha: float, beta: float) -> None:
+    def __init__(
+        self, task: Any, sentence_avg: bool, alpha: float, beta: float, past_decode: float = 0.0,
+        adversarial_noise: float = 0.0,
+    ) -> None:  # fmt: skip
         super().__init__(task, sentence_avg)
-        for flag, value in (("--alpha", alpha), ("--beta", beta)):
+        weights = {"alpha": alpha, "beta": beta, "past-decode": past_decode, "adversarial-noise": adversarial_noise}
+        for flag, value in weights.items():
             if not 0 <= value < math.inf:
-                raise RKMError(f"{flag} must be 0 or more, not {value}")
-        self.alpha, self.beta = alpha, beta
+                raise RKMError(f"--{flag} must be 0 or more, not {value}")
+        self.alpha, self.beta, self.past_decode, self.noise = weights.values()
+        self.past = PastDecoder(len(task.target_dictionary)) if past_decode else None
 
     def forward(self, model: Any, sample: dict, reduce: bool = True) -> tuple[Tensor, Any, dict[str, Any]]:
         """Return the loss, the sample size and the values to log.
@@ -74,7 +104,7 @@ class CrossEntropyARTARCriterion(CrossEntropyCriterion):
             RKMError: the model in training does not give its last layer's output.
         """
         output, extra = model(**sample["net_input"])
-        nll = self._cross_entropy(model, output, sample, reduce)
+        nll, log_probs = self._cross_entropy(model, output, sample, reduce)
         ntokens = sample["ntokens"]
         sample_size = sample["target"].size(0) if self.sentence_avg else ntokens
         logged = {
@@ -91,15 +121,21 @@ class CrossEntropyARTARCriterion(CrossEntropyCriterion):
                     f"{type(model).__name__} does not: use --arch rkm_lm"
                 )
             ar, tar = self._regularisers(extra, sample)
-            loss = nll + sample_size * (self.alpha * ar + self.beta * tar)
+            parts = {"ar": (self.alpha, ar), "tar": (self.beta, tar)}
+            if self.past or self.noise:
+                parts |= self._of_the_softmax(model, log_probs, extra, sample)
+            loss = nll + sample_size * sum(weight * value for weight, value in parts.values())
             # Sums over tokens, so that processes and updates can be added up.
-            logged |= {"ar": ntokens * ar.data, "tar": ntokens * tar.data}
+            logged |= {name: ntokens * value.data for name, (_, value) in parts.items()}
         return loss, sample_size, {"loss": loss.data, **logged}
 
-    def _cross_entropy(self, model: Any, output: Tensor, sample: dict, reduce: bool) -> Tensor:
+    def _cross_entropy(self, model: Any, output: Tensor, sample: dict, reduce: bool) -> tuple[Tensor, Tensor | None]:
+        """Return the cross entropy, and the log probabilities of all words, ``(N, V)``, if the softmax gives them."""
         softmax = getattr(model.decoder, "adaptive_softmax", None)
         if softmax is None:
-            return self.compute_loss(model, (output,), sample, reduce=reduce)[0]
+            log_probs = model.get_normalized_probs((output,), log_probs=True).flatten(0, 1)
+            target, how = model.get_targets(sample, (output,)).flatten(), "sum" if reduce else "none"
+            return F.nll_loss(log_probs, target, ignore_index=self.padding_idx, reduction=how), log_probs
         # The head's targets are the dictionary's numbers, padding among them. The clusters count from 0.
         ignored = [self.padding_idx, *[-100] * len(softmax.tail)]
         parts = [
@@ -107,7 +143,32 @@ class CrossEntropyARTARCriterion(CrossEntropyCriterion):
             for logits, target, ignore in zip(*softmax(output, sample["target"].view(-1)), ignored, strict=True)
             if target is not None
         ]
-        return torch.stack(parts).sum() if reduce else torch.cat(parts)
+        return torch.stack(parts).sum() if reduce else torch.cat(parts), None
+
+    def _of_the_softmax(
+        self, model: Any, log_probs: Tensor | None, extra: dict[str, Any], sample: dict
+    ) -> dict[str, tuple[float, Tensor]]:
+        """Return weight and mean, in nats, of the two regularisers that need a whole softmax."""
+        decoder, target = model.decoder, sample["target"].flatten()
+        flag = "--past-decode" if self.past else "--adversarial-noise"
+        if log_probs is None:
+            raise RKMError(f"{flag} is for models with a plain softmax, and this one has an adaptive one")
+        words, real = sample["net_input"]["src_tokens"].flatten(), target.ne(self.padding_idx)
+        parts = {}
+        if self.past is not None:
+            embedding = decoder.embed_tokens.weight
+            if len(embedding) != log_probs.size(1):
+                raise RKMError(
+                    f"--past-decode needs one dictionary, but the input's has {len(embedding)} types and the output's "
+                    f"{log_probs.size(1)}"
+                )
+            parts["past_nll"] = self.past_decode, _mean_where(self.past(log_probs, embedding, words), real)
+        if self.noise:
+            outputs = extra["features"].transpose(0, 1).flatten(0, 1)
+            of_targets = log_probs.gather(1, target.unsqueeze(1)).squeeze(1)
+            cost = cost_of_noise(of_targets, outputs, decoder.output_projection.weight[target], self.noise)
+            parts["noise_nll"] = 1.0, _mean_where(cost, real)
+        return parts
 
     def _regularisers(self, extra: dict[str, Any], sample: dict) -> tuple[Tensor, Tensor]:
         """Return AR and TAR in float32, from outputs ``(T, B, d)`` with and without dropout."""
@@ -119,11 +180,13 @@ class CrossEntropyARTARCriterion(CrossEntropyCriterion):
             return squares.mean(), changes.mean() if len(changes) else changes.sum()
         real = sample["target"].ne(self.padding_idx).t()
         pairs = real[1:] & real[:-1]
-        return _mean_where(squares, real), _mean_where(changes, pairs if reset is None else pairs & ~reset[1:])
+        if reset is not None:
+            pairs = pairs & ~reset[1:]
+        return _mean_where(squares.mean(-1), real), _mean_where(changes.mean(-1), pairs)
 
     @staticmethod
     def reduce_metrics(logging_outputs: list[dict[str, Any]]) -> None:
-        """Log loss and cross entropy in bits, as fairseq does, and perplexity, AR and TAR."""
+        """Log loss and cross entropy in bits, as fairseq does, perplexity, and each regulariser."""
 
         def total(key: str) -> Any:
             return sum(output.get(key, 0) for output in logging_outputs)
@@ -135,8 +198,11 @@ class CrossEntropyARTARCriterion(CrossEntropyCriterion):
         if any("ar" in output for output in logging_outputs):
             metrics.log_scalar("ar", total("ar") / tokens, tokens, round=5)
             metrics.log_scalar("tar", total("tar") / tokens, tokens, round=5)
+        for name in ("past_nll", "noise_nll"):
+            if any(name in output for output in logging_outputs):
+                metrics.log_scalar(name, total(name) / tokens / math.log(2), tokens, round=4)
 
 
 def _mean_where(values: Tensor, positions: Tensor) -> Tensor:
-    """Return the mean of values ``(T, B, d)`` over the positions ``(T, B)`` that are True; 0 if there are none."""
-    return (values.mean(-1) * positions).sum() / positions.sum().clamp(min=1)
+    """Return the mean of values over the positions, of the same shape, that are True; 0 if there are none."""
+    return (values * positions).sum() / positions.sum().clamp(min=1)

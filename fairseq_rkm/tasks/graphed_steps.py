@@ -105,8 +105,13 @@ class StepGraphs:
     def __init__(self, model: Any, criterion: Any, optimizer: FairseqOptimizer, record: Callable = record) -> None:
         self.model, self.criterion, self.optimizer = model, criterion, optimizer
         self.carried: CarriedState[list[RKMState]] = model.decoder.carried[True]
-        self.weights = [p for p in model.parameters() if p.requires_grad]
-        self.gradients = gradients_of(model, self.weights)
+        # A criterion may have weights of its own, and in several processes a wrapper of its own.
+        owners = [part for part in (model, criterion) if isinstance(part, nn.Module)]
+        trained = [[p for p in part.parameters() if p.requires_grad] for part in owners]
+        self.weights = [weight for weights in trained for weight in weights]
+        self.gradients = [
+            gradient for part, weights in zip(owners, trained, strict=True) for gradient in gradients_of(part, weights)
+        ]
         self.modules = list(unwrapped(model))
         self.recorder = GraphRecorder(self.weights[0].device, record, "train without --cuda-graphs")
         self.steps: Recordings[torch.Size, _Recorded] = Recordings(MOST_LENGTHS)

@@ -38,7 +38,11 @@ def build(device, dtype, **flags):
     cfg = OmegaConf.structured(RKMLanguageModelConfig(**{**sizes, **drops, "memory_clip": 1.0, **flags}))
     model = RKMLanguageModel(RKMLanguageModelDecoder(cfg, WORDS, WORDS)).to(device, dtype).train()
     config = OmegaConf.structured(AveragedAdamWConfig(lr=[0.01], max_update=10, task_name=None, average_last=0.5))
-    return model, FairseqAveragedAdamW(config, [p for p in model.parameters() if p.requires_grad])
+    criterion = CrossEntropyARTARCriterion(Namespace(target_dictionary=WORDS), False, 2.0, 1.0, 0.5, 0.1)
+    criterion.to(device, dtype).train()
+    optimizer = FairseqAveragedAdamW(config, [p for p in (*model.parameters(), criterion.past.bias) if p.requires_grad])
+    optimizer.criterion = criterion
+    return model, optimizer
 
 
 def samples(device):
@@ -57,9 +61,7 @@ def samples(device):
 
 def train(model, optimizer, device, graphs=None):
     """The weights at the end, and all that was logged."""
-    criterion = CrossEntropyARTARCriterion(Namespace(target_dictionary=WORDS), False, 2.0, 1.0)
-    criterion.train()
-    logs = []
+    criterion, logs = optimizer.criterion, []
     for update, sample in enumerate(samples(device)):
         torch.manual_seed(update)
         optimizer.zero_grad()
@@ -76,12 +78,12 @@ def train(model, optimizer, device, graphs=None):
         optimizer.clip_grad_norm(0.25)
         optimizer.step()
     del held
-    return [p.detach().clone() for p in model.parameters()], logs
+    assert criterion.past.bias.any()
+    return [p.detach().clone() for p in (*model.parameters(), criterion.past.bias)], logs
 
 
 def graphs_of(model, optimizer, device):
-    criterion = CrossEntropyARTARCriterion(Namespace(target_dictionary=WORDS), False, 2.0, 1.0)
-    return StepGraphs(model, criterion.train(), optimizer, record if device == "cuda" else again)
+    return StepGraphs(model, optimizer.criterion, optimizer, record if device == "cuda" else again)
 
 
 @pytest.mark.parametrize(("device", "dtype"), [CPU, *GPU])
@@ -150,8 +152,9 @@ def test_graphs_of_several_processes_leave_gradients_where_they_are_averaged():
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_half_precision_is_told_of_new_gradients(wrapped):
     model, optimizer = build("cpu", torch.float32)
-    half = Namespace(backward=optimizer.backward, _needs_sync=False)
-    graphs = graphs_of(model, Namespace(backward=half.backward, _optimizer=half) if wrapped else half, "cpu")
+    half = Namespace(backward=optimizer.backward, _needs_sync=False, criterion=optimizer.criterion)
+    outer = Namespace(backward=half.backward, _optimizer=half, criterion=optimizer.criterion)
+    graphs = graphs_of(model, outer if wrapped else half, "cpu")
     first, second, third, fourth, *_ = samples("cpu")
     for sample in (first, second, third):
         graphs.step(sample, lambda sample=sample: graphs.criterion(model, sample))

@@ -1,0 +1,37 @@
+"""Past decode regularisation (Brahma 2018, *Improved Language Modeling by Decoding the Past*, arXiv:1808.05908).
+
+The distribution that a model predicts for the next word is to tell the word that was read last.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class PastDecoder(nn.Module):
+    """Decode the last input word from the predicted distribution.
+
+    The distribution p over V words has a mean embedding, ``E^T p``. The scores of the words that may have come before
+    are ``E (E^T p) + b``, with a bias of their own and no temperature. Both embeddings are the model's.
+
+    Args:
+        words: V, the vocabulary's size.
+
+    Attributes:
+        bias: b, ``(V,)``, from 0.
+    """
+
+    def __init__(self, words: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(words))
+
+    def forward(self, log_probs: Tensor, embedding: Tensor, words: Tensor) -> Tensor:
+        """Return the cross entropy of each input word, ``(N,)`` float32, in nats.
+
+        Args:
+            log_probs: the model's predictions, logarithms of probabilities, ``(N, V)``.
+            embedding: E, ``(V, e)``.
+            words: the input words after which they were made, ``(N,)`` int64.
+        """
+        mean = log_probs.exp().to(embedding.dtype) @ embedding
+        return F.cross_entropy(F.linear(mean, embedding, self.bias).float(), words, reduction="none")
