@@ -170,8 +170,10 @@ def _variant(flags: dict[str, Any]) -> str:
     clip = _clip(flags)
     if clip is not None:
         parts.append(f"memory clip {clip:g}")
-    if flags.get("ngram", 1) > 1:
-        parts.append(f"{flags['ngram']}-gram")
+    ngram = flags.get("ngram", 1)
+    if ngram != 1:
+        numbers = ngram if isinstance(ngram, list) else [ngram]
+        parts.append(f"{', '.join(map(str, numbers))}-gram")
     return ", ".join(parts)
 
 

@@ -34,8 +34,11 @@ class LanguageModelNetwork(nn.Module):
         if not isinstance(model, RKMLanguageModel):
             raise RKMError(f"LanguageModelNetwork takes an rkm_lm, as hub.models[0] is, not {type(model).__name__}")
         self.decoder, self.padding = model.decoder, padding
-        kinds = ("hidden", "cell") if model.decoder.layers[0].ngram == 1 else ("hidden", "cell", "context")
-        self.state_names = [f"{kind}{layer}" for layer in range(len(model.decoder.layers)) for kind in kinds]
+        self.state_names = [
+            f"{kind}{number}"
+            for number, layer in enumerate(model.decoder.layers)
+            for kind in (("hidden", "cell") if layer.ngram == 1 else ("hidden", "cell", "context"))
+        ]
         self.train(model.training)  # the older ONNX exporter sets all parts to the whole's mode
 
     def start(self, batch: int) -> list[Tensor]:
@@ -53,9 +56,11 @@ class LanguageModelNetwork(nn.Module):
         Returns:
             Logits, ``(B, T, V)``, of an adaptive softmax log probabilities; then the next state's tensors.
         """
-        each = len(self.state_names) // len(self.decoder.layers)
-        parts = [state[i : i + each] for i in range(0, len(state), each)]
-        states = [RKMState(part[0], part[1], list(part[2:]) or None) for part in parts]
+        tensors = iter(state)
+        states = [
+            RKMState(next(tensors), next(tensors), None if layer.ngram == 1 else [next(tensors)])
+            for layer in self.decoder.layers
+        ]
         mask = tokens.eq(self.decoder.padding_idx) if self.padding else None
         output, states = self.decoder.run(tokens, states, mask, self.decoder.resets(tokens))
         features = self.decoder.dropout_output(output).transpose(0, 1)

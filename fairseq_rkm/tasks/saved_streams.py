@@ -4,6 +4,7 @@ Process r of W has the streams ``r * B`` to ``(r + 1) * B - 1`` of all ``W * B``
 another batch size has the same streams if the product is the same.
 """
 
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -39,10 +40,12 @@ def save(states: list[RKMState], ranks: list[Tensor]) -> dict[str, Any]:
         ranks: from :func:`gather`.
 
     Returns:
-        ``layers``, ``shapes`` of the tensors of ``states``, and ``ranks``: for each process its state on the CPU.
+        ``layers``, the number of each layer's ``tensors`` and their ``shapes``, and ``ranks``: for each process its
+        state on the CPU.
     """
     return {
         "layers": len(states),
+        "tensors": [len(state.tensors()) for state in states],
         "shapes": [list(tensor.shape) for tensor in state_tensors(states)],
         "ranks": [tensor.cpu().clone() for tensor in ranks],
     }
@@ -75,6 +78,7 @@ def restore(saved: dict[str, Any], batch_size: int) -> list[RKMState]:
         for shape, same in zip(shapes, zip(*parts, strict=True), strict=True)
     ]
     here = [tensor[:, rank * batch_size : (rank + 1) * batch_size].contiguous() for tensor in whole]
-    each = len(here) // saved["layers"]
-    groups = [here[i : i + each] for i in range(0, len(here), each)]
+    # Before layers could differ in it, a checkpoint did not say how many tensors each has.
+    counts = saved.get("tensors") or [len(here) // saved["layers"]] * saved["layers"]
+    groups = (here[end - count : end] for count, end in zip(counts, accumulate(counts), strict=True))
     return [RKMState(hidden, cell, context or None) for hidden, cell, *context in groups]

@@ -8,6 +8,7 @@ import pytest
 from fairseq import options
 from fairseq.dataclass.initialize import add_defaults, hydra_init
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.models import ARCH_MODEL_REGISTRY
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
@@ -62,7 +63,7 @@ def test_the_manual_s_command_line_is_the_configuration_s_run(number, name, chan
 def test_each_configuration_names_its_command_and_its_preset(name):
     assert f"--config-name {name} " in (EXAMPLE / f"config/{name}.yaml").read_text()
     cfg = configuration(name)
-    assert cfg["model"]["_name"] == f"rkm_lm_{name.replace('_no_feedback', '')}"
+    assert cfg["model"]["_name"] == f"rkm_lm_{name}"
     assert cfg["task"]["variable_bptt"]
     assert cfg["criterion"]["_name"] == "cross_entropy_ar_tar"
     if name.endswith("_fast"):
@@ -70,4 +71,6 @@ def test_each_configuration_names_its_command_and_its_preset(name):
 
 
 def test_there_is_a_configuration_for_each_preset():
-    assert {"ptb", "wikitext2", "wikitext103", "ptb_fast", "wikitext2_fast"} <= set(RUNS)
+    fairseq_rkm.register()
+    presets = {name.removeprefix("rkm_lm_") for name in ARCH_MODEL_REGISTRY if name.startswith("rkm_lm_")}
+    assert presets == set(RUNS)

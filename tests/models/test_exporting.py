@@ -23,7 +23,7 @@ STACK = {"ngram": 3, "encoder_bidirectional": True}
 MODELS = [
     {"share_decoder_input_output_embed": True, "ngram": 3, "layer_norm": True},
     {"cell": "lstm", "reset_at_eos": True},
-    {"adaptive_softmax_cutoff": "10,20", "no_feedback": True},
+    {"adaptive_softmax_cutoff": "10,20", "no_feedback": True, "ngram": [2, 1], "skip_connections": True},
 ]
 
 

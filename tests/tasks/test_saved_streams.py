@@ -12,6 +12,7 @@ from fairseq_rkm import RKMError
 from fairseq_rkm.data.token_stream import TokenStream
 from fairseq_rkm.models.language_model.language_model_decoder import RKMLanguageModelDecoder
 from fairseq_rkm.models.language_model.rkm_language_model import RKMLanguageModelConfig
+from fairseq_rkm.tasks import saved_streams
 from fairseq_rkm.tasks.graphed_steps import state_tensors
 from fairseq_rkm.tasks.stateful_language_modeling import StatefulLanguageModelingConfig, StatefulLanguageModelingTask
 
@@ -77,7 +78,7 @@ def save(patch, ranks):
 
 @settings(max_examples=10, deadline=None)
 @given(
-    before=st.sampled_from(DIVISIONS), now=st.sampled_from(DIVISIONS), ngram=st.integers(1, 3),
+    before=st.sampled_from(DIVISIONS), now=st.sampled_from(DIVISIONS), ngram=st.sampled_from([1, 2, 3, [3, 1], [1, 2]]),
     cell=st.sampled_from(["rkm_lstm", "gated_cnn"]), order=st.sampled_from([{}, OTHER_ORDER]),
 )  # fmt: skip
 def test_a_run_goes_on_in_any_division_of_its_streams(before, now, ngram, cell, order):
@@ -97,6 +98,16 @@ def test_a_run_goes_on_in_any_division_of_its_streams(before, now, ngram, cell, 
     for step in range(STEPS):
         resumed = torch.cat([row[step] for row in rows])
         torch.testing.assert_close(resumed, whole[STEPS + step], rtol=1e-5, atol=1e-6)
+
+
+def test_a_checkpoint_that_does_not_count_each_layer_s_tensors_has_as_many_for_all(monkeypatch):
+    rank = Rank(monkeypatch, 1, 0, ngram=2)
+    rank.run(STEPS)
+    state, _ = save(monkeypatch, [rank])
+    restored = saved_streams.restore({key: value for key, value in state.items() if key != "tensors"}, STREAMS)
+    left = rank.task.training_state.left
+    assert all(torch.equal(*pair) for pair in zip(state_tensors(restored), state_tensors(left), strict=True))
+    assert [len(layer.tensors()) for layer in restored] == [3, 3]
 
 
 def test_another_number_of_streams_is_refused_within_an_epoch_and_begins_one(monkeypatch):

@@ -1,5 +1,6 @@
 """The network of ``rkm_lm``: an embedding, a stack of RKM layers and a softmax, with the state of its three modes."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Optional, cast
 
@@ -31,6 +32,8 @@ class RKMLanguageModelDecoder(FairseqIncrementalDecoder):
     fairseq's incremental state. Or it runs over segments of a stream and carries the state from one to the next
     (:mod:`fairseq_rkm.models.language_model.carried_state`); training and evaluation each carry their own.
 
+    With ``--skip-connections`` a layer adds its input, before dropout, to its output where both have one size.
+
     With ``--reset-at-eos`` the state begins anew, in all three, before a step that reads the end-of-sentence symbol.
     fairseq begins a sentence alone with this symbol, too: sentences in a stream are scored as sentences alone.
     """
@@ -52,8 +55,14 @@ class RKMLanguageModelDecoder(FairseqIncrementalDecoder):
         sizes = [cfg.decoder_embed_dim] + [cfg.decoder_hidden_size] * cfg.decoder_layers
         if tied:
             sizes[-1] = cfg.decoder_embed_dim
+        if cfg.skip_connections and not any(m == d for m, d in pairwise(sizes)):
+            raise RKMError(
+                f"--skip-connections lead over layers that end at the size they begin at, and none does: the sizes are "
+                f"{', '.join(map(str, sizes))} (--decoder-embed-dim, --decoder-hidden-size, --decoder-layers)"
+            )
         self.layers = nn.ModuleList(
-            build_rkm(cfg, m, d, weight_dropout=cfg.dropout_weights) for m, d in pairwise(sizes)
+            build_rkm(cfg, m, d, ngram=n, weight_dropout=cfg.dropout_weights)
+            for (m, d), n in zip(pairwise(sizes), ngrams_by_layer(cfg.ngram, cfg.decoder_layers), strict=True)
         )
         self.adaptive_softmax = self.output_projection = None
         softmax = build_softmax(cfg, sizes[-1], len(output_dictionary), self.embed_tokens if tied else None)
@@ -61,7 +70,7 @@ class RKMLanguageModelDecoder(FairseqIncrementalDecoder):
             self.adaptive_softmax = softmax
         else:
             self.output_projection = softmax
-        self.reset_at_eos = cfg.reset_at_eos
+        self.reset_at_eos, self.skip_connections = cfg.reset_at_eos, cfg.skip_connections
         self.carried = {True: CarriedState[States](), False: CarriedState[States]()}
         self.cache: Optional[ContinuousCache] = None
         self.cache_memory = CarriedState[CacheMemory]()
@@ -193,9 +202,11 @@ class RKMLanguageModelDecoder(FairseqIncrementalDecoder):
             states = [_with_start(cast(RKM, layer), state) for layer, state in zip(self.layers, states, strict=True)]
         new_states = []
         for i, layer in enumerate(self.layers):
-            if i:
-                x = self.dropout_hidden(x)
-            x, state = layer(x, None if states is None else states[i], mask, reset=reset)
+            output, state = layer(
+                self.dropout_hidden(x) if i else x, None if states is None else states[i], mask, reset=reset
+            )
+            # A layer's output is zero at padding, and so are the embedding's vectors: their sum stays zero there.
+            x = x + output if self.skip_connections and output.size(-1) == x.size(-1) else output
             new_states.append(state)
         return x, new_states
 
@@ -231,6 +242,27 @@ def _with_start(layer: RKM, state: RKMState) -> RKMState:
         return state
     start = layer.initial_state(state.hidden.size(1))
     return state._replace(hidden=state.hidden + 0 * start.hidden, cell=state.cell + 0 * start.cell)
+
+
+def ngrams_by_layer(ngram: Any, layers: int) -> list[int]:
+    """Return the n of each layer.
+
+    >>> ngrams_by_layer(2, 3), ngrams_by_layer([2, 1, 1], 3)
+    ([2, 2, 2], [2, 1, 1])
+
+    Args:
+        ngram: a number for all layers, or a list of one for each.
+        layers: the layers.
+
+    Raises:
+        RKMError: anything but whole numbers from 1 to 10,000, or a list of another length.
+    """
+    numbers: list[Any] = [ngram] * layers if not isinstance(ngram, Sequence) or isinstance(ngram, str) else list(ngram)
+    if not all(isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= 10**4 for n in numbers):
+        raise RKMError(f"--ngram takes a whole number from 1 to 10,000, or one for each layer, as 2,1,1, not {ngram}")
+    if len(numbers) != layers:
+        raise RKMError(f"--ngram has {len(numbers)} numbers, one for each layer, and --decoder-layers is {layers}")
+    return numbers
 
 
 def check_streams(states: States, tokens: Tensor) -> States:

@@ -14,6 +14,7 @@ from fairseq.models import register_model
 
 from fairseq_rkm.errors import RKMError
 from fairseq_rkm.models.language_model.rkm_language_model import RKMLanguageModel, RKMLanguageModelConfig
+from fairseq_rkm.models.recurrence_options import CELL_CHOICES
 
 
 class Preset(RKMLanguageModel):
@@ -92,6 +93,32 @@ class WikiText2FastConfig(WikiText2Config):
     dropout_input: float = 0.5
 
 
+@dataclass
+class PTBNoFeedbackFastConfig(PTBConfig):
+    """Penn Treebank without feedback: what the QRNN of Merity et al. (2018) is, with coupled gates.
+
+    It has 2-grams in the first layer alone, three gates and 20.0 M recurrent weights, as the QRNN has.
+    """
+
+    cell: CELL_CHOICES = "rkm_cifg"
+    no_feedback: bool = True
+    ngram: Any = (2, 1, 1, 1)
+    decoder_layers: int = 4
+    decoder_hidden_size: int = 1550
+    dropout: float = 0.45
+    dropout_hidden: float = 0.3
+    dropout_weights: float = 0.1
+
+
+@dataclass
+class WikiText2NoFeedbackFastConfig(PTBNoFeedbackFastConfig):
+    """WikiText-2 without feedback, in the same shape."""
+
+    dropout: float = 0.4
+    dropout_hidden: float = 0.2
+    dropout_input: float = 0.5
+
+
 @register_model("rkm_lm_ptb", dataclass=PTBConfig)
 class PTBLanguageModel(Preset):
     """``--arch rkm_lm_ptb``."""
@@ -115,3 +142,13 @@ class PTBFastLanguageModel(Preset):
 @register_model("rkm_lm_wikitext2_fast", dataclass=WikiText2FastConfig)
 class WikiText2FastLanguageModel(Preset):
     """``--arch rkm_lm_wikitext2_fast``."""
+
+
+@register_model("rkm_lm_ptb_no_feedback_fast", dataclass=PTBNoFeedbackFastConfig)
+class PTBNoFeedbackFastLanguageModel(Preset):
+    """``--arch rkm_lm_ptb_no_feedback_fast``."""
+
+
+@register_model("rkm_lm_wikitext2_no_feedback_fast", dataclass=WikiText2NoFeedbackFastConfig)
+class WikiText2NoFeedbackFastLanguageModel(Preset):
+    """``--arch rkm_lm_wikitext2_no_feedback_fast``."""

@@ -11,7 +11,7 @@ from fairseq_rkm.checkpoints.loading import Wanted
 from fairseq_rkm.errors import RKMError
 from fairseq_rkm.models import trained_models
 from fairseq_rkm.models.fitting_task import check_task
-from fairseq_rkm.models.language_model.language_model_decoder import RKMLanguageModelDecoder
+from fairseq_rkm.models.language_model.language_model_decoder import RKMLanguageModelDecoder, ngrams_by_layer
 from fairseq_rkm.models.recurrence_options import RKMOptions
 from fairseq_rkm.models.word_layers import SoftmaxOptions, check_softmax
 
@@ -20,6 +20,9 @@ from fairseq_rkm.models.word_layers import SoftmaxOptions, check_softmax
 class RKMLanguageModelConfig(SoftmaxOptions, RKMOptions):
     """Flags of ``--arch rkm_lm``."""
 
+    ngram: Any = field(
+        default=1, metadata={"help": "number of inputs that a step sees, or one number for each layer, as 2,1,1"}
+    )
     decoder_embed_dim: int = field(default=400, metadata={"help": "size of the word embeddings"})
     decoder_hidden_size: int = field(default=400, metadata={"help": "units in a layer"})
     decoder_layers: int = field(default=2, metadata={"help": "RKM layers"})
@@ -35,6 +38,9 @@ class RKMLanguageModelConfig(SoftmaxOptions, RKMOptions):
     dropout_weights: float = field(
         default=0.0,
         metadata={"help": "on the recurrent weights (DropConnect); without feedback on the inputs' weights"},
+    )
+    skip_connections: bool = field(
+        default=False, metadata={"help": "add each layer's input to its output, where both have one size"}
     )
     reset_at_eos: bool = field(
         default=False,
@@ -88,7 +94,10 @@ class RKMLanguageModel(FairseqLanguageModel):
 
 def check_flags(cfg: RKMLanguageModelConfig, source_types: int, target_types: int) -> None:
     """Raise RKMError for flags that exclude each other, before anything is built."""
-    if str(cfg.ngram_padding) == "same" and cfg.ngram > 1:
+    if cfg.decoder_layers < 1 or cfg.decoder_embed_dim < 1:
+        raise RKMError("--decoder-layers and --decoder-embed-dim must be at least 1")
+    ngrams = ngrams_by_layer(cfg.ngram, cfg.decoder_layers)
+    if str(cfg.ngram_padding) == "same" and max(ngrams) > 1:
         raise RKMError("--ngram-padding same looks ahead; a language model needs causal")
     if cfg.share_decoder_input_output_embed:
         if cfg.adaptive_softmax_cutoff:
@@ -104,5 +113,3 @@ def check_flags(cfg: RKMLanguageModelConfig, source_types: int, target_types: in
                 f"hidden-size ({cfg.decoder_hidden_size}) and --decoder-embed-dim ({cfg.decoder_embed_dim}) equal"
             )
     check_softmax(cfg)
-    if cfg.decoder_layers < 1 or cfg.decoder_embed_dim < 1:
-        raise RKMError("--decoder-layers and --decoder-embed-dim must be at least 1")

@@ -51,7 +51,20 @@ def test_the_dropouts_and_the_fast_presets():
         assert (fast.decoder_hidden_size, fast.decoder_layers) == (slow.decoder_hidden_size, slow.decoder_layers)
 
 
-NAMES = ["rkm_lm_ptb", "rkm_lm_wikitext2", "rkm_lm_wikitext103", "rkm_lm_ptb_fast", "rkm_lm_wikitext2_fast"]
+@pytest.mark.parametrize("config", [presets.PTBNoFeedbackFastConfig, presets.WikiText2NoFeedbackFastConfig])
+def test_without_feedback_there_are_the_qrnn_s_weights(config):
+    """Three gates of four layers, 400-1550-1550-1550-400, that see 2, 1, 1 and 1 inputs: 20 million."""
+    built = shape(config, 10_000)
+    assert [(layer.ngram, layer.hidden_size, len(layer.gates)) for layer in built.layers] == [
+        (2, 1550, 3), (1, 1550, 3), (1, 1550, 3), (1, 400, 3),
+    ]  # fmt: skip
+    assert not [name for name, _ in built.layers.named_parameters() if "weight_hh" in name]
+    weights = [p for name, p in built.layers.named_parameters() if "weight" in name]
+    assert sum(map(torch.numel, weights)) == sum(layer.num_weights() for layer in built.layers) == 19_995_000
+    assert 3 * (2 * 400 * 1550 + 2 * 1550 * 1550 + 1550 * 400) == 19_995_000
+
+
+NAMES = sorted(name for name in ARCH_MODEL_REGISTRY if name.startswith("rkm_lm_"))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -6,7 +6,7 @@ from fairseq.data import Dictionary
 from helpers import assert_close, randomized
 from omegaconf import OmegaConf
 
-from fairseq_rkm import CELLS, RKMError
+from fairseq_rkm import CELLS, RKM, RKMError
 from fairseq_rkm.models.language_model.language_model_decoder import RKMLanguageModelDecoder
 from fairseq_rkm.models.language_model.rkm_language_model import RKMLanguageModelConfig, check_flags
 
@@ -29,9 +29,9 @@ def decoder(dictionary, **flags):
 
 
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("ngram", [1, 3])
+@pytest.mark.parametrize("ngram", [1, 3, [2, 1]])
 def test_step_by_step_equals_the_full_pass_and_beams_reorder(dictionary, cell, ngram):
-    model = decoder(dictionary, cell=cell, ngram=ngram, decoder_layers=2)
+    model = decoder(dictionary, cell=cell, ngram=ngram, decoder_layers=2, skip_connections=True)
     tokens = torch.randint(4, 44, (3, 7))
     full, _ = model(tokens)
     incremental: dict = {}
@@ -52,6 +52,34 @@ def test_a_prefix_may_enter_the_incremental_state_at_once(dictionary):
     incremental: dict = {}
     assert_close(model(tokens[:, :4], incremental_state=incremental)[0], full[:, :4])
     assert_close(model(tokens[:, :5], incremental_state=incremental)[0][:, 0], full[:, 4])
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_each_layer_has_its_own_n_gram_and_a_skip_connection_leads_over_it(dictionary, skip):
+    model = decoder(dictionary, ngram=[3, 1, 2], decoder_layers=3, skip_connections=skip)
+    tokens = torch.randint(4, 44, (2, 7))
+    x = model.embed_tokens(tokens).transpose(0, 1)
+    for layer, (n, m, d) in zip(model.layers, ((3, 6, 8), (1, 8, 8), (2, 8, 8)), strict=True):
+        alone = RKM(m, d, ngram=n).double()
+        alone.load_state_dict(layer.state_dict())
+        output, state = alone(x)
+        assert state.context is None if n == 1 else state.context[0].shape == (n - 1, 2, m)
+        x = x + output if skip and m == d else output
+    full, extra = model(tokens)
+    assert_close(extra["raw_features"], x)
+    assert_close(full, model.output_projection(x.transpose(0, 1)))
+    for segment in range(3):
+        columns = slice(3 * segment, 3 * segment + 3)
+        assert_close(model(tokens[:, columns], segment=segment)[0], full[:, columns])
+
+
+def test_a_skip_connection_passes_by_the_dropout_between_layers(dictionary):
+    model = decoder(dictionary, decoder_layers=2, decoder_hidden_size=6, dropout_hidden=0.9, skip_connections=True)
+    for p in model.layers[1].parameters():
+        torch.nn.init.zeros_(p)  # this layer's output is zero
+    tokens = torch.randint(4, 44, (2, 7))
+    wanted = model(tokens)[1]["raw_features"]
+    assert_close(model.train()(tokens)[1]["raw_features"], wanted)
 
 
 def test_segments_carry_the_state_and_training_and_evaluation_do_not_mix(dictionary):
@@ -178,6 +206,15 @@ def test_adaptive_softmax(dictionary):
     ("flags", "message"),
     [
         ({"ngram": 3, "ngram_padding": "same"}, "looks ahead"),
+        ({"ngram": [1, 3], "ngram_padding": "same"}, "looks ahead"),
+        ({"ngram": [2, 1, 1]}, "--ngram has 3 numbers, one for each layer, and --decoder-layers is 2"),
+        ({"ngram": [2, 0]}, "--ngram takes a whole number from 1 to 10,000, or one for each layer"),
+        ({"ngram": [2, "1"]}, "--ngram takes a whole number from 1 to 10,000, or one for each layer"),
+        ({"ngram": 1.5}, "--ngram takes a whole number from 1 to 10,000, or one for each layer, as 2,1,1, not 1.5"),
+        ({"ngram": True}, "--ngram takes a whole number"),
+        ({"ngram": "two"}, "--ngram takes a whole number"),
+        ({"ngram": None}, "--ngram takes a whole number"),
+        ({"ngram": []}, "--ngram has 0 numbers"),
         ({"share_decoder_input_output_embed": True, "adaptive_softmax_cutoff": "10"}, "exclude each other"),
         ({"share_decoder_input_output_embed": True, "decoder_layers": 1}, "ends at the embedding's size"),
         ({"criterion_name": "adaptive_loss"}, "needs --adaptive-softmax-cutoff"),
@@ -188,6 +225,11 @@ def test_flags_that_contradict_each_other_are_refused(flags, message):
     cfg = RKMLanguageModelConfig(**{"criterion_name": None, "decoder_hidden_size": 8, "decoder_embed_dim": 6, **flags})
     with pytest.raises(RKMError, match=message):
         check_flags(cfg, 44, 44)
+
+
+def test_skip_connections_need_a_layer_that_ends_at_its_input_s_size(dictionary):
+    with pytest.raises(RKMError, match=r"none does: the sizes are 6, 8, 6 \(--decoder-embed-dim"):
+        decoder(dictionary, skip_connections=True, share_decoder_input_output_embed=True)
 
 
 def test_tied_embeddings_need_one_dictionary():
