@@ -6,6 +6,7 @@ something, and so do outputs that change fast from step to step. Two regulariser
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -128,6 +129,10 @@ class CrossEntropyARTARCriterion(CrossEntropyCriterion):
             # Sums over tokens, so that processes and updates can be added up.
             logged |= {name: ntokens * value.data for name, (_, value) in parts.items()}
         return loss, sample_size, {"loss": loss.data, **logged}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any] | None, *args: Any, **kwargs: Any) -> Any:
+        """Load the weights of PDR. A checkpoint of a run without PDR has None: its bias then begins at 0."""
+        return super().load_state_dict(self.state_dict() if state_dict is None else state_dict, *args, **kwargs)
 
     def _cross_entropy(self, model: Any, output: Tensor, sample: dict, reduce: bool) -> tuple[Tensor, Tensor | None]:
         """Return the cross entropy, and the log probabilities of all words, ``(N, V)``, if the softmax gives them."""

@@ -170,10 +170,10 @@ def _variant(flags: dict[str, Any]) -> str:
     clip = _clip(flags)
     if clip is not None:
         parts.append(f"memory clip {clip:g}")
-    ngram = flags.get("ngram", 1)
-    if ngram != 1:
-        numbers = ngram if isinstance(ngram, list) else [ngram]
-        parts.append(f"{', '.join(map(str, numbers))}-gram")
+    # A number, a list of one for each layer, or the command line's text of either.
+    numbers = re.findall(r"\d+", str(flags.get("ngram", 1)))
+    if set(numbers) != {"1"}:
+        parts.append(f"{', '.join(numbers)}-gram")
     return ", ".join(parts)
 
 

@@ -32,6 +32,11 @@ MEMORY = (
     "the last one"
 )
 
+OTHER_WEIGHTS = (
+    "the checkpoint's optimizer has other weights than this run, though the models agree: give the flags that it was "
+    "trained with (--past-decode has a bias to train), or --reset-optimizer"
+)
+
 NO_MEMORY = re.compile(
     r"can't allocate memory|out of memory|Cannot allocate memory|MemoryError|killed by signal: Killed"
 )
@@ -113,6 +118,8 @@ def _about_flags(error: BaseException) -> str | None:
         return f"configuration key {error.full_key}: {first_line(error)}"
     if isinstance(error, hydra.errors.OverrideParseException):
         return f"a value that hydra cannot read, for its quotes or a backslash at its end: {first_line(error)}"
+    if isinstance(error, ValueError) and "size of optimizer's group" in str(error):
+        return OTHER_WEIGHTS
     if isinstance(error, AssertionError) and "min_len cannot be larger than max_len" in str(error):
         return "--min-len is more than --max-len-a times a source sentence's length plus --max-len-b: change one"
     return None

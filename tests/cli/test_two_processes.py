@@ -34,12 +34,14 @@ def checkpoint(run) -> dict:
 PLAIN = ["--optimizer", "adam"]
 AVERAGED = [
     "--variable-bptt", "--criterion", "cross_entropy_ar_tar", "--optimizer", "adamw_average", "--average-last", 0.5,
+    "--partial-shuffle", "--overlap", 3, "--past-decode", 0.1, "--adversarial-noise", 0.05, "--ngram", "2,1",
 ]  # fmt: skip
 
 
 def assert_close(one, other) -> None:
     """The weights of two runs' last checkpoints are the same but for rounding."""
-    weights = [checkpoint(run)["model"] for run in (one, other)]
+    checkpoints = [checkpoint(run) for run in (one, other)]
+    weights = [{**state["model"], **(state["criterion"] or {})} for state in checkpoints]
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 

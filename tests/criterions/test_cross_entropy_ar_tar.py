@@ -239,6 +239,14 @@ def test_the_past_is_decoded_with_a_gradient_to_all_that_it_is_made_of():
     assert with_past.past.bias.grad.sum().item() == pytest.approx(0, abs=1e-6)
 
 
+def test_a_checkpoint_without_a_bias_begins_it_at_0():
+    criterion = CrossEntropyARTARCriterion(TASK, False, 2.0, 1.0, 0.1)
+    criterion.load_state_dict(None, strict=True)
+    assert not criterion.past.bias.any()
+    criterion.load_state_dict({"past.bias": torch.ones(24)}, strict=True)
+    assert criterion.past.bias.eq(1).all()
+
+
 def test_evaluation_knows_none_of_them_and_the_log_has_each_apart():
     built, batch = model(), sample(padded=1)
     full, plain = (

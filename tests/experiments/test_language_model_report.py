@@ -120,6 +120,8 @@ def test_an_unfinished_run_is_refused(tmp_path):
         ({"_name": "rkm_lm_ptb_fast", "layer_norm": True}, "rkm_lstm, layer norm"),
         ({"no_feedback": True, "ngram": 2}, "rkm_lstm, no feedback, 2-gram"),
         ({"no_feedback": True, "ngram": [2, 1, 1]}, "rkm_lstm, no feedback, 2, 1, 1-gram"),
+        ({"no_feedback": True, "ngram": "2,1,1"}, "rkm_lstm, no feedback, 2, 1, 1-gram"),
+        ({"no_feedback": True, "ngram": "1"}, "rkm_lstm, no feedback"),
         ({"_name": "rkm_lm"}, "rkm_lstm"),
         ({"_name": "rkm_lm", "memory_clip": "auto"}, "rkm_lstm, memory clip 1"),
         ({"_name": "rkm_lm", "memory_clip": "none"}, "rkm_lstm"),

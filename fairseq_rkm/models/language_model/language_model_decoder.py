@@ -247,22 +247,33 @@ def _with_start(layer: RKM, state: RKMState) -> RKMState:
 def ngrams_by_layer(ngram: Any, layers: int) -> list[int]:
     """Return the n of each layer.
 
-    >>> ngrams_by_layer(2, 3), ngrams_by_layer([2, 1, 1], 3)
-    ([2, 2, 2], [2, 1, 1])
+    >>> ngrams_by_layer(2, 3), ngrams_by_layer([2, 1, 1], 3), ngrams_by_layer("2,1,1", 3)
+    ([2, 2, 2], [2, 1, 1], [2, 1, 1])
 
     Args:
-        ngram: a number for all layers, or a list of one for each.
+        ngram: a number for all layers, or a list of one for each, or the command line's text of either. A list of one
+            number is for all.
         layers: the layers.
 
     Raises:
         RKMError: anything but whole numbers from 1 to 10,000, or a list of another length.
     """
-    numbers: list[Any] = [ngram] * layers if not isinstance(ngram, Sequence) or isinstance(ngram, str) else list(ngram)
-    if not all(isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= 10**4 for n in numbers):
-        raise RKMError(f"--ngram takes a whole number from 1 to 10,000, or one for each layer, as 2,1,1, not {ngram}")
+    parts = ngram.strip("()[] ").split(",") if isinstance(ngram, str) else ngram
+    numbers = [_whole(part) for part in (parts if isinstance(parts, Sequence) else [parts])]
+    if not all(1 <= number <= 10**4 for number in numbers):
+        raise RKMError(f"--ngram takes a whole number from 1 to 10,000, or one for each layer, as 2,1,1, not {ngram!r}")
+    if len(numbers) == 1:
+        return numbers * layers
     if len(numbers) != layers:
         raise RKMError(f"--ngram has {len(numbers)} numbers, one for each layer, and --decoder-layers is {layers}")
     return numbers
+
+
+def _whole(value: Any) -> int:
+    """Return a whole number or the one that a text is; 0 for anything else."""
+    if isinstance(value, str) and value.strip().isdecimal():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else 0
 
 
 def check_streams(states: States, tokens: Tensor) -> States:

@@ -7,7 +7,7 @@ from helpers import assert_close, randomized
 from omegaconf import OmegaConf
 
 from fairseq_rkm import CELLS, RKM, RKMError
-from fairseq_rkm.models.language_model.language_model_decoder import RKMLanguageModelDecoder
+from fairseq_rkm.models.language_model.language_model_decoder import RKMLanguageModelDecoder, ngrams_by_layer
 from fairseq_rkm.models.language_model.rkm_language_model import RKMLanguageModelConfig, check_flags
 
 
@@ -52,6 +52,12 @@ def test_a_prefix_may_enter_the_incremental_state_at_once(dictionary):
     incremental: dict = {}
     assert_close(model(tokens[:, :4], incremental_state=incremental)[0], full[:, :4])
     assert_close(model(tokens[:, :5], incremental_state=incremental)[0][:, 0], full[:, 4])
+
+
+@pytest.mark.parametrize("ngram", ["3,1", "[3, 1]", " 3, 1 ", (3, 1)])
+def test_n_grams_of_layers_are_read_as_text_too(ngram):
+    assert ngrams_by_layer(ngram, 2) == [3, 1]
+    assert ngrams_by_layer("2", 3) == ngrams_by_layer([2], 3) == ngrams_by_layer(2, 3) == [2, 2, 2]
 
 
 @pytest.mark.parametrize("skip", [False, True])
@@ -209,7 +215,11 @@ def test_adaptive_softmax(dictionary):
         ({"ngram": [1, 3], "ngram_padding": "same"}, "looks ahead"),
         ({"ngram": [2, 1, 1]}, "--ngram has 3 numbers, one for each layer, and --decoder-layers is 2"),
         ({"ngram": [2, 0]}, "--ngram takes a whole number from 1 to 10,000, or one for each layer"),
-        ({"ngram": [2, "1"]}, "--ngram takes a whole number from 1 to 10,000, or one for each layer"),
+        ({"ngram": "2,1,1"}, "--ngram has 3 numbers, one for each layer, and --decoder-layers is 2"),
+        ({"ngram": "2,-1"}, "--ngram takes a whole number from 1 to 10,000, or one for each layer, as 2,1,1, not '2,"),
+        ({"ngram": "2,1,"}, "--ngram takes a whole number from 1 to 10,000, or one for each layer"),
+        ({"ngram": 10**6}, "--ngram takes a whole number from 1 to 10,000, or one for each layer"),
+        ({"ngram": ""}, "--ngram takes a whole number from 1 to 10,000, or one for each layer"),
         ({"ngram": 1.5}, "--ngram takes a whole number from 1 to 10,000, or one for each layer, as 2,1,1, not 1.5"),
         ({"ngram": True}, "--ngram takes a whole number"),
         ({"ngram": "two"}, "--ngram takes a whole number"),
