@@ -113,7 +113,7 @@ def read_run(path: Path) -> Run:
     return Run(
         name=path.name,
         cell=str(model["cell"]),
-        variant=_variant(model),
+        variant=_variant(state["cfg"]),
         corpus=TEST_TOKENS.get(tokens),
         weights=sum(n for name, n in shapes.items() if re.search(r"layers\.\d+\.weight_[ih]h", name)),
         parameters=sum(n for name, n in shapes.items() if "fingerprint" not in name),
@@ -165,7 +165,18 @@ def _from_json(path: Path) -> Run:
         raise SystemExit(f"report: {path} is not a run.json of the report's: {error}") from error
 
 
-def _variant(flags: dict[str, Any]) -> str:
+REGULARISERS = (
+    ("task", "partial_shuffle", False, "partial shuffle"),
+    ("task", "overlap", 1, "overlap {}"),
+    ("criterion", "past_decode", 0, "past decode {}"),
+    ("criterion", "adversarial_noise", 0, "noise {}"),
+    ("model", "skip_connections", False, "skip connections"),
+)
+"""Section, flag, default and words of the regularisers beside dropout, AR and TAR."""
+
+
+def _variant(cfg: dict[str, Any]) -> str:
+    flags = cfg["model"]
     parts = [text for key, text in (("layer_norm", "layer norm"), ("no_feedback", "no feedback")) if flags.get(key)]
     clip = _clip(flags)
     if clip is not None:
@@ -174,6 +185,10 @@ def _variant(flags: dict[str, Any]) -> str:
     numbers = re.findall(r"\d+", str(flags.get("ngram", 1)))
     if set(numbers) != {"1"}:
         parts.append(f"{', '.join(numbers)}-gram")
+    for section, flag, default, words in REGULARISERS:
+        value = (cfg.get(section) or {}).get(flag, default)
+        if value != default:
+            parts.append(words.format(value))
     return ", ".join(parts)
 
 

@@ -1,8 +1,17 @@
-r"""Train a table of language models, cells x corpora x seeds, over all GPUs; train.sh trains each.
+r"""Train a table of language models, cells x parts x corpora x seeds, over all GPUs; train.sh trains each.
 
     python examples/language_model/table.py ptb_fast=runs/ptb wikitext2_fast=runs/wt2 --out runs/table3 \
         -- common.bf16=true task.cuda_graphs=true
     python scripts/report.py runs/table3/*-*-*/run.json --out runs/table3/report
+
+To find what pays, in short runs, several at a time on one GPU:
+
+    python examples/language_model/table.py ptb_fast=runs/ptb --out runs/parts --cells rkm_lstm --length 0.33 --jobs 4 \
+        --parts none shuffle overlap past_decode past_decode=0.01 noise skip shuffle+past_decode model.dropout=0.5 \
+        -- common.bf16=true task.cuda_graphs=true
+
+A row of --parts is a sum of parts: past_decode, noise, shuffle, overlap and skip, with a value or with their papers',
+and keys of the configuration with a value. With several of them a list by validation perplexity comes last.
 
 CONFIG is a file of config/ without its ending, and DATA a folder written by prepare.sh. Changes after ``--`` go to the
 configuration of all runs, as with train.sh. Give the same command again after an interruption, by ``--minutes`` or
@@ -20,7 +29,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fairseq_rkm.experiments import task_pool
+from fairseq_rkm.errors import RKMError
+from fairseq_rkm.experiments import language_model_parts, task_pool
 from fairseq_rkm.experiments.circumstances import ROOT
 from fairseq_rkm.experiments.fairseq_log import entries
 from fairseq_rkm.ops import CELLS
@@ -36,10 +46,32 @@ class Row(NamedTuple):
     data: Path
     cell: str
     seed: int
+    parts: str = language_model_parts.NONE
+    length: float = 1.0
+
+    @property
+    def kind(self) -> str:
+        """What runs that differ in their seed alone have in common."""
+        parts, length = language_model_parts.name_of(self.parts), "" if self.length == 1 else f"{self.length:g}"
+        return "-".join(part for part in (self.config, self.cell, parts, length) if part)
 
     @property
     def name(self) -> str:
-        return f"{self.config}-{self.cell}-{self.seed}"
+        return f"{self.kind}-{self.seed}"
+
+    @property
+    def changes(self) -> list[str]:
+        """What it changes in its configuration."""
+        return [
+            f"model.cell={self.cell}", f"common.seed={self.seed}",
+            *language_model_parts.shortened(configuration(self.config), self.length),
+            *language_model_parts.changes_of(self.parts),
+        ]  # fmt: skip
+
+
+def configuration(name: str) -> Path:
+    """The file of a configuration."""
+    return ROOT / f"examples/language_model/config/{name}.yaml"
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -51,6 +83,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--cells", nargs="+", default=TABLE_3, choices=list(CELLS), help=f"default: {' '.join(TABLE_3)}"
     )
+    parser.add_argument("--parts", nargs="+", default=[language_model_parts.NONE], help="default: none")
+    parser.add_argument("--length", type=float, default=1.0, help="share of the recipe's updates to train for")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, over all GPUs (default: 1)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many; the next call goes on")
@@ -58,9 +92,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     args.changes = changes
     if args.jobs < 1:
         parser.error(f"--jobs must be at least 1, not {args.jobs}")
+    if not 0 < args.length < float("inf"):
+        parser.error(f"--length must be above 0, not {args.length}")
+    try:
+        for parts in args.parts:
+            language_model_parts.changes_of(parts)
+    except RKMError as error:
+        parser.error(str(error))
     args.corpora = dict(pair.split("=", 1) if "=" in pair else (pair, "") for pair in args.corpora)
     for config, data in args.corpora.items():
-        if not (ROOT / f"examples/language_model/config/{config}.yaml").is_file():
+        if not configuration(config).is_file():
             parser.error(f"no configuration {config} in examples/language_model/config")
         if not data or not Path(data, "test.bin").is_file():
             parser.error(f"no data for {config} in {data or 'a folder'}: give CONFIG=DATA, DATA from prepare.sh")
@@ -70,17 +111,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def plan(args: argparse.Namespace) -> list[Row]:
     """All runs, the first seeds first."""
     return [
-        Row(config, Path(data).resolve(), cell, seed)
+        Row(config, Path(data).resolve(), cell, seed, parts, args.length)
         for seed in args.seeds
         for config, data in args.corpora.items()
         for cell in args.cells
+        for parts in args.parts
     ]
 
 
 def train(row: Row, out: Path, changes: list[str]) -> None:
     """Run train.sh; it and this process end together."""
     command = ["bash", "examples/language_model/train.sh", row.config, str(row.data), str(out / row.name)]
-    command += [f"model.cell={row.cell}", f"common.seed={row.seed}", *changes]
+    command += [*row.changes, *changes]
     # A group of its own holds all processes that train.sh starts, and ends as a whole.
     os.setsid()
 
@@ -95,9 +137,15 @@ def train(row: Row, out: Path, changes: list[str]) -> None:
         sys.exit(status)
 
 
+def figures(path: Path) -> dict[str, Any]:
+    """A run.json."""
+    read: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return read
+
+
 def outcome(folder: Path) -> str:
     """The perplexity of a finished run, in words."""
-    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    run = figures(folder / "run.json")
     return f"valid {run['valid_perplexity']}, test {run['test_perplexity']}"
 
 
@@ -115,9 +163,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     args = parse(arguments)
     visible, out = task_pool.hide_gpus(), args.out.resolve()
-    tasks = [task_pool.Task(row.name, train, (row, out, args.changes)) for row in plan(args)]
+    rows = plan(args)
+    tasks = [task_pool.Task(row.name, train, (row, out, args.changes)) for row in rows]
     deadline, devices = time.monotonic() + 60 * args.minutes, task_pool.gpus(visible)
     task_pool.run_table(tasks, "run.json", "runs", out, args.jobs, devices, deadline, outcome, progress)
+    done = [(row.kind, out / row.name / "run.json") for row in rows]
+    results = [(kind, float(figures(path)["valid_perplexity"])) for kind, path in done if path.is_file()]
+    if len(args.parts) > 1 and results:
+        print(f"by validation perplexity, on which alone to choose:\n{language_model_parts.ranking(results)}")
 
 
 if __name__ == "__main__":

@@ -75,15 +75,25 @@ def test_a_table_that_is_told_to_end_leaves_nothing_running(data, tmp_path, comm
 
 
 def test_a_table_is_stopped_and_goes_on_until_all_its_runs_are_done(data, tmp_path):
-    common = [f"ptb_fast={data}", "--out", tmp_path, "--cells", "lstm", "rkm_lstm", "--jobs", 2]
+    rows = {
+        "": "none",
+        "shuffle+overlap_3+past_decode_0.01+noise+skip-": "shuffle+overlap=3+past_decode=0.01+noise+skip",
+    }
+    common = [f"ptb_fast={data}", "--out", tmp_path, "--cells", "rkm_lstm", "--parts", *rows.values(), "--jobs", 2]
     stopped = table(*common, "--minutes", 0.01, "--", *TINY)
     assert "out of time, 2 not done" in stopped.stdout, stopped.stderr
     whole = table(*common, "--", *TINY)
     assert whole.returncode == 0, whole.stdout + whole.stderr
-    for cell in ("lstm", "rkm_lstm"):
-        run = json.loads((tmp_path / f"ptb_fast-{cell}-1/run.json").read_text())
-        assert (run["cell"], run["seed"], run["updates"]) == (cell, 1, 6)
-        assert f"ptb_fast-{cell}-1: valid {run['valid_perplexity']}, test {run['test_perplexity']}" in whole.stdout
+    variants = []
+    for parts in rows:
+        name = f"ptb_fast-rkm_lstm-{parts}1"
+        run = json.loads((tmp_path / name / "run.json").read_text())
+        assert (run["cell"], run["seed"], run["updates"]) == ("rkm_lstm", 1, 6)
+        assert f"{name}: valid {run['valid_perplexity']}, test {run['test_perplexity']}" in whole.stdout
+        assert f"{run['valid_perplexity']:10.2f}  {name.removesuffix('-1')}" in whole.stdout
+        variants.append(run["variant"])
+    assert variants[0] == "memory clip 1"
+    assert variants[1] == ("memory clip 1, partial shuffle, overlap 3, past decode 0.01, noise 0.005, skip connections")
     assert "2 of 2 runs are done" in table(*common, "--", *TINY).stdout
 
 
@@ -96,6 +106,9 @@ def test_what_is_missing_is_said_before_any_run(data, tmp_path):
         result = table(corpus, "--out", tmp_path)
         assert result.returncode == 2
         assert message in result.stderr
+    wrong = table(f"ptb_fast={data}", "--out", tmp_path, "--parts", "shufle")
+    assert "unknown part 'shufle': there are none, past_decode, noise" in wrong.stderr
+    assert "--length must be above 0, not 0.0" in table(f"ptb_fast={data}", "--out", tmp_path, "--length", 0).stderr
     assert "invalid choice: 'gru'" in table(f"ptb_fast={data}", "--out", tmp_path, "--cells", "gru").stderr
 
 
