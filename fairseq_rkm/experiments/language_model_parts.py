@@ -36,7 +36,7 @@ PARTS = {
     ),
     "skip": Part(("model.skip_connections={}",)),
 }  # fmt: skip
-"""The regularisers of docs/language_models.md, with the values of their papers."""
+"""The regularisers of docs/language_models.md, with values to begin with."""
 
 LENGTHS = {
     "optimization": ("max_update", "max_epoch"),
