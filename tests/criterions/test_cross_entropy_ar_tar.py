@@ -214,9 +214,11 @@ def test_no_noise_of_the_same_length_does_more_harm():
 def test_the_cost_of_noise_is_finite_for_targets_that_are_certain_or_hopeless(log_prob, scale):
     outputs = torch.full((1, 3), scale, requires_grad=True)
     log_probs = torch.tensor([log_prob], requires_grad=True)
-    cost = cost_of_noise(log_probs, outputs, torch.ones(1, 3), 0.1)
+    embeddings = torch.ones(1, 3, requires_grad=True)
+    cost = cost_of_noise(log_probs, outputs, embeddings, 0.1)
     assert -1e-6 <= cost.item() <= 0.1 * 3 * scale + 1e-4
     cost.sum().backward()
+    assert embeddings.grad is None, "short embeddings would be cheaper"
     assert outputs.grad.isfinite().all()
     assert log_probs.grad.isfinite().all()
 

@@ -102,6 +102,7 @@ def test_replayed_steps_are_the_same_training(device, dtype, flags):
     model, optimizer = build(device, dtype, **flags)
     graphs = graphs_of(model, optimizer, device)
     given, given_logs = train(model, optimizer, device, graphs)
+    assert optimizer.criterion.past.bias in set(graphs.weights), "whose gradient is a replay's"
     assert {shape[1] for shape in graphs.steps} == {5, 7}, "what has been met before, without padding"
     assert given_logs == wanted_logs
     assert all(torch.equal(g, w) for g, w in zip(given, wanted, strict=True))
