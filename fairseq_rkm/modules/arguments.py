@@ -1,9 +1,11 @@
 """Checks of the constructor's arguments. Its order is not ``nn.LSTM``'s: a value in another's place is refused."""
 
+import math
 from numbers import Integral, Real
 
 from fairseq_rkm.errors import RKMError
 from fairseq_rkm.ops import CELLS
+from fairseq_rkm.ops.kernel_functions import Kernel
 
 
 def check_cell(cell: object) -> None:
@@ -51,3 +53,20 @@ def check_scales(**scales: float) -> None:
     for what, scale in scales.items():
         if not 0 < scale < 1:
             raise RKMError(f"{what} must lie within (0, 1), not be {scale}")
+
+
+def check_kernel(kernel: Kernel, scale: object, offset: object, learn: bool) -> None:
+    """Raise RKMError for a kernel's scale that is not above 0, its offset below 0, or one that the kernel lacks."""
+    for what, value, below, wanted in (
+        ("scale", scale, 0, "above 0"),
+        ("offset", offset, -math.ulp(0.0), "at least 0"),
+    ):
+        if value is None:
+            continue
+        if what not in kernel.parameters:
+            raise RKMError(f"the kernel {kernel.name!r} has no {what}: leave kernel_{what} out")
+        check_numbers(**{f"kernel_{what}": value})
+        if not below < float(value) < math.inf:  # type: ignore[arg-type]
+            raise RKMError(f"kernel_{what} must be {wanted} and finite, not {value}")
+    if learn and offset == 0 and offset is not None:
+        raise RKMError("a kernel's offset that is learned starts above 0; learn_kernel=False fixes it at 0")

@@ -80,10 +80,12 @@ class ExchangeWithLSTM(RKMParameters):
                 state_dict.setdefault(prefix + name, torch.zeros_like(parameter))
 
     def _check_is_lstm(self) -> None:
-        if self.cell != "lstm" or not self.feedback:
+        if self.cell != "lstm" or not self.feedback or self.kernel != "linear":
+            own = "" if self.feedback else " without feedback"
+            own += "" if self.kernel == "linear" else f" through the kernel {self.kernel!r}"
             raise RKMError(
                 "weights of nn.LSTM, nn.GRU or nn.RNN are no weights of this RKM, which is another function "
-                f"(cell {self.cell!r}{'' if self.feedback else ' without feedback'}): only cell='lstm' takes nn.LSTM's"
+                f"(cell {self.cell!r}{own}): only cell='lstm' takes nn.LSTM's, with the linear kernel"
             )
 
     @classmethod
@@ -117,8 +119,12 @@ class ExchangeWithLSTM(RKMParameters):
             RKMError: ``nn.LSTM`` cannot compute this cell, n-gram, feedback, layer norm or bound, or start from the
                 learned initial state.
         """
-        if self.cell != "lstm" or self.ngram > 1 or not self.feedback or self.layer_norm or self.memory_clip:
-            raise RKMError("only cell='lstm' with ngram 1, feedback, no layer norm and no clipping is an nn.LSTM")
+        other = self.cell != "lstm" or self.kernel != "linear" or self.ngram > 1 or not self.feedback
+        if other or self.layer_norm or self.memory_clip:
+            raise RKMError(
+                "only cell='lstm' with the linear kernel, ngram 1, feedback, no layer norm and no clipping is an "
+                "nn.LSTM"
+            )
         if self.learn_initial_state and any(tensor.any() for tensor in self.initial_state()):
             raise RKMError(
                 "nn.LSTM starts from zeros and has no place for a learned initial state: set the parameters "

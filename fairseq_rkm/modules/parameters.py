@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from fairseq_rkm.errors import RKMError
 from fairseq_rkm.modules.arguments import (
     check_cell,
+    check_kernel,
     check_numbers,
     check_projection,
     check_scales,
@@ -24,6 +25,8 @@ from fairseq_rkm.modules.state import RKMState
 from fairseq_rkm.ops import Weights, memory_dtype, resolve_cell
 from fairseq_rkm.ops.cells import resolve_clip
 from fairseq_rkm.ops.dispatch import check_backend
+from fairseq_rkm.ops.kernel_candidates import Filters, candidate, filters_of, sees_hidden
+from fairseq_rkm.ops.kernel_functions import resolve_kernel
 
 NGRAM_PADDINGS = ("causal", "same")
 UNQUANTIZED = (
@@ -39,6 +42,9 @@ class RKMParameters(nn.Module):
     # An RKM that was pickled by an earlier version lacks these.
     proj_size = 0
     learn_initial_state = False
+    kernel_scale: float | None = None
+    kernel_offset: float | None = None
+    learn_kernel = True
 
     sigma_i2 = ConstantNumber()
     sigma_f2 = ConstantNumber()
@@ -69,6 +75,11 @@ class RKMParameters(nn.Module):
         dtype: torch.dtype | None = None,
         proj_size: int = 0,
         learn_initial_state: bool = False,
+        kernel: str = "linear",
+        kernel_degree: int | None = None,
+        kernel_scale: float | None = None,
+        kernel_offset: float | None = None,
+        learn_kernel: bool = True,
     ) -> None:
         super().__init__()
         check_cell(cell)
@@ -76,7 +87,7 @@ class RKMParameters(nn.Module):
         check_switches(
             bias=bias, layer_norm=layer_norm, learn_sigma=learn_sigma, bidirectional=bidirectional,
             batch_first=batch_first, feedback=feedback is not None and feedback,
-            learn_initial_state=learn_initial_state,
+            learn_initial_state=learn_initial_state, learn_kernel=learn_kernel,
         )  # fmt: skip
         check_numbers(sigma_i2=sigma_i2, sigma_f2=sigma_f2, dropout=dropout, weight_dropout=weight_dropout)
         check_numbers(forget_bias=0.0 if forget_bias is None else forget_bias)
@@ -93,6 +104,7 @@ class RKMParameters(nn.Module):
         self.proj_size = proj_size
         self._cell = resolve_cell(cell, feedback)
         self.cell, self.feedback = cell, self._cell.has_feedback
+        self._set_kernel(kernel, kernel_degree, kernel_scale, kernel_offset, learn_kernel)
         self.ngram, self.ngram_padding = ngram, ngram_padding
         self.bias, self.layer_norm = bias, layer_norm
         self.set_memory_clip(memory_clip)
@@ -114,6 +126,39 @@ class RKMParameters(nn.Module):
         self._in_doubt = False
         self.register_load_state_dict_post_hook(settle_loaded)
         self.reset_parameters()
+
+    def _set_kernel(
+        self, name: str, degree: int | None, scale: float | None, offset: float | None, learn: bool
+    ) -> None:
+        kernel = resolve_kernel(name, degree)
+        check_kernel(kernel, scale, offset, learn)
+        if not kernel.is_linear and self.proj_size and self.feedback:
+            raise RKMError(
+                "projections with feedback are for the linear kernel, which alone takes U weight_hr as one matrix: "
+                f"leave proj_size out, or use feedback=False, with kernel={name!r}"
+            )
+        self._cell = self._cell.through(kernel)
+        self.learn_kernel = learn
+        self.kernel_scale = scale
+        if "offset" in kernel.parameters:
+            self.kernel_offset = 1.0 if offset is None else offset
+
+    @property
+    def kernel(self) -> str:
+        """The name of the candidate's kernel."""
+        return self._cell.kernel.name
+
+    @property
+    def kernel_degree(self) -> int | None:
+        """The degree of the candidate's kernel; None if it has none."""
+        return self._cell.kernel.degree
+
+    def _first_kernel_values(self, layer: int) -> dict[str, float]:
+        """What a kernel's parameters start from, or are fixed at."""
+        features = self.ngram * self.layer_input_size(layer) + self.hidden_size * sees_hidden(self._cell)
+        scale = self._cell.kernel.default_scale(features) if self.kernel_scale is None else self.kernel_scale
+        values = {"scale": scale, "offset": self.kernel_offset}
+        return {name: values[name] for name in self._cell.kernel.parameters}  # type: ignore[misc]
 
     def set_memory_clip(self, memory_clip: float | str | None) -> None:
         """Change the memory's bound; no parameter depends on it.
@@ -195,6 +240,8 @@ class RKMParameters(nn.Module):
             shapes["sigma_i_logit"] = ()
         if self.learn_sigma and cell.forget_is_constant:
             shapes["sigma_f_logit"] = (d,)
+        if self.learn_kernel:
+            shapes.update((f"kernel_{name}_log", (d,)) for name in cell.kernel.parameters)
         if self.learn_initial_state and self.feedback:
             shapes["initial_hidden"] = (self.output_size,)
         if self.learn_initial_state and cell.has_memory:
@@ -202,7 +249,11 @@ class RKMParameters(nn.Module):
         return shapes
 
     def reset_parameters(self) -> None:
-        """Draw matrices and biases from U(-1/sqrt(d), 1/sqrt(d)), as ``nn.LSTM``; set all other parameters."""
+        """Draw matrices and biases from U(-1/sqrt(d), 1/sqrt(d)), as ``nn.LSTM``; set all other parameters.
+
+        With a kernel other than the linear one, the candidate's bias starts lower by the kernel's value for zeros, so
+        that candidates start around zero as linear ones do.
+        """
         bound = 1 / math.sqrt(self.hidden_size)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
@@ -212,10 +263,24 @@ class RKMParameters(nn.Module):
                     parameter.zero_()
                 elif name.startswith("sigma"):
                     parameter.fill_(_logit(self.sigma_i2 if name.startswith("sigma_i") else self.sigma_f2))
+                elif name.startswith("kernel"):
+                    kind, place = name.removeprefix("kernel_").split("_log_l")
+                    value = self._first_kernel_values(int(place.removesuffix("_reverse")))[kind]
+                    parameter.fill_(math.log(value))
                 else:
                     parameter.uniform_(-bound, bound)
                 if name.startswith("bias") and "forget" in self.gates and self.forget_bias is not None:
                     parameter[self.gate_slice("forget")].fill_(self.forget_bias)
+            if self.bias and not self._cell.kernel.is_linear:
+                for place in self._places:
+                    self._centre(place)
+
+    def _centre(self, place: str) -> None:
+        """Lower the candidate's bias by the kernel's value for zeros."""
+        filters: Filters = filters_of(self._cell, self._weights(place, None))._replace(bias=0)  # type: ignore[arg-type]
+        zeros = torch.zeros_like(filters.squares)
+        bias = getattr(self, f"bias_{place}")
+        bias[self.gate_slice("candidate")] -= candidate(self._cell, zeros, filters, zeros[:1]).to(bias.dtype)
 
     def num_weights(self) -> int:
         """The number of elements of all weight matrices, without biases, as the paper counts."""
@@ -295,7 +360,22 @@ class RKMParameters(nn.Module):
             norm_bias=own.get("norm_bias"),
             sigma_i=torch.sigmoid(own["sigma_i_logit"]) if "sigma_i_logit" in own else self.sigma_i2,
             sigma_f=torch.sigmoid(own["sigma_f_logit"]) if "sigma_f_logit" in own else self.sigma_f2,
+            **self._kernel_tensors(name, own),
         )
+
+    def _kernel_tensors(self, place: str, own: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The s and b of the candidate's kernel, ``(d,)`` each; empty for a kernel without."""
+        kernel = self._cell.kernel
+        if not kernel.parameters:
+            return {}
+        if self.learn_kernel:
+            return {f"kernel_{name}": own[f"kernel_{name}_log"].exp() for name in kernel.parameters}
+        values = self._first_kernel_values(int(place.removesuffix("_reverse")[1:]))
+        like = own["weight_ih"]
+        wide = memory_dtype(like.dtype)
+        return {
+            f"kernel_{name}": like.new_full((self.hidden_size,), value, dtype=wide) for name, value in values.items()
+        }
 
     def _projection(self, name: str, dtype: torch.dtype | None) -> Tensor:
         """``weight_hr`` of one layer and direction, as :meth:`_weights`."""
@@ -320,6 +400,9 @@ class RKMParameters(nn.Module):
             text += f", ngram={self.ngram}, ngram_padding={self.ngram_padding!r}"
         if self.memory_clip is not None or resolve_clip("auto", self._cell, self.layer_norm) is not None:
             text += f", memory_clip={self.memory_clip}"
+        if not self._cell.kernel.is_linear:
+            text += f", kernel={self.kernel!r}"
+            text += "" if self.kernel_degree is None else f", kernel_degree={self.kernel_degree}"
         flags = ("layer_norm", "learn_sigma", "learn_initial_state", "bidirectional", "batch_first")
         text += "".join(f", {flag}=True" for flag in flags if getattr(self, flag))
         return text + ("" if self.feedback else ", feedback=False")

@@ -50,9 +50,10 @@ class RKM(ExchangeWithLSTM):
         bias: whether the gates have biases.
         layer_norm: normalise the memory, ``c_t <- LN(c_t)``.
         memory_clip: clip ``c_t`` to ``[-memory_clip, memory_clip]`` at each step, as ``torch.clamp`` (Sak et al. 2014).
-            ``"auto"`` is 1 for a cell that feeds back a memory without squashing or layer normalisation: unbounded, it
-            overflows in ordinary training. For all others ``"auto"`` is no limit. None is no limit, as in the paper.
-            The attribute holds the bound in force, a number or None.
+            ``"auto"`` is 1 for a cell that feeds back a memory without squashing, layer normalisation or a bounded
+            kernel (``"gaussian"``, ``"arccos"`` of degree 0): unbounded, it overflows in ordinary training. For all
+            others ``"auto"`` is no limit. None is no limit, as in the paper. The attribute holds the bound in force, a
+            number or None.
         sigma_i2: ``s_i`` of the cells with a constant input scale, within (0, 1).
         sigma_f2: ``s_f`` of the cells with a constant memory scale, within (0, 1).
         learn_sigma: learn both, as sigmoids that start at the values given: ``s_i`` one number a layer, ``s_f`` one a
@@ -74,6 +75,14 @@ class RKM(ExchangeWithLSTM):
             start there that are given no state. A layer without feedback has no ``h_0``, a cell without memory no
             ``c_0``; with neither there is nothing to learn, and an error. Neither ``memory_clip`` nor layer
             normalisation acts on ``c_0``, as on a state that is given.
+        kernel: one of :data:`fairseq_rkm.ops.kernel_functions.KERNELS`: the candidate is ``c~_t[j] = k(w_j, z_t) +
+            bias_j``, where row j of the candidate's weights is the filter ``w_j`` and ``z_t`` holds what it multiplies.
+            Gates stay linear. A cell that squashes its candidate squashes this one (docs/kernel_machines.md).
+        kernel_degree: p of ``"polynomial"``, 2 by default; the degree of ``"arccos"``, 1 by default, or 0.
+        kernel_scale: where s of ``"polynomial"`` and ``"gaussian"`` starts. None is 1 for the former and the root of
+            the number of ``z``'s features for the latter: the length of ``z`` if they have variance 1.
+        kernel_offset: where b of ``"polynomial"`` starts, 1 by default, at least 0.
+        learn_kernel: learn s and b, one of each a unit. False fixes them where they start.
 
     Example:
         >>> rnn = RKM(200, 400, num_layers=2, ngram=3, dropout=0.3)  # was nn.LSTM(200, 400, num_layers=2, dropout=0.3)
@@ -110,7 +119,8 @@ class RKM(ExchangeWithLSTM):
     Parameters, for layer k and the suffix ``""`` or ``"_reverse"``:
         ``weight_ih_l{k}`` ``(len(gates) * d, n * m)``, ``weight_hh_l{k}`` ``(len(recurrent_gates) * d, d)``,
         ``bias_l{k}`` ``(len(gates) * d,)``, ``norm_weight_l{k}``, ``norm_bias_l{k}``, ``sigma_f_logit_l{k}`` ``(d,)``,
-        ``sigma_i_logit_l{k}`` ``()``, ``initial_hidden_l{k}``, ``initial_memory_l{k}`` ``(d,)``. With projections
+        ``sigma_i_logit_l{k}`` ``()``, ``initial_hidden_l{k}``, ``initial_memory_l{k}`` ``(d,)``; the logarithms of a
+        kernel's s and b, ``kernel_scale_log_l{k}`` and ``kernel_offset_log_l{k}``, ``(d,)``. With projections
         ``weight_hh_l{k}`` has p columns, ``initial_hidden_l{k}`` p numbers, the layers after the first have inputs of p
         features a direction, and ``weight_hr_l{k}`` is ``(p, d)``.
 

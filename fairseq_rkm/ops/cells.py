@@ -4,7 +4,7 @@ Every backend, model flag and test reads this table; none repeats it.
 
 With pre-activations ``a^g_t = W^g X_t + U^g h_{t-1} + b^g`` a cell is::
 
-    candidate     c~_t = squash(a^candidate_t)
+    candidate     c~_t = squash(a^candidate_t), with a^candidate_t = k(w, z_t) + b for a kernel that is not linear
     memory        c_t  = i_t * c~_t + f_t * c_{t-1}
     output        h_t  = o_t * squash(c_t)
 
@@ -16,6 +16,7 @@ import math
 from dataclasses import dataclass, field, replace
 
 from fairseq_rkm.errors import RKMError
+from fairseq_rkm.ops.kernel_functions import LINEAR, Kernel, kernel_of_key
 
 CANDIDATE, INPUT, FORGET, OUTPUT = "candidate", "input", "forget", "output"
 
@@ -40,8 +41,10 @@ class Cell:
         squash_output: whether ``c_t`` passes through tanh on its way to the output.
         source: the publication and section of the equation.
         clip: the largest ``|c_t|``; the memory is clipped to it. None is no limit, as in the paper.
+        kernel: k of the candidate. A cell that squashes its candidate squashes the kernel's value.
         key: the cell as a word; :func:`cell_of_key` reads it.
-        memory_alone: the cell whose output is this one's memory: no output gate, no squashing, no feedback.
+        memory_alone: the cell whose output is this one's memory: no output gate, no squashing, no feedback. It takes
+            the candidate as it is, whatever its kernel.
     """
 
     name: str
@@ -53,17 +56,20 @@ class Cell:
     squash_output: bool = False
     source: str = "Liang et al. 2019, section 4"
     clip: float | None = None
+    kernel: Kernel = LINEAR
     key: str = field(init=False, compare=False, repr=False)
     memory_alone: "Cell" = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         # Made here: torch.compile makes variables of numbers that it meets, and no text of variables.
-        object.__setattr__(self, "key", f"{self.name}/{self.has_feedback:d}/{self.clip}")
+        kernel = "" if self.kernel.is_linear else f"/{self.kernel.key}"
+        object.__setattr__(self, "key", f"{self.name}/{self.has_feedback:d}/{self.clip}{kernel}")
         object.__setattr__(self, "memory_alone", self if self.name.endswith(ALONE) else self._memory_alone())
 
     def _memory_alone(self) -> "Cell":
         gates = tuple(gate for gate in self.gates if gate != OUTPUT)
-        return replace(self, name=self.name + ALONE, gates=gates, recurrent_gates=(), squash_output=False)
+        name = self.name + ALONE
+        return replace(self, name=name, gates=gates, recurrent_gates=(), squash_output=False, kernel=LINEAR)
 
     def __hash__(self) -> int:
         return hash(self.name)  # every call looks up plans and kernels by their cell
@@ -76,9 +82,10 @@ class Cell:
     def feeds_back_unbounded(self) -> bool:
         """Whether ``c_t`` may grow exponentially: ``h_{t-1}`` enters it and grows with ``c_{t-1}``.
 
-        Without feedback, ``f_t < 1`` keeps ``c_t`` in proportion to the inputs.
+        Without feedback, ``f_t < 1`` keeps ``c_t`` in proportion to the candidates. A kernel that is bounded lets
+        ``h_{t-1}`` into ``c_t`` no farther than its bound.
         """
-        return self.has_feedback and not self.squash_output
+        return self.has_feedback and not self.squash_output and self.kernel.bound is None
 
     @property
     def input_is_gate(self) -> bool:
@@ -118,6 +125,10 @@ class Cell:
         """The same cell with ``c_t <- min(max(c_t, -clip), clip)`` (Sak et al. 2014); this bounds the feedback."""
         return replace(self, clip=None if clip is None else float(clip))
 
+    def through(self, kernel: Kernel) -> "Cell":
+        """The same cell with another kernel in its candidate."""
+        return replace(self, kernel=kernel)
+
     def equations(self) -> tuple[str, str]:
         """The memory's and the output's equation, as the README prints them."""
         candidate = "tanh(c~_t)" if self.squash_candidate else "c~_t"
@@ -156,8 +167,8 @@ def resolve_clip(memory_clip: str | float | None, cell: Cell, layer_norm: bool) 
 
     Args:
         memory_clip: a number, also as text; ``"none"`` or None for no limit; or ``"auto"``. ``"auto"`` is
-            :data:`AUTO_CLIP` for a cell that feeds back a memory without squashing or layer normalisation, and no limit
-            for the others.
+            :data:`AUTO_CLIP` for a cell that feeds back a memory without squashing, layer normalisation or a bounded
+            kernel, and no limit for the others.
         cell: the cell, with or without feedback.
         layer_norm: whether the memory is normalised.
 
@@ -205,10 +216,12 @@ def cell_of_key(key: str) -> Cell:
         RKMError: it is no cell's.
     """
     try:
-        name, feedback, clip = key.split("/")
+        name, feedback, clip, *kernel = key.split("/")
         alone = name.endswith(ALONE)
         cell = resolve_cell(name.removesuffix(ALONE), None if int(feedback) or alone else False)
         cell = cell.memory_alone if alone else cell
-        return cell.clipped(None if clip == "None" else float(clip))
+        cell = cell.clipped(None if clip == "None" else float(clip))
+        return cell.through(kernel_of_key(*kernel)) if kernel else cell
     except ValueError as error:
-        raise RKMError(f"{key!r} names no cell: it must be NAME/FEEDBACK/CLIP, as in rkm_lstm/1/1.0") from error
+        known = "it must be NAME/FEEDBACK/CLIP, as in rkm_lstm/1/1.0, or end in /KERNEL, as in rkm_lstm/1/1.0/gaussian"
+        raise RKMError(f"{key!r} names no cell: {known}") from error

@@ -49,9 +49,23 @@ class Backend:
     step_time: Estimate | None = None
 
 
+def _linear_alone(refuses: Refusal) -> Refusal:
+    """The refusal of a backend whose candidates are linear."""
+
+    def refuses_kernels(cell: Cell, inputs: Tensor, weights: Weights) -> str | None:
+        if not cell.kernel.is_linear:
+            return f"it has the linear kernel alone, not {cell.kernel.name!r}; batched has all"
+        return refuses(cell, inputs, weights)
+
+    return refuses_kernels
+
+
 def _backend(
-    name: str, passes: Any, refuses: Refusal = _takes_all, automatic: bool = True, step_time: Estimate | None = None
-) -> tuple[str, Backend]:
+    name: str, passes: Any, refuses: Refusal = _takes_all, automatic: bool = True, step_time: Estimate | None = None,
+    kernels: bool = False,
+) -> tuple[str, Backend]:  # fmt: skip
+    """``kernels``: whether it takes candidates through any kernel; otherwise it refuses all but the linear one."""
+    refuses = refuses if kernels else _linear_alone(refuses)
     return name, Backend(Operator(name, passes, refuses), refuses, automatic, step_time)
 
 
@@ -62,8 +76,8 @@ BACKENDS: dict[str, Backend] = dict(
         _backend("stepwise", stepwise.PASSES, stepwise.refuses, step_time=stepwise.step_time),
         _backend("scan", scan.PASSES, scan.refuses),
         _backend("native", native.PASSES, native.refuses),
-        _backend("batched", batched.PASSES),
-        _backend("reference", REFERENCE, automatic=False),
+        _backend("batched", batched.PASSES, kernels=True),
+        _backend("reference", REFERENCE, automatic=False, kernels=True),
     )
 )
 """The backends by name, the preferred first."""

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fairseq_rkm.ops import onnx_lstm
+from fairseq_rkm.ops import kernel_candidates, onnx_lstm
 from fairseq_rkm.ops.cells import Cell
+from fairseq_rkm.ops.kernel_candidates import Filters
 from fairseq_rkm.ops.ngram import windows
 from fairseq_rkm.ops.problem_checks import check, laid_out
 from fairseq_rkm.ops.reference import update
@@ -26,10 +27,11 @@ Results = tuple[Tensor, Tensor, Tensor]
 """Outputs, hidden state and memory."""
 Tensors = dict[str, Tensor]
 
-ROWS = "projected", "real", "anew"
-"""What a step may read of its time: ``W X_t + b``, whether the step is real, and whether the state begins anew."""
-CONSTANTS = "recurrent", "norm_weight", "norm_bias", "sigma_i", "sigma_f", "fresh_hidden", "fresh_memory"
-"""What each step may read: weights, and the state that a reset begins with."""
+ROWS = "projected", "real", "anew", "squares"
+"""What a step may read of its time: ``W X_t + b``, whether it is real, whether the state begins anew, ``|X_t|^2``."""
+WEIGHTS = "recurrent", "norm_weight", "norm_bias", "sigma_i", "sigma_f"
+CONSTANTS = *WEIGHTS, "filters", "fresh_hidden", "fresh_memory"
+"""What each step may read: weights, a kernel's filters, and the state that a reset begins with."""
 
 
 def is_recording() -> bool:
@@ -66,11 +68,15 @@ def recurrence(
     plain = keep is None and reset is None and not memories
     if plain and torch.onnx.is_in_onnx_export() and onnx_lstm.fits(cell, window, weights):
         return onnx_lstm.recurrence(cell, window, weights, hidden, memory)
-    rows = F.linear(window, weights.input, weights.bias), keep, reset
+    bias, squares, filters = weights.bias, None, None
+    if not cell.kernel.is_linear:
+        bias, squares = kernel_candidates.product_bias(cell, weights), kernel_candidates.squared(window)
+        filters = torch.stack(kernel_candidates.filters_of(cell, weights))
+    rows = F.linear(window, weights.input, bias), keep, reset, squares
     begin = [None if f is None else f.to(state.dtype) for f, state in zip(fresh, (hidden, memory), strict=True)]
-    read = [dict(zip(weights._fields, weights.tensors(), strict=True)).get(name) for name in CONSTANTS[:-2]]
+    read = [dict(zip(weights._fields, weights.tensors(), strict=True)).get(name) for name in WEIGHTS]
     record = _torchscript if torch.jit.is_tracing() else _scan
-    given, constants = _given(ROWS, rows), _given(CONSTANTS, (*read, *begin))
+    given, constants = _given(ROWS, rows), _given(CONSTANTS, (*read, filters, *begin))
     step = _step(cell, size, list(given), list(constants), weights, memories)
     return record(step, given, constants, hidden, memory)
 
@@ -93,7 +99,9 @@ def _step(
             anew = row["anew"].unsqueeze(1)
             hidden = torch.where(anew, read.pop("fresh_hidden", torch.zeros_like(hidden)), hidden)
             memory = torch.where(anew, read.pop("fresh_memory", torch.zeros_like(memory)), memory)
-        new_hidden, new_memory = update(cell, row["projected"], weights._replace(**read), hidden, memory, size)
+        filters = Filters(*read.pop("filters").unbind()) if "filters" in read else None
+        own = weights._replace(**read)
+        new_hidden, new_memory = update(cell, row["projected"], own, hidden, memory, size, filters, row.get("squares"))
         output = new_memory if memories else new_hidden
         if "real" not in row:
             return output, new_hidden, new_memory
@@ -191,15 +199,15 @@ def _loop_over(step: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a loop over ``step``, a function of TorchScript."""
 
     def loop(
-        projected: Tensor, real: Tensor, anew: Tensor, hidden: Tensor, memory: Tensor, recurrent: Tensor,
-        norm_weight: Tensor, norm_bias: Tensor, sigma_i: Tensor, sigma_f: Tensor, fresh_hidden: Tensor,
-        fresh_memory: Tensor,
+        projected: Tensor, real: Tensor, anew: Tensor, squares: Tensor, hidden: Tensor, memory: Tensor,
+        recurrent: Tensor, norm_weight: Tensor, norm_bias: Tensor, sigma_i: Tensor, sigma_f: Tensor, filters: Tensor,
+        fresh_hidden: Tensor, fresh_memory: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         outputs = [hidden.unsqueeze(0)[:0]]
         for t in range(projected.size(0)):
             output, hidden, memory = step(
-                projected[t], real[t], anew[t], hidden, memory, recurrent, norm_weight, norm_bias, sigma_i, sigma_f,
-                fresh_hidden, fresh_memory,
+                projected[t], real[t], anew[t], squares[t], hidden, memory, recurrent, norm_weight, norm_bias, sigma_i,
+                sigma_f, filters, fresh_hidden, fresh_memory,
             )  # fmt: skip
             outputs.append(output.unsqueeze(0))
         return torch.cat(outputs), hidden, memory

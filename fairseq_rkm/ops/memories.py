@@ -2,15 +2,18 @@
 
 No backend gives them out. But ``c_t`` is a function of ``X_t``, ``h_{t-1}`` and ``c_{t-1}``, and the outputs tell all
 ``h_{t-1}``: a second recurrence, without feedback, has the memories as its outputs. Its inputs are ``[X_t, h_{t-1}]``
-and its weights ``[W, U]``. Gradients go through both recurrences.
+and its weights ``[W, U]``. Gradients go through both recurrences. Candidates through a kernel other than the linear one
+are computed for all steps before, and are further inputs.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fairseq_rkm.ops import anew, dispatch, exported_loop
 from fairseq_rkm.ops.cells import OUTPUT, Cell
 from fairseq_rkm.ops.gate_layout import gate_slices
+from fairseq_rkm.ops.kernel_candidates import candidate, filters_of, sees_hidden, squared
 from fairseq_rkm.ops.ngram import windows
 from fairseq_rkm.ops.segments import Fresh, Reset
 from fairseq_rkm.ops.weights import Weights, memory_dtype
@@ -50,12 +53,17 @@ def memories(
         )[0]
     wide = memory_dtype(inputs.dtype)
     backend = "reference" if backend == "reference" else "auto"
-    if weights.recurrent is not None:
-        ngram = inputs.size(0) - output.size(0) + 1
-        within = windows(inputs, ngram, ahead, None if reset is None else reset.mask)
-        before = _previous(output, hidden, keep, None if reset is None else reset.mask, fresh[0])
-        inputs, ahead = torch.cat([within, before], dim=2), 0
+    if weights.recurrent is not None or not cell.kernel.is_linear:
+        mask = None if reset is None else reset.mask
+        read = [windows(inputs, inputs.size(0) - output.size(0) + 1, ahead, mask)]
+        if weights.recurrent is not None:
+            read.append(_previous(output, hidden, keep, mask, fresh[0]))
+        if not cell.kernel.is_linear:
+            read.append(_candidates(cell, [part.to(wide) for part in read], weights.widened(wide), size))
+        inputs, ahead = torch.cat(read, dim=2), 0
     own = _without_output(cell, weights, size).widened(wide)
+    if not cell.kernel.is_linear:
+        own = _taking_candidates(own, size)
     arguments = cell.memory_alone, inputs.to(wide), own, size, None, memory, keep, backend
     if reset is None:
         return dispatch.recurrence(*arguments)[0]
@@ -72,6 +80,27 @@ def _without_output(cell: Cell, weights: Weights, size: int) -> Weights:
         fed_back = [parts.get(gate, zeros) for gate in gate_slices(cell, size) if gate != OUTPUT]
         matrix = torch.cat([matrix, torch.cat(fed_back)], dim=1)
     return weights._replace(input=matrix, recurrent=None, bias=bias)
+
+
+def _candidates(cell: Cell, read: list[Tensor], weights: Weights, size: int) -> Tensor:
+    """``c~_t`` of all steps through the cell's kernel, ``(T, B, d)``, from all ``X_t`` and perhaps all ``h_{t-1}``."""
+    matrices = [weights.input[:size]]
+    if sees_hidden(cell) and weights.recurrent is not None:
+        matrices.append(weights.recurrent[:size])
+    seen = torch.cat(read[: len(matrices)], dim=2)
+    return candidate(cell, F.linear(seen, torch.cat(matrices, dim=1)), filters_of(cell, weights), squared(seen))
+
+
+def _taking_candidates(weights: Weights, size: int) -> Weights:
+    """The weights for inputs with the candidates behind them."""
+    own, others = weights.input.split((size, weights.input.size(0) - size))
+    eye = torch.eye(size, dtype=own.dtype, device=own.device)
+    taken = torch.cat([eye, eye.new_zeros(others.size(0), size)])
+    matrix = torch.cat([torch.cat([torch.zeros_like(own), others]), taken], dim=1)
+    bias = weights.bias
+    if bias is not None:
+        bias = torch.cat([torch.zeros_like(bias[:size]), bias[size:]])
+    return weights._replace(input=matrix, bias=bias, kernel_scale=None, kernel_offset=None)
 
 
 def _previous(

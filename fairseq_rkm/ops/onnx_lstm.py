@@ -14,6 +14,7 @@ ORDER_OF_TORCH = INPUT, FORGET, CANDIDATE, OUTPUT
 def fits(cell: Cell, window: Tensor, weights: Weights) -> bool:
     """Whether ONNX's LSTM computes this cell on these inputs; onnxruntime has it for float32 alone."""
     same = cell.name == "lstm" and cell.has_feedback and cell.clip is None and weights.norm_weight is None
+    same = same and cell.kernel.is_linear
     known = torch.jit.is_tracing() or hasattr(torch.onnx, "ops")  # from PyTorch 2.8
     return same and known and window.dtype == torch.float32
 

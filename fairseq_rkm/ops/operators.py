@@ -140,7 +140,7 @@ class Operator:
 
     def _gradients(self, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         needs = ctx.needs_input_grad
-        needs = (*needs[1:4], *needs[5:12])
+        needs = (*needs[1:4], *needs[5 : 5 + len(Weights._fields)])
         inputs, hidden, memory, *weights = differentiate(self.passes, self.backward, load(ctx), grads[:3], needs)
         return None, inputs, hidden, memory, None, *weights, None, None
 

@@ -21,6 +21,8 @@ def check(
         ("biases", weights.bias, (gates,), dtype),
         ("layer norm's gain", weights.norm_weight, (size,), None),
         ("layer norm's bias", weights.norm_bias, (size,), None),
+        ("kernel's scale", weights.kernel_scale, (size,), None),
+        ("kernel's offset", weights.kernel_offset, (size,), None),
         ("hidden state", hidden, (batch, size), None),
         ("memory", memory, (batch, size), None),
         ("mask", keep, (length - ngram + 1, batch), torch.bool),

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fairseq_rkm.ops import kernel_candidates
 from fairseq_rkm.ops.cells import CANDIDATE, FORGET, INPUT, OUTPUT, Cell
+from fairseq_rkm.ops.kernel_candidates import Filters
 from fairseq_rkm.ops.weights import LAYER_NORM_EPS, Weights
 
 
@@ -34,6 +36,7 @@ def recurrence(
     """
     ngram = weights.input.size(1) // inputs.size(2)
     outputs = [inputs.new_zeros(0, *hidden.shape)]
+    filters = None if cell.kernel.is_linear else kernel_candidates.filters_of(cell, weights)
     # A program recorded by torch.jit.trace has a fixed number of steps. Unbinding makes it refuse another number.
     rows = inputs.unbind()
     for t in range(len(rows) - ngram + 1):
@@ -41,7 +44,7 @@ def recurrence(
         if reset is not None:
             begins = reset[t].unsqueeze(1)
             hidden, memory = torch.where(begins, fresh[0], hidden), torch.where(begins, fresh[1], memory)
-        new_hidden, new_memory = step(cell, window, weights, hidden, memory)
+        new_hidden, new_memory = step(cell, window, weights, hidden, memory, filters)
         if keep is None:
             hidden, memory, output = new_hidden, new_memory, new_hidden
         else:
@@ -53,15 +56,32 @@ def recurrence(
     return torch.cat(outputs), hidden, memory
 
 
-def step(cell: Cell, window: Tensor, weights: Weights, hidden: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
-    """``h_t`` and ``c_t``, ``(B, d)`` each, from ``X_t``, ``(B, n * m)``, ``h_{t-1}`` and ``c_{t-1}``."""
-    return update(cell, F.linear(window, weights.input, weights.bias), weights, hidden, memory, memory.size(1))
+def step(
+    cell: Cell, window: Tensor, weights: Weights, hidden: Tensor, memory: Tensor, filters: Filters | None = None
+) -> tuple[Tensor, Tensor]:
+    """``h_t`` and ``c_t``, ``(B, d)`` each, from ``X_t``, ``(B, n * m)``, ``h_{t-1}`` and ``c_{t-1}``.
+
+    ``filters`` are those of :func:`fairseq_rkm.ops.kernel_candidates.filters_of`; None computes them. The linear kernel
+    has none.
+    """
+    size = memory.size(1)
+    if cell.kernel.is_linear:
+        return update(cell, F.linear(window, weights.input, weights.bias), weights, hidden, memory, size)
+    filters = kernel_candidates.filters_of(cell, weights) if filters is None else filters
+    projected = F.linear(window, weights.input, kernel_candidates.product_bias(cell, weights))
+    squares = kernel_candidates.squared(window)
+    return update(cell, projected, weights, hidden, memory, size, filters, squares)
 
 
 def update(
-    cell: Cell, projected: Tensor, weights: Weights, hidden: Tensor, memory: Tensor, size: int
-) -> tuple[Tensor, Tensor]:
-    """As :func:`step`, from ``W X_t + b``, ``(B, gates * d)``; ``size``: d."""
+    cell: Cell, projected: Tensor, weights: Weights, hidden: Tensor, memory: Tensor, size: int,
+    filters: Filters | None = None, squares: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As :func:`step`, from ``W X_t + b``, ``(B, gates * d)``; ``size``: d.
+
+    A kernel other than the linear one takes the candidate's ``W X_t`` without bias, the filters and ``|X_t|^2``,
+    ``(B, 1)``.
+    """
     a = dict(zip(cell.gates, projected.split(size, 1), strict=True))
     if weights.recurrent is not None:
         fed_back = F.linear(hidden, weights.recurrent).split(size, 1)
@@ -69,7 +89,7 @@ def update(
             a[gate] = a[gate] + term
     a = {gate: value.to(memory.dtype) for gate, value in a.items()}
 
-    candidate = torch.tanh(a[CANDIDATE]) if cell.squash_candidate else a[CANDIDATE]
+    candidate = _candidate(cell, a[CANDIDATE], hidden, filters, squares)
     forget = torch.sigmoid(a[FORGET]) if cell.forget_is_gate else weights.sigma_f
     if cell.input_is_gate:
         new_memory = torch.sigmoid(a[INPUT]) * candidate
@@ -88,3 +108,12 @@ def update(
     if cell.output_is_gate:
         output = torch.sigmoid(a[OUTPUT]) * output
     return output.to(hidden.dtype), new_memory
+
+
+def _candidate(cell: Cell, dot: Tensor, hidden: Tensor, filters: Filters | None, squares: Tensor | None) -> Tensor:
+    """What enters the memory, ``(B, d)``, from the candidate's product."""
+    if filters is not None and squares is not None:
+        if kernel_candidates.sees_hidden(cell):
+            squares = squares + kernel_candidates.squared(hidden)
+        dot = kernel_candidates.candidate(cell, dot, filters, squares)
+    return torch.tanh(dot) if cell.squash_candidate else dot

@@ -19,6 +19,8 @@ class Weights(NamedTuple):
         norm_bias: ``(d,)``, its bias, or None.
         sigma_i: ``s_i``, a scalar tensor or a number; only cells with a constant input scale read it.
         sigma_f: ``s_f``, ``(d,)`` or a number; only cells with a constant memory scale read it.
+        kernel_scale: s of the candidate's kernel, ``(d,)``, or None for a kernel without.
+        kernel_offset: b of the candidate's kernel, ``(d,)``, or None for a kernel without.
     """
 
     input: Tensor
@@ -28,6 +30,8 @@ class Weights(NamedTuple):
     norm_bias: Tensor | None = None
     sigma_i: Tensor | float = 0.5
     sigma_f: Tensor | float = 0.5
+    kernel_scale: Tensor | None = None
+    kernel_offset: Tensor | None = None
 
     def widened(self, wide: torch.dtype) -> "Weights":
         """The same weights in another dtype."""
@@ -36,7 +40,7 @@ class Weights(NamedTuple):
     def laid_out(self, wide: torch.dtype) -> "Weights":
         """The same weights, contiguous in memory, as backends read them.
 
-        The layer norm and the scales act on the memory: they get its dtype, ``wide``.
+        The layer norm, the scales and the kernel act on the memory: they get its dtype, ``wide``.
         """
         narrow, others = self[:3], self[3:]
         return Weights(

@@ -69,6 +69,21 @@ def test_onnx_runs_at_any_size(exporter, arguments, masked, tmp_path):
         assert_same(loaded(path), net, net.inputs(steps, batch))
 
 
+KERNELS = [
+    ("polynomial", "rkm_lstm", "torch.jit.trace"),
+    ("arccos", "lstm", "torch.jit.trace"),
+    ("gaussian", "rkm_cifg", "torch.export"),
+]
+
+
+@pytest.mark.parametrize(("kernel", "cell", "exporter"), KERNELS)
+def test_a_kernel_is_itself_in_onnx(kernel, cell, exporter, tmp_path):
+    net, path = network(kernel=kernel, cell=cell), str(tmp_path / "rkm.onnx")
+    assert "LSTM" not in export(net, exporter, path)
+    for steps, batch in SIZES:
+        assert_same(loaded(path), net, net.inputs(steps, batch))
+
+
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("feedback", [None, False])
 def test_every_cell_is_itself_in_onnx(cell, feedback, tmp_path):

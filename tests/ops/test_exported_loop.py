@@ -179,3 +179,29 @@ def test_aot_inductor_compiles_the_loop(tmp_path):
     compiled = torch._inductor.aoti_load_package(path)
     for steps, batch in SIZES:
         assert_same(compiled, net, net.inputs(steps, batch))
+
+
+KERNELS = [
+    {"kernel": "polynomial", "cell": "rkm_cifg"},
+    {"kernel": "gaussian", "ngram": 2, "layer_norm": True},
+    {"kernel": "arccos", "cell": "ran", "learn_kernel": False},
+    {"kernel": "arccos", "kernel_degree": 0, "cell": "lstm"},
+]
+
+
+@pytest.mark.parametrize("arguments", KERNELS, ids=str)
+def test_candidates_through_a_kernel_are_recorded(arguments):
+    net = network(masked=True, **arguments)
+    program = exported(net)
+    assert len(scans(program)) == 1
+    traced = torch.jit.trace(net, net.inputs(5, 2))
+    for steps, batch in SIZES:
+        assert_same(program.module(), net, net.inputs(steps, batch))
+        assert_same(traced, net, net.inputs(steps, batch))
+
+
+def test_resets_and_memories_through_a_kernel_are_recorded():
+    net = Episodes(randomized(RKM(3, 4, kernel="gaussian", ngram=2, dtype=torch.float64))).eval()
+    traced = torch.jit.trace(net, net.inputs(5, 2))
+    for steps, batch in SIZES:
+        assert_same(traced, net, net.inputs(steps, batch))

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from torch.utils.flop_counter import FlopCounterMode
 
 from fairseq_rkm import CELLS, RKM, RKMError
-from fairseq_rkm.ops import BACKENDS
+from fairseq_rkm.ops import BACKENDS, Weights
 from fairseq_rkm.ops.backends.native import native
 from fairseq_rkm.ops.cells import cell_of_key
 from fairseq_rkm.ops.operators import arguments
@@ -56,7 +56,7 @@ def check_operator(name, **options):
     plain = operator_arguments(**options, requires_grad=False)
     output, _, memory, *own = operator(name)(*plain)
     grads = torch.randn_like(output), None, torch.randn_like(memory)
-    needs = [plain[i] is not None for i in (1, 2, 3, *range(5, 12))]
+    needs = [plain[i] is not None for i in (1, 2, 3, *range(5, 5 + len(Weights._fields)))]
     opcheck(operator(f"{name}_backward"), (*plain, own, *grads, needs))
 
 
@@ -108,7 +108,9 @@ def test_an_operator_called_with_what_does_not_fit_refuses():
     given = operator_arguments(requires_grad=False)
     output, _, _, *own = operator("batched")(*given)
     with pytest.raises(RKMError, match="a result of fairseq_rkm::batched must be"):
-        operator("batched_backward")(*given, [o[:1] for o in own], output, None, None, [True] * 3 + [False] * 7)
+        operator("batched_backward")(
+            *given, [o[:1] for o in own], output, None, None, [True] * 3 + [False] * len(Weights._fields)
+        )
 
 
 def test_a_cell_is_read_from_its_key():

@@ -9,7 +9,7 @@ Without feedback a block is the whole sequence. Only the memory's own recurrence
 memory has no loop.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,6 +18,15 @@ from torch import Tensor
 from fairseq_rkm.ops.cells import CANDIDATE, FORGET, INPUT, OUTPUT, Cell
 from fairseq_rkm.ops.gate_layout import gate_slices, recurrent_slice
 from fairseq_rkm.ops.gradients import parameter_gradients
+from fairseq_rkm.ops.kernel_candidates import (
+    CandidateSlopes,
+    candidate,
+    filters_of,
+    product_bias,
+    sees_hidden,
+    squared,
+    squared_windows,
+)
 from fairseq_rkm.ops.ngram import last_real_step, project
 from fairseq_rkm.ops.passes import Extent, Gradients, Passes, Results, Saved, Sketch
 from fairseq_rkm.ops.weights import LAYER_NORM_EPS, Weights, memory_dtype
@@ -27,8 +36,11 @@ def forward(
     cell: Cell, inputs: Tensor, weights: Weights, hidden: Tensor | None, memory: Tensor | None, keep: Tensor | None
 ) -> Results:
     """The forward pass of :data:`PASSES`."""
-    gates = project(inputs, weights.input, weights.bias).to(memory_dtype(inputs.dtype))
+    bias = weights.bias if cell.kernel.is_linear else product_bias(cell, weights)
+    gates = project(inputs, weights.input, bias).to(memory_dtype(inputs.dtype))
     run = _Forward(cell, weights, gates, inputs.dtype, keep)
+    if not cell.kernel.is_linear:
+        run.take_kernel(inputs)
     run.start(hidden, memory)
     run.loop()
     norm = run.norm or (None, None, None)
@@ -39,13 +51,20 @@ def backward(saved: Saved, grads: Gradients, needs: Sequence[bool]) -> Gradients
     """The backward pass of :data:`PASSES`."""
     cell, weights, (gates, hidden, memory, raw, mean, rstd) = saved.cell, saved.weights, saved.own
     norm = None if raw is None else _Norm(raw, mean, rstd)
-    run = _Backward(cell, weights, gates, hidden, memory, saved.keep, norm)
+    slopes = None if cell.kernel.is_linear else CandidateSlopes(cell, weights, saved.inputs, hidden[:-1])
+    run = _Backward(cell, weights, gates, hidden, memory, saved.keep, norm, slopes)
     likes = hidden[1:], hidden[0], memory[0]
     given = [torch.zeros_like(like) if grad is None else grad for grad, like in zip(grads, likes, strict=True)]
     grad_hidden, grad_memory = run.loop(*given)
-    grad_inputs, *rest = parameter_gradients(
-        cell, weights, saved.inputs, hidden, memory, gates, run.factors, run.norm_gradients(), (needs[0], *needs[3:])
-    )
+    known, wanted = run.norm_gradients(), (needs[0], *needs[3:])
+    if slopes is None:
+        grad_inputs, *rest = parameter_gradients(
+            cell, weights, saved.inputs, hidden, memory, gates, run.factors, known, wanted
+        )
+    else:
+        grad_inputs, *rest = slopes.parameter_gradients(
+            hidden, memory, gates, run.factors, run.to_candidate, known, wanted
+        )
     return grad_inputs, grad_hidden if needs[1] else None, grad_memory if needs[2] else None, *rest
 
 
@@ -94,6 +113,23 @@ class _Forward:
         if weights.norm_weight is not None:
             statistics = (gates.new_empty(steps, batch, 1) for _ in range(2))
             self.norm = _Norm(torch.empty_like(self.memory[1:]), *statistics)
+        self.through: Callable[[slice], Tensor] | None = None
+
+    def take_kernel(self, inputs: Tensor) -> None:
+        """Take candidates through the cell's kernel: the gates hold ``w^T z`` in their place."""
+        size = self.hidden.size(2)
+        filters, windows = filters_of(self.cell, self.weights), squared_windows(inputs, self._ngram(inputs))
+
+        def through(block: slice) -> Tensor:
+            squares = windows[block]
+            if sees_hidden(self.cell):
+                squares = squares + squared(self.hidden[block])
+            return candidate(self.cell, self.gates[block][..., :size], filters, squares)
+
+        self.through = through
+
+    def _ngram(self, inputs: Tensor) -> int:
+        return self.weights.input.size(1) // inputs.size(2)
 
     def start(self, hidden: Tensor | None, memory: Tensor | None) -> None:
         """Begin with this state; None stands for zeros."""
@@ -128,6 +164,8 @@ class _Forward:
     def _activate(self, block: slice) -> None:
         size = self.hidden.size(2)
         gates = self.gates[block]
+        if self.through is not None:
+            gates[..., :size] = self.through(block)
         if self.cell.squash_candidate:
             gates[..., :size].tanh_()
         if len(self.cell.gates) > 1:
@@ -185,10 +223,10 @@ class _Backward:
 
     def __init__(
         self, cell: Cell, weights: Weights, gates: Tensor, hidden: Tensor, memory: Tensor, keep: Tensor | None,
-        norm: _Norm | None,
+        norm: _Norm | None, slopes: CandidateSlopes | None = None,
     ) -> None:  # fmt: skip
         self.cell, self.weights, self.gates, self.hidden, self.memory = cell, weights, gates, hidden, memory
-        self.norm = norm
+        self.norm, self.slopes = norm, slopes
         self.padding = None if keep is None else ~keep.unsqueeze(-1)
         self.at = gate_slices(cell, hidden.size(2))
         self.normed_grad = torch.empty_like(memory[1:] if norm is not None else memory[:0])
@@ -202,7 +240,11 @@ class _Backward:
         return (raw.abs() <= clip).to(raw.dtype)
 
     def _factors(self) -> None:
-        """``factors``: d c_t / d a^g_t before the layer norm, or d h_t / d a^output_t; ``slope``: d h_t / d c_t."""
+        """``factors``: d c_t / d a^g_t before the layer norm, or d h_t / d a^output_t; ``slope``: d h_t / d c_t.
+
+        Through a kernel other than the linear one ``factors`` are with respect to the candidate's ``w^T z``, and
+        ``to_candidate`` to what the kernel gives.
+        """
         cell, at, gates, memory = self.cell, self.at, self.gates, self.memory[1:]
         factors = torch.empty_like(gates)
         candidate = gates[..., at[CANDIDATE]]
@@ -216,6 +258,9 @@ class _Backward:
             torch.mul(torch.ones_like(into), self.weights.sigma_i, out=into)
         if cell.squash_candidate:
             into.mul_(_tanh_slope(candidate))
+        self.to_candidate = into[:0] if self.slopes is None else into.clone()
+        if self.slopes is not None:
+            into.mul_(self.slopes.dot)
         if cell.forget_is_gate:
             reach = self.memory[:-1] - candidate if cell.input_is_complement else self.memory[:-1]
             factors[..., at[FORGET]] = reach * _sigmoid_slope(gates[..., at[FORGET]])
@@ -228,6 +273,8 @@ class _Backward:
         if self.padding is not None:
             # Filled, not multiplied: zero times NaN is NaN, and padding has no part in a gradient.
             factors.masked_fill_(self.padding, 0)
+            if self.slopes is not None:
+                self.to_candidate.masked_fill_(self.padding, 0)
             slope.masked_fill_(self.padding, 0)
         self.factors, self.slope = factors, slope
 
@@ -250,6 +297,9 @@ class _Backward:
             grad_memory = self._through_memory(t, torch.addcmul(grad_memory, grad_hidden, self.slope[t]))
             fed_back = self.factors[t, :, recurrent]
             grad_hidden = (fed_back.to(weights.recurrent.dtype) @ weights.recurrent).to(dtype)
+            if self.slopes is not None and self.slopes.windows is not None and sees_hidden(self.cell):
+                to_squares = self.slopes.through_windows(self.to_candidate[t] * self.slopes.windows[t])
+                grad_hidden.addcmul_(self.hidden[t].to(dtype), to_squares, value=2)
             if self.padding is not None:
                 grad_hidden = torch.where(self.padding[t], through, grad_hidden)
         return grad_hidden.to(self.hidden.dtype), grad_memory
@@ -295,6 +345,8 @@ class _Backward:
         count = len(self.cell.gates) - self.cell.output_is_gate
         gates = self.factors[block][..., : count * size].unflatten(-1, (count, size))
         gates *= grad.unsqueeze(-2)
+        if self.slopes is not None:
+            self.to_candidate[block] *= grad
         return grad
 
     def _through_memory(self, t: int, grad: Tensor) -> Tensor:
