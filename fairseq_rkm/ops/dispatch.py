@@ -74,7 +74,7 @@ BACKENDS: dict[str, Backend] = dict(
         _backend("blockwise", blockwise.PASSES, blockwise.refuses, step_time=blockwise.step_time),
         _backend("persistent", persistent.PASSES, persistent.refuses, step_time=persistent.step_time),
         _backend("stepwise", stepwise.PASSES, stepwise.refuses, step_time=stepwise.step_time),
-        _backend("scan", scan.PASSES, scan.refuses),
+        _backend("scan", scan.PASSES, scan.refuses, kernels=True),
         _backend("native", native.PASSES, native.refuses),
         _backend("batched", batched.PASSES, kernels=True),
         _backend("reference", REFERENCE, automatic=False, kernels=True),

@@ -24,6 +24,7 @@ from ops.test_backends import (
     problem,
 )
 from ops.test_higher_derivatives import VARIANTS, compare_derivatives
+from ops.test_kernel_candidates import bound_of, of_kernels
 from ops.test_operators import check_operator
 
 HAS_GPU = torch.cuda.is_available()
@@ -105,6 +106,19 @@ def test_the_gradient_passes_at_the_bound_itself_and_not_beyond(dtype):
         given = gradients_at_the_bound("scan", cell, False, dtype, DEVICE)
         assert given[0].ne(0).tolist() == [True, True, False]
         assert_close(given, gradients_at_the_bound("reference", cell, False, dtype), cell)
+
+
+@runs
+@of_kernels
+def test_candidates_through_a_kernel(kernel):
+    for cell in CELLS:
+        options = {"device": DEVICE, "cell": cell, "feedback": False, "sizes": (3, 5), "learn_sigma": True, **kernel}
+        compare("scan", mask="mixed", ngram=3, memory_clip=bound_of(kernel), bidirectional=True, **options)
+    compare("scan", device=DEVICE, cell="rkm_cifg", feedback=False, layer_norm=True, return_memory=True, **kernel)
+    shape = {"steps": 7, "batch": 3, "sizes": (6, 9), "feedback": False}
+    for dtype in (torch.float32, torch.bfloat16):
+        for cell in ("lstm", "linear_kernel"):
+            compare("scan", device=DEVICE, dtype=dtype, cell=cell, tf32=TF32, **shape, **kernel)
 
 
 def one_unit(backend, steps, memory, dtype=torch.float64):
