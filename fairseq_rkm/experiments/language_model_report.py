@@ -21,6 +21,7 @@ from fairseq_rkm.experiments.circumstances import circumstances
 from fairseq_rkm.experiments.fairseq_log import parse_line, time_of
 from fairseq_rkm.experiments.result_files import draw, pyplot, write_json
 from fairseq_rkm.ops.cells import CELLS, resolve_cell, resolve_clip
+from fairseq_rkm.ops.kernel_functions import resolve_kernel
 
 PAPER = {
     "Penn Treebank": {
@@ -181,6 +182,9 @@ def _variant(cfg: dict[str, Any]) -> str:
     clip = _clip(flags)
     if clip is not None:
         parts.append(f"memory clip {clip:g}")
+    if flags.get("kernel", "linear") != "linear":
+        degree = flags.get("kernel_degree")
+        parts.append(f"{flags['kernel']} kernel{'' if degree is None else f' of degree {degree}'}")
     # A number, a list of one for each layer, or the command line's text of either.
     numbers = re.findall(r"\d+", str(flags.get("ngram", 1)))
     if set(numbers) != {"1"}:
@@ -200,6 +204,7 @@ def _clip(flags: dict[str, Any]) -> float | None:
     if flags.get("cell") not in CELLS:
         return None
     cell = resolve_cell(flags["cell"], False if flags.get("no_feedback") else None)
+    cell = cell.through(resolve_kernel(flags.get("kernel") or "linear", flags.get("kernel_degree")))
     return resolve_clip(setting, cell, bool(flags.get("layer_norm")))
 
 

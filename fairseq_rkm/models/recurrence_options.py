@@ -9,8 +9,10 @@ from fairseq_rkm.models.machine_memory import check_machine_memory
 from fairseq_rkm.modules import RKM
 from fairseq_rkm.modules.parameters import NGRAM_PADDINGS
 from fairseq_rkm.ops import BACKENDS, CELLS, resolve_cell
+from fairseq_rkm.ops.kernel_functions import KERNELS
 
 CELL_CHOICES = ChoiceEnum(list(CELLS))
+KERNEL_CHOICES = ChoiceEnum(list(KERNELS))
 NGRAM_PADDING_CHOICES = ChoiceEnum(list(NGRAM_PADDINGS))
 BACKEND_CHOICES = ChoiceEnum(["auto", *BACKENDS])
 
@@ -23,6 +25,23 @@ class RKMOptions(FairseqDataclass):
     """The flags of a recurrence and its backend."""
 
     cell: CELL_CHOICES = field(default="rkm_lstm", metadata={"help": "recurrent cell"})
+    kernel: KERNEL_CHOICES = field(
+        default="linear", metadata={"help": "kernel through which the candidate's filters meet the inputs and h_{t-1}"}
+    )
+    kernel_degree: Optional[int] = field(
+        default=None, metadata={"help": "degree of polynomial (from 1; default: 2) or arccos (0 or 1; default: 1)"}
+    )
+    kernel_scale: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "where s of polynomial and gaussian starts; default: 1, and for gaussian the root of the number of "
+            "features that it sees"
+        },
+    )
+    kernel_offset: Optional[float] = field(
+        default=None, metadata={"help": "where b of polynomial starts, at least 0; default: 1"}
+    )
+    fixed_kernel: bool = field(default=False, metadata={"help": "do not learn s and b"})
     ngram: int = field(default=1, metadata={"help": "number of inputs that a step sees"})
     ngram_padding: NGRAM_PADDING_CHOICES = field(
         default="causal", metadata={"help": "whether an n-gram ends at its step or is centred there"}
@@ -35,7 +54,7 @@ class RKMOptions(FairseqDataclass):
         default="auto",
         metadata={
             "help": "auto, none or the magnitude to which the memory is clipped at each step; auto is 1 for a memory "
-            "that is fed back with neither squashing nor --layer-norm to bound it, else none"
+            "that is fed back with no squashing, --layer-norm or bounded --kernel to bound it, else none"
         },
     )
     sigma_i2: float = field(default=0.5, metadata={"help": "constant input scale, within (0, 1)"})
@@ -65,6 +84,11 @@ def build_rkm(options: RKMOptions, input_size: int, hidden_size: int, **argument
     """
     flags = {
         "cell": str(options.cell),
+        "kernel": str(options.kernel),
+        "kernel_degree": options.kernel_degree,
+        "kernel_scale": options.kernel_scale,
+        "kernel_offset": options.kernel_offset,
+        "learn_kernel": not options.fixed_kernel,
         "ngram": options.ngram,
         "ngram_padding": str(options.ngram_padding),
         "feedback": False if options.no_feedback else None,

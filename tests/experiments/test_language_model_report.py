@@ -125,6 +125,11 @@ def test_an_unfinished_run_is_refused(tmp_path):
         ({"_name": "rkm_lm"}, "rkm_lstm"),
         ({"_name": "rkm_lm", "memory_clip": "auto"}, "rkm_lstm, memory clip 1"),
         ({"_name": "rkm_lm", "memory_clip": "none"}, "rkm_lstm"),
+        ({"_name": "rkm_lm", "memory_clip": "auto", "kernel": "gaussian"}, "rkm_lstm, gaussian kernel"),
+        (
+            {"_name": "rkm_lm", "memory_clip": "auto", "kernel": "polynomial", "kernel_degree": 3},
+            "rkm_lstm, memory clip 1, polynomial kernel of degree 3",
+        ),
     ],
 )
 def test_what_a_preset_adds_is_told(run, tmp_path, flags, cell):
