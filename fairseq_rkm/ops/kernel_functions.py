@@ -142,24 +142,39 @@ def _angle(terms: Terms) -> _Angle:
     return _Angle(lengths[0], lengths[1], present, terms.dot / lengths[0] / lengths[1])
 
 
+def _largest(cosine: Tensor) -> float:
+    """The magnitude of cosines from which on two vectors count as parallel: an angle has no slope at 0 and pi."""
+    return 1 - 8 * torch.finfo(cosine.dtype).eps
+
+
 def _clamped(cosine: Tensor) -> Tensor:
-    """A cosine away from 1 and -1, where the angle has no slope."""
-    largest = 1 - 8 * torch.finfo(cosine.dtype).eps
-    return cosine.clamp(-largest, largest)
+    return cosine.clamp(-_largest(cosine), _largest(cosine))
+
+
+def _are_parallel(cosine: Tensor) -> Tensor:
+    return cosine.abs() > _largest(cosine)
+
+
+def _radians(cosine: Tensor) -> Tensor:
+    """The angle of a cosine; exactly 0 or pi for parallel vectors, so that a vector meets itself as it should."""
+    ends = torch.where(cosine > 0, torch.zeros_like(cosine), math.pi)
+    return torch.where(_are_parallel(cosine), ends, torch.acos(_clamped(cosine)))
 
 
 def _sine(cosine: Tensor) -> Tensor:
-    return ((1 - cosine) * (1 + cosine)).sqrt()
+    """The sine of a cosine's angle; exactly 0 for parallel vectors."""
+    clamped = _clamped(cosine)
+    return torch.where(_are_parallel(cosine), 0.0, ((1 - clamped) * (1 + clamped)).sqrt())
 
 
 def _arccos0(terms: Terms) -> Tensor:
-    return 1 - torch.acos(_clamped(_angle(terms).cosine)) / math.pi
+    return 1 - _radians(_angle(terms).cosine) / math.pi
 
 
 def _arccos0_slopes(terms: Terms) -> Slopes:
     filter_, window, _, raw = _angle(terms)
     cosine = _clamped(raw)
-    of_cosine = (raw == cosine) / (math.pi * _sine(cosine))
+    of_cosine = ~_are_parallel(raw) / (math.pi * ((1 - cosine) * (1 + cosine)).sqrt())
     by_squares = of_cosine * cosine / -2
     return Slopes(
         of_cosine / filter_ / window,
@@ -169,17 +184,15 @@ def _arccos0_slopes(terms: Terms) -> Slopes:
 
 
 def _arccos1(terms: Terms) -> Tensor:
-    filter_, window, present, raw = _angle(terms)
-    cosine = _clamped(raw)
+    filter_, window, present, cosine = _angle(terms)
     bent = torch.where(present, filter_ * window * _sine(cosine), 0)
-    return (bent + (math.pi - torch.acos(cosine)) * terms.dot) / math.pi
+    return (bent + (math.pi - _radians(cosine)) * terms.dot) / math.pi
 
 
 def _arccos1_slopes(terms: Terms) -> Slopes:
-    filter_, window, present, raw = _angle(terms)
-    cosine = _clamped(raw)
+    filter_, window, present, cosine = _angle(terms)
     sine = torch.where(present, _sine(cosine), 0) / (2 * math.pi)
-    return Slopes(1 - torch.acos(cosine) / math.pi, sine * (window / filter_), sine * (filter_ / window))
+    return Slopes(1 - _radians(cosine) / math.pi, sine * (window / filter_), sine * (filter_ / window))
 
 
 def _polynomial_row(degree: int) -> Kernel:

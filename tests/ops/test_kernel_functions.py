@@ -101,6 +101,21 @@ def test_values_and_slopes_are_finite_at_extremes(kernel, dtype):
             assert value.abs() <= kernel.bound
 
 
+@pytest.mark.parametrize("kernel", ALL, ids=IDS)
+def test_missing_numbers_are_not_hidden(kernel):
+    for w, z in ((torch.tensor([[torch.nan]]), torch.ones(1, 1)), (torch.ones(1, 1), torch.tensor([[torch.nan]]))):
+        assert kernel.value(terms(w, z)).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_vector_meets_itself_at_no_angle(dtype):
+    for _ in range(20):
+        w = torch.randn(1, 3, dtype=dtype)
+        assert resolve_kernel("arccos", 0).value(terms(w, w)).item() == 1
+        assert resolve_kernel("arccos", 0).value(terms(w, -w)).item() == 0
+        torch.testing.assert_close(resolve_kernel("arccos", 1).value(terms(w, w))[0], w.square().sum(1))
+
+
 def test_a_zero_vector_stands_at_a_right_angle():
     for degree, wanted in ((0, 0.5), (1, 0.0)):
         for w, z in EXTREMES[:3]:
