@@ -30,7 +30,7 @@ def documented(section: str) -> set[str]:
     return {flag for row in rows for flag in re.findall(r"--[a-z0-9-]+", row)}
 
 
-@pytest.mark.parametrize("architecture", ["rkm_lm", "rkm", "rkm_classifier"])
+@pytest.mark.parametrize("architecture", ["rkm_lm", "rkm", "rkm_classifier", "rkm_signal_classifier"])
 def test_the_documented_flags_are_the_configuration_s(architecture):
     from fairseq.models import MODEL_DATACLASS_REGISTRY
 
@@ -44,7 +44,7 @@ def test_the_documented_flags_are_the_configuration_s(architecture):
     assert in_code <= own | common
     assert own <= in_code
     assert common <= {
-        f"--{f.name.replace('_', '-')}" for name in ("rkm_lm", "rkm", "rkm_classifier")
+        f"--{f.name.replace('_', '-')}" for name in ("rkm_lm", "rkm", "rkm_classifier", "rkm_signal_classifier")
         for f in fields(MODEL_DATACLASS_REGISTRY[name])
     }  # fmt: skip
 

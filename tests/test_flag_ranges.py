@@ -21,10 +21,12 @@ from omegaconf import OmegaConf
 
 import fairseq_rkm
 from fairseq_rkm import RKMError
+from fairseq_rkm.data.signals import SignalPreparation
 from fairseq_rkm.fairseq_patches.configuration import check_root
 from fairseq_rkm.flag_ranges import CHECKED_BY_THEIR_READERS, FAIRSEQS, FILE, OURS, Range, flag_of
 from fairseq_rkm.models.classification.rkm_classifier import RKMClassifier
 from fairseq_rkm.models.language_model.rkm_language_model import RKMLanguageModel
+from fairseq_rkm.models.signals.rkm_signal_classifier import RKMSignalClassifier
 from fairseq_rkm.models.translation.rkm_model import RKMModel
 
 fairseq_rkm.register()
@@ -49,6 +51,8 @@ COMMAND = {
     "rkm_lm": "--task language_modeling",
     "rkm": "--task translation",
     "rkm_classifier": "--task sentence_prediction --criterion sentence_prediction",
+    "rkm_signal_classifier": "--task signal_classification --criterion sentence_prediction",
+    "signal_classification": "--arch rkm_signal_classifier --criterion sentence_prediction",
     "stateful_language_modeling": "--arch rkm_lm",
     "cross_entropy_ar_tar": "--task language_modeling --arch rkm_lm",
     "adamw_average": "--task language_modeling --arch rkm_lm",
@@ -174,8 +178,12 @@ def dictionary() -> Dictionary:
 
 
 WORDS = dictionary()
-TASK = SimpleNamespace(source_dictionary=WORDS, target_dictionary=WORDS, output_dictionary=WORDS)
-BUILDERS = {"rkm_lm": RKMLanguageModel, "rkm": RKMModel, "rkm_classifier": RKMClassifier}
+SIGNALS = SignalPreparation(["a", "b"], None, [0.0, 0.0], [1.0, 1.0])
+TASK = SimpleNamespace(source_dictionary=WORDS, target_dictionary=WORDS, output_dictionary=WORDS, preparation=SIGNALS)
+BUILDERS = {
+    "rkm_lm": RKMLanguageModel, "rkm": RKMModel, "rkm_classifier": RKMClassifier,
+    "rkm_signal_classifier": RKMSignalClassifier,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("arch", BUILDERS)
@@ -191,6 +199,7 @@ def test_what_the_table_takes_can_be_built_and_run_or_is_refused_in_a_sentence(a
         "rkm_lm": lambda model: model(tokens)[0],
         "rkm": lambda model: model(tokens, torch.tensor([3, 3]), tokens)[0],
         "rkm_classifier": lambda model: model(tokens)[0],
+        "rkm_signal_classifier": lambda model: model(torch.randn(2, 5, 2))[0],
     }[arch]
     built = 0
     for _, _, flag, value in cases({("model", arch): config}):

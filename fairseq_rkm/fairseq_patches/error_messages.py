@@ -19,6 +19,9 @@ from fairseq_rkm.fairseq_patches.registry import setting
 DOCUMENTS = "--task sentence_prediction --criterion sentence_prediction --arch rkm_classifier"
 """Flags that classify documents: each of the three components reads flags of the others."""
 
+SIGNALS = "--task signal_classification --criterion sentence_prediction --arch rkm_signal_classifier"
+"""Flags that classify signals."""
+
 DIVERGED = (
     "training has diverged: gradients are not finite. Lower --lr, warm it up, or give --clip-norm; cells that feed "
     "back an output which is not squashed (rkm_lstm, rkm_cifg, linear_kernel_gated) need a bounded memory as well: "
@@ -113,7 +116,7 @@ def sentence_of(error: BaseException | None) -> str | None:
 def _about_flags(error: BaseException) -> str | None:
     """Return a sentence about an error of hydra, omegaconf or a generator that concerns flags; else None."""
     if isinstance(error, omegaconf.errors.InterpolationKeyError):
-        return f"{first_line(error)}: --task, --criterion and --arch must go together, as {DOCUMENTS} do"
+        return f"{first_line(error)}: --task, --criterion and --arch must go together, as {DOCUMENTS} or {SIGNALS} do"
     if isinstance(error, (omegaconf.errors.ValidationError, omegaconf.errors.ConfigKeyError)):
         return f"configuration key {error.full_key}: {first_line(error)}"
     if isinstance(error, hydra.errors.OverrideParseException):

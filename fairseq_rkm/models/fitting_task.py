@@ -14,8 +14,12 @@ ARCHITECTURES = {LanguageModelingTask: "rkm_lm", TranslationTask: "rkm", Sentenc
 
 
 def check_task(arch: str, task: Any) -> None:
-    """Raise RKMError if the task's kind belongs to another architecture."""
-    for kind, fitting in ARCHITECTURES.items():
+    """Raise RKMError if the task's kind belongs to another architecture.
+
+    A task of this package tells its own by an attribute ``architecture``.
+    """
+    own = {type(task): task.architecture} if hasattr(task, "architecture") else {}
+    for kind, fitting in {**ARCHITECTURES, **own}.items():
         if isinstance(task, kind) and arch != fitting:
             name = next((name for name, known in TASK_REGISTRY.items() if known is type(task)), type(task).__name__)
             raise RKMError(f"--task {name} goes with --arch {fitting} or a preset of it, not with {arch}")

@@ -70,13 +70,14 @@ class RKMOptions(FairseqDataclass):
     backend: BACKEND_CHOICES = field(default="auto", metadata={"help": "how to compute the recurrence"})
 
 
-def build_rkm(options: RKMOptions, input_size: int, hidden_size: int, **arguments: Any) -> RKM:
+def build_rkm(options: RKMOptions, input_size: int, hidden_size: int, kind: type[RKM] = RKM, **arguments: Any) -> RKM:
     """Build an RKM of these sizes from the flags.
 
     Args:
         options: the flags.
         input_size: m.
         hidden_size: d.
+        kind: the class to build.
         arguments: arguments of :class:`~fairseq_rkm.modules.RKM`; they override the flags.
 
     Raises:
@@ -106,7 +107,7 @@ def build_rkm(options: RKMOptions, input_size: int, hidden_size: int, **argument
         _count_weights(input_size, hidden_size, **arguments),
         f"the recurrent weights of {hidden_size:,} units with {input_size:,} inputs of {arguments['ngram']:,} steps",
     )
-    return RKM(input_size, hidden_size, **arguments)
+    return kind(input_size, hidden_size, **arguments)
 
 
 def _count_weights(

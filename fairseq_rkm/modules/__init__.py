@@ -2,11 +2,12 @@
 
 from fairseq_rkm.modules.attention import GlobalAttention
 from fairseq_rkm.modules.dropout import LockedDropout, dropped_embedding
-from fairseq_rkm.modules.pooling import POOLINGS, pool
+from fairseq_rkm.modules.pooling import POOLINGS, AttentionPooling, pool
 from fairseq_rkm.modules.rkm import RKM
 from fairseq_rkm.modules.state import RKMState
 from fairseq_rkm.modules.stepping import Stepper
 
 __all__ = [
-    "POOLINGS", "RKM", "GlobalAttention", "LockedDropout", "RKMState", "Stepper", "dropped_embedding", "pool",
+    "POOLINGS", "RKM", "AttentionPooling", "GlobalAttention", "LockedDropout", "RKMState", "Stepper",
+    "dropped_embedding", "pool",
 ]  # fmt: skip

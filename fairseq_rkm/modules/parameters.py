@@ -45,6 +45,8 @@ class RKMParameters(nn.Module):
     kernel_scale: float | None = None
     kernel_offset: float | None = None
     learn_kernel = True
+    even_windows = False
+    """Whether ``"same"`` takes even n, too: a subclass may say so."""
 
     sigma_i2 = ConstantNumber()
     sigma_f2 = ConstantNumber()
@@ -94,7 +96,7 @@ class RKMParameters(nn.Module):
         check_scales(sigma_i2=sigma_i2, sigma_f2=sigma_f2)
         if ngram_padding not in NGRAM_PADDINGS:
             raise RKMError(f"unknown ngram_padding {ngram_padding!r}; choose causal or same")
-        if ngram_padding == "same" and ngram % 2 == 0:
+        if ngram_padding == "same" and ngram % 2 == 0 and not self.even_windows:
             raise RKMError(f"ngram_padding 'same' centres an odd window; ngram is {ngram}")
         check_probability("weight_dropout", weight_dropout)
         check_backend(backend)

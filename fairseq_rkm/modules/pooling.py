@@ -1,7 +1,7 @@
 """One vector for a whole sequence."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fairseq_rkm.errors import RKMError
 
@@ -43,3 +43,28 @@ def pool(kind: str, output: Tensor, hidden: Tensor, padding_mask: Tensor) -> Ten
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.itemsize < 4 else dtype
+
+
+class AttentionPooling(nn.Module):
+    """Reduce outputs to their mean under learned weights, which sum to 1 over a sequence's real steps.
+
+    Args:
+        size: the size of an output.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.score = nn.Linear(size, 1, bias=False)
+
+    def forward(self, output: Tensor, padding_mask: Tensor) -> Tensor:
+        """``output``: ``(T, B, size)``; ``padding_mask``: ``(B, T)`` bool.
+
+        Returns:
+            ``(B, size)`` of the output's dtype; zeros for a sequence without real steps.
+        """
+        padding = padding_mask.t()
+        scores = self.score(output).squeeze(-1).to(_accumulator(output.dtype))
+        # A row of padding alone would be NaN: its scores are left as they are, and its outputs are zero.
+        shares = scores.masked_fill(padding & ~padding.all(0), -torch.inf).softmax(0)
+        kept = output.masked_fill(padding.unsqueeze(-1), 0)
+        return (shares.unsqueeze(-1) * kept).sum(0).to(output.dtype)

@@ -29,13 +29,13 @@ def extend(x: Tensor, ngram: int, padding: str, context: Tensor | None) -> Tenso
         context = x.new_zeros(ngram - 1, *x.shape[1:])
     if padding == "causal":
         return torch.cat([context, x])
-    half = steps_ahead(ngram, padding)
-    return torch.cat([context[half:], x, x.new_zeros(half, *x.shape[1:])])
+    ahead = steps_ahead(ngram, padding)
+    return torch.cat([context[ahead:], x, x.new_zeros(ahead, *x.shape[1:])])
 
 
 def steps_ahead(ngram: int, padding: str) -> int:
-    """The number of inputs after its step that a window holds."""
-    return (ngram - 1) // 2 if padding == "same" else 0
+    """The number of inputs after its step that a window holds; of an even window the larger half."""
+    return ngram // 2 if padding == "same" else 0
 
 
 def windows(inputs: Tensor, ngram: int, ahead: int = 0, reset: Tensor | None = None) -> Tensor:

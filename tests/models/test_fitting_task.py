@@ -5,8 +5,9 @@ from fairseq.tasks.sentence_prediction import SentencePredictionTask
 from fairseq.tasks.translation import TranslationTask
 
 from fairseq_rkm import RKMError
-from fairseq_rkm.models import RKMClassifier, RKMLanguageModel, RKMModel
+from fairseq_rkm.models import RKMClassifier, RKMLanguageModel, RKMModel, RKMSignalClassifier
 from fairseq_rkm.models.fitting_task import check_task
+from fairseq_rkm.tasks.signal_classification import SignalClassificationTask
 from fairseq_rkm.tasks.stateful_language_modeling import StatefulLanguageModelingTask
 
 TASKS = {
@@ -14,10 +15,11 @@ TASKS = {
     StatefulLanguageModelingTask: ("stateful_language_modeling", "rkm_lm"),
     TranslationTask: ("translation", "rkm"),
     SentencePredictionTask: ("sentence_prediction", "rkm_classifier"),
+    SignalClassificationTask: ("signal_classification", "rkm_signal_classifier"),
 }
 
 
-@pytest.mark.parametrize("arch", ["rkm", "rkm_lm", "rkm_classifier"])
+@pytest.mark.parametrize("arch", ["rkm", "rkm_lm", "rkm_classifier", "rkm_signal_classifier"])
 @pytest.mark.parametrize("kind", TASKS)
 def test_a_task_goes_with_its_architecture_alone(arch, kind):
     name, fitting = TASKS[kind]
@@ -33,7 +35,13 @@ def test_a_task_goes_with_its_architecture_alone(arch, kind):
 
 @pytest.mark.parametrize(
     ("model", "kind"),
-    [(RKMModel, LanguageModelingTask), (RKMLanguageModel, TranslationTask), (RKMClassifier, LanguageModelingTask)],
+    [
+        (RKMModel, LanguageModelingTask),
+        (RKMLanguageModel, TranslationTask),
+        (RKMClassifier, LanguageModelingTask),
+        (RKMSignalClassifier, SentencePredictionTask),
+        (RKMClassifier, SignalClassificationTask),
+    ],
 )
 def test_each_model_is_built_for_a_fitting_task_alone(model, kind):
     with pytest.raises(RKMError, match=r"^--task \w+ goes with --arch"):
