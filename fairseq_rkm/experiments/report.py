@@ -2,15 +2,16 @@
 
     python scripts/report.py RUN [RUN ...] --out FOLDER
 
-A RUN is a folder of one of three kinds, or holds folders of runs. All are of one kind.
+A RUN is a folder of one of four kinds, or holds folders of runs. All are of one kind.
 
     a language model    run.json, or the output of fairseq-train and fairseq-eval-lm (docs/language_models.md)
     a classifier        result.json of examples/document_classification/table.py
     a translation       result.json of examples/translation/table.py, and speed.json. With --samples DATA, results.md
                         shows sentences of the first test set of DATA (prepare.py's) as each model translates them
+    signals             result.json of examples/signals/table.py
 
 The command writes FOLDER/results.md and results.json, and prints the table. Where matplotlib is installed, it draws
-learning curves, confusion matrices or BLEU.
+learning curves, confusion matrices, filters or BLEU.
 
     python scripts/report.py --circumstances RUN --config NAME
 
@@ -23,7 +24,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fairseq_rkm.experiments import classification_report, language_model_report, translation_report
+from fairseq_rkm.experiments import classification_report, language_model_report, signal_report, translation_report
 from fairseq_rkm.experiments.circumstances import circumstances
 from fairseq_rkm.experiments.result_files import write_json
 
@@ -39,12 +40,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if without:
         raise SystemExit(f"report: no result.json in {', '.join(without)}, as in others: make a report of each kind")
     translations = [result for result in results if "bleu" in result]
-    if translations and len(translations) < len(results):
-        raise SystemExit("report: these are classifiers and translations: make a report of each")
+    signals = [result for result in results if "folds" in result]
+    if any(kind and len(kind) < len(results) for kind in (translations, signals)):
+        raise SystemExit("report: these are of several kinds, as classifiers and translations: make a report of each")
     if args.samples and not translations:
         raise SystemExit("report: --samples is for translations, and there are none")
     if translations:
         translation_report.write(translations, args.out, (args.samples, args.runs[0]) if args.samples else None)
+    elif signals:
+        signal_report.write(signals, args.out)
     elif results:
         classification_report.write(results, args.out)
     else:
@@ -76,8 +80,10 @@ def read_results(folders: Iterable[Path]) -> list[dict[str, Any]]:
         speed = path.with_name("speed.json")
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
-            if not {"bleu", "confusion"} & set(result):
+            if not {"bleu", "confusion", "folds"} & set(result):
                 raise ValueError("neither a classifier's nor a translation's")
+            if "folds" in result:
+                result["folder"] = str(path.parent)
             if "bleu" in result:
                 result["speed"] = json.loads(speed.read_text(encoding="utf-8")) if speed.is_file() else None
         except (ValueError, TypeError) as error:

