@@ -1,4 +1,4 @@
-# Shared by the train.sh of language models and of documents, which source it with their arguments:
+# Shared by the train.sh of language models, documents and signals, which source it with their arguments:
 # CONFIG DATA RUN [KEY=VALUE ...]. They are then in the root of the repository and have $config, $data, $run,
 # ${changes[@]}, the example's folder in $here and, where the changes ask for a CPU, --cpu in $device.
 fail() { printf 'train: %s\n' "$*" >&2; exit 1; }

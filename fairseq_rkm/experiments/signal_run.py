@@ -169,11 +169,16 @@ def _weights(model: nn.Module) -> int:
 
 
 def save_filters(model: Any, parameters: dict[str, torch.Tensor], experiment: Experiment, folder: Path) -> None:
-    """Write the first layer's filters, ``(gates, units, channels, n)``, for the picture."""
+    """Write the first layer's filters of a model with these parameters."""
     model.load_state_dict({**model.state_dict(), **parameters})
+    write_filters(model, experiment.channels, experiment.rate, folder)
+
+
+def write_filters(model: Any, channels: list[str], rate: float | None, folder: Path) -> None:
+    """Write ``filters.npz`` for the picture: the first layer's filters, ``(gates, units, channels, n)``."""
     np.savez_compressed(
-        folder / "filters.npz", filters=model.filters().numpy(), gates=np.array(model.rkm.gates),
-        channels=np.array(experiment.channels), rate=np.array(experiment.rate or 0.0),
+        folder / "filters.npz", filters=model.filters().float().numpy(), gates=np.array(model.rkm.gates),
+        channels=np.array(channels), rate=np.array(rate or 0.0),
     )  # fmt: skip
 
 

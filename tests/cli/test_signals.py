@@ -1,5 +1,6 @@
 """From recordings to classes of new ones, as a user goes: prepare.py, fairseq's commands, predict."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -15,7 +16,7 @@ from sklearn.preprocessing import FunctionTransformer
 
 from cli.conftest import Result, hydra_flags, succeed
 from fairseq_rkm import RKMError, predict
-from fairseq_rkm.experiments import signal_data
+from fairseq_rkm.experiments import signal_data, signal_scores
 from fairseq_rkm.models import RKMClassifier, RKMSignalClassifier
 from fairseq_rkm.models.signals import SignalEstimator
 
@@ -90,6 +91,18 @@ def test_fairseq_validate_confusion_and_predict_agree(trained, data, classifier,
     wanted = np.load(test_file)["y"]
     right = np.mean([label == wanted[int(number) - 1] for label, _, number, _ in lines])
     assert 100 * right == pytest.approx(accuracy, abs=0.06)
+
+
+def test_the_scores_of_a_run_are_those_of_its_test_part(trained, data, classifier, capsys):
+    signal_scores.main([str(trained[0]), str(data), "--cpu"])
+    matrix = classifier.confusion("test")
+    assert f"test accuracy {100 * matrix.trace() / matrix.sum():.2f}%" in capsys.readouterr().out
+    result = json.loads((trained[0] / "result.json").read_text())
+    assert result["folds"][0]["confusion"] == matrix.tolist()
+    assert result["folds"][0]["recordings"] == 50
+    assert (result["model"], result["ngram"], result["classes"]) == ("rkm_lstm", 40, ["alpha", "beta"])
+    with np.load(trained[0] / "filters.npz") as held:
+        assert np.array_equal(held["filters"], classifier.model.filters().numpy())
 
 
 def test_a_line_a_recording(trained, test_file, classifier, capsys):

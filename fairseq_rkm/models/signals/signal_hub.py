@@ -107,11 +107,16 @@ class SignalHubInterface(nn.Module):
             steps = self.preparation.standardized(recordings.signals[number])
             pieces += [torch.from_numpy(steps[start : start + (window or len(steps))]) for start in first]
         numbers, begins = (np.array(column, dtype=np.int64) for column in zip(*pairs, strict=True))
-        return WindowProbabilities(numbers, begins, self._classified(pieces, batch_size))
+        return WindowProbabilities(numbers, begins, self.classified(pieces, batch_size))
 
     @torch.inference_mode()
-    def _classified(self, windows: list[Tensor], batch_size: int) -> Tensor:
-        """The probabilities of standardized windows, each ``(time, channels)``; windows of one length go together."""
+    def classified(self, windows: list[Tensor], batch_size: int = 64) -> Tensor:
+        """The classes' probabilities of standardized windows, ``(windows, classes)`` float32 on the CPU.
+
+        Args:
+            windows: each ``(time, channels)`` float32, as a prepared split holds them.
+            batch_size: the most windows at a time; those of about one length go together.
+        """
         results = torch.empty(len(windows), len(self.classes))
         order = np.argsort([len(window) for window in windows], kind="stable")
         at = 0
