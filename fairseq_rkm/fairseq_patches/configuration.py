@@ -7,6 +7,7 @@ them, or fails at an assertion later.
 import argparse
 import ast
 import difflib
+import functools
 import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -132,6 +133,7 @@ def check_root(node: Any) -> None:
     check_overrides(root)
     check_paths(root)
     find_inputs(root)
+    compare_user_dir(root)
 
 
 def _section(root: DictConfig, name: str) -> Any:
@@ -273,3 +275,22 @@ def find_inputs(root: DictConfig) -> None:
 def _found(path: str, start: Path) -> str:
     """Return a path as an absolute one if it exists only from where the command was given; else as it is."""
     return str(start / path) if not Path(path).exists() and (start / path).exists() else path
+
+
+def compare_user_dir(root: DictConfig) -> None:
+    """Under hydra, warn of a plugin in the command's folder that ``common.user_dir`` names and fairseq passed over.
+
+    fairseq looks for a relative folder in hydra's new folder and beside itself. There it may find another version.
+    """
+    given = root.common.get("user_dir")
+    if HydraConfig.initialized() and isinstance(given, str):
+        meant = Path(HydraConfig.get().runtime.cwd) / given
+        if (meant / "__init__.py").is_file() and not is_this_package(str(meant)):
+            _tell_of_another_plugin(given, meant)
+
+
+@functools.cache
+def _tell_of_another_plugin(given: str, meant: Path) -> None:
+    """Warn, once a process: the configuration is checked several times."""
+    used = Path(__file__).parents[1]
+    logger.warning("common.user_dir=%s is %s here; give common.user_dir=%s for that folder", given, used, meant)

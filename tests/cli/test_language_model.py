@@ -219,13 +219,13 @@ def test_other_cells_train_through_the_same_command(data, tmp_path, cell):
     assert len(result.entries("train_inner")) == 3
 
 
-@pytest.mark.parametrize("relative", [False, True], ids=["absolute", "relative"])
-def test_hydra_train_has_the_same_flags(data, tmp_path, relative):
+@pytest.mark.parametrize("user_dir", [None, "fairseq_rkm", "${hydra:runtime.cwd}/tests/../fairseq_rkm"])
+def test_hydra_train_has_the_same_flags(data, tmp_path, user_dir):
     changes = ["model.cell=ran", "optimizer._name=adam"]
-    if relative:
-        if not Path(find_spec("fairseq").origin).parents[1].joinpath("fairseq_rkm").exists():
-            pytest.skip("the plugin is not installed beside fairseq, where scripts/setup.sh links it")
-        changes.append("common.user_dir=fairseq_rkm")
+    if user_dir == "fairseq_rkm" and not Path(find_spec("fairseq").origin).parents[1].joinpath(user_dir).exists():
+        pytest.skip("the plugin is not installed beside fairseq, where scripts/setup.sh links it")
+    if user_dir:
+        changes.append(f"common.user_dir='{user_dir}'")
     result = succeed("hydra_train", *hydra_flags(data, tmp_path), *changes)
     log = result.output + "".join(p.read_text() for p in (tmp_path / "out").glob("*.log"))
     assert '"num_updates": "3"' in log

@@ -1,5 +1,8 @@
 """Flags that do not go together, in the configuration that any of fairseq's commands has."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from fairseq.data import bucket_pad_length_dataset
@@ -10,6 +13,7 @@ from test_flag_ranges import MINIMAL
 
 import fairseq_rkm
 from fairseq_rkm import RKMError
+from fairseq_rkm.fairseq_patches import configuration
 from fairseq_rkm.fairseq_patches.configuration import check_root
 from fairseq_rkm.fairseq_patches.error_messages import sentence_of
 
@@ -91,3 +95,34 @@ def test_multilingual_translation_says_which_models_it_takes(arch):
     assert arch in ARCH_MODEL_REGISTRY
     with pytest.raises(RKMError, match=f"takes architectures with a model for each pair.*{arch} has one"):
         MultilingualTranslationTask.build_model(None, OmegaConf.create({"_name": arch}))
+
+
+@pytest.fixture
+def hydra_s(tmp_path, monkeypatch):
+    """The folder of a command that hydra moved to another."""
+    command, moved = tmp_path / "command", tmp_path / "moved"
+    command.mkdir()
+    moved.mkdir()
+    monkeypatch.chdir(moved)
+    now = SimpleNamespace(initialized=lambda: True, get=lambda: SimpleNamespace(runtime=SimpleNamespace(cwd=command)))
+    monkeypatch.setattr(configuration, "HydraConfig", now)
+    return command
+
+
+def test_under_hydra_relative_data_is_looked_for_in_the_command_s_folder(hydra_s):
+    (hydra_s / "data").mkdir()
+    config = root({"task": {"_name": "stateful_language_modeling", "data": "data:none"}})
+    check_root(config)
+    assert config.task.data == f"{hydra_s / 'data'}:none"
+
+
+def test_under_hydra_another_plugin_in_the_command_s_folder_is_told_of_once(hydra_s, caplog):
+    (hydra_s / "other").mkdir()
+    for given in ("other", str(Path(fairseq_rkm.__file__).parent), "none"):
+        check_root(root({"common": {"user_dir": given}}))
+    assert not caplog.messages
+    (hydra_s / "other" / "__init__.py").touch()
+    for _ in range(2):
+        check_root(root({"common": {"user_dir": "other"}}))
+    assert len(caplog.messages) == 1
+    assert f"give common.user_dir={hydra_s / 'other'} for that folder" in caplog.messages[0]
