@@ -93,6 +93,8 @@ def ask_for_fairscale(call: Callable) -> Callable:
         backend = str(cfg.distributed_training.ddp_backend)
         if trains(main) and backend in NEEDS_FAIRSCALE and importlib.util.find_spec("fairscale") is None:
             raise RKMError(without_fairscale(backend))
+        if trains(main) and backend == "fully_sharded" and (cfg.common.bf16 or cfg.common.memory_efficient_bf16):
+            raise RKMError("--ddp-backend fully_sharded is for float32 and --fp16: with --bf16 take legacy_ddp")
         call(cfg, main, **kwargs)
 
     return call_main

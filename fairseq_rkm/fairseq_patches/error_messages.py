@@ -12,8 +12,9 @@ import hydra.errors
 import omegaconf
 
 from fairseq_rkm.errors import RKMError, first_line
-from fairseq_rkm.fairseq_patches import data_parallel, interruptions, meetings
+from fairseq_rkm.fairseq_patches import interruptions, meetings
 from fairseq_rkm.fairseq_patches.commands import in_fairseq_command
+from fairseq_rkm.fairseq_patches.data_parallel import without_fairscale
 from fairseq_rkm.fairseq_patches.registry import setting
 
 DOCUMENTS = "--task sentence_prediction --criterion sentence_prediction --arch rkm_classifier"
@@ -99,7 +100,7 @@ def sentence_of(error: BaseException | None) -> str | None:
         if isinstance(link, RKMError):
             return str(link)
         if "Please install fairscale" in str(link):
-            return data_parallel.without_fairscale("fully_sharded" if "FullySharded" in str(link) else "slowmo")
+            return without_fairscale("fully_sharded" if "FullySharded" in str(link) else "slowmo")
         if about_flags := _about_flags(link):
             return about_flags
         if isinstance(link, FloatingPointError):

@@ -75,6 +75,10 @@ def test_backends_of_a_library_that_is_not_installed_are_refused_before_processe
     call_main(config(ddp_backend="legacy_ddp"), main_of_training)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: Namespace())
     call_main(config(ddp_backend="fully_sharded"), main_of_training)
+    halved = config(ddp_backend="fully_sharded")
+    halved.common.bf16 = True
+    with pytest.raises(RKMError, match="fully_sharded is for float32 and --fp16"):
+        call_main(halved, main_of_training)
     assert started == [print, print, main_of_training, main_of_training]
 
 
