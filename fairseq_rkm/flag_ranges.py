@@ -129,6 +129,7 @@ OURS: dict[str, dict[str, Range | str]] = {
         "softmax_temperature": Range(0.01, 100),
         "dynamic_lr": NOT_NEGATIVE,
         "dynamic_decay": NOT_NEGATIVE,
+        "dynamic_epsilon": POSITIVE,
     },
     "criterion": {
         "alpha": NOT_NEGATIVE,

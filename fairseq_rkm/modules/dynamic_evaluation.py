@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from fairseq_rkm.errors import RKMError
 
-EPSILON = 2e-5
-"""What is added to root mean squares, so that nothing is divided by zero."""
+DIVERGED = 100.0
+"""A segment's loss, in nats a word, that no model has from which something can be learned."""
 
 
 class DynamicEvaluation:
-    """The update ``w <- w - learning_rate g / (R + EPSILON) + min(1, decay R / mean(R)) (w_trained - w)``.
+    """The update ``w <- w - learning_rate g / (R + epsilon) + min(1, decay R / mean(R)) (w_trained - w)``.
 
     ``g`` is the gradient of a segment's loss. ``R`` is the root mean square of the gradients of the training text's
     segments, elementwise, and ``mean(R)`` its mean over all weights.
@@ -26,27 +26,30 @@ class DynamicEvaluation:
         weights: as trained, float32 or float64. Those that need no gradient stay as they are.
         learning_rate: 0 or more.
         decay: to the trained weights; 0 or more.
+        epsilon: above 0. It limits the steps of weights whose gradients are rare on the training text.
 
     Raises:
         RKMError: a value outside its range, or weights in 16 bits.
 
     Example:
-        >>> dynamic = DynamicEvaluation(model.parameters(), learning_rate=0.002, decay=0.02)
+        >>> dynamic = DynamicEvaluation(model.parameters(), learning_rate=5e-5, decay=0.02, epsilon=2e-5)
         >>> dynamic.measure(training_losses())  # one after the other
         >>> for loss in losses():  # of the text's segments, each with the weights as they are then
         ...     dynamic.learn(loss)
         >>> dynamic.forget()
     """
 
-    def __init__(self, weights: Iterable[nn.Parameter], learning_rate: float, decay: float) -> None:
+    def __init__(self, weights: Iterable[nn.Parameter], learning_rate: float, decay: float, epsilon: float) -> None:
         for flag, value in (("--dynamic-lr", learning_rate), ("--dynamic-decay", decay)):
             if not 0 <= value < math.inf:
                 raise RKMError(f"{flag} must be 0 or more, not {value}")
+        if not 0 < epsilon < math.inf:
+            raise RKMError(f"--dynamic-epsilon must be above 0, not {epsilon}")
         self.weights = [weight for weight in weights if weight.requires_grad]
         if any(weight.dtype.itemsize < 4 for weight in self.weights):
             raise RKMError("--dynamic-eval changes weights by little, and needs them in float32: leave out --fp16")
         self.trained = [weight.detach().clone() for weight in self.weights]
-        self.learning_rate, self.decay = learning_rate, decay
+        self.learning_rate, self.decay, self.epsilon = learning_rate, decay, epsilon
         self.rates: list[Tensor] = []
         self.pulls: list[Tensor] = []
 
@@ -68,17 +71,19 @@ class DynamicEvaluation:
         mean = sum(float(root.sum()) for root in roots) / sum(root.numel() for root in roots)
         if not 0 < mean < math.inf:
             raise RKMError("--dynamic-eval finds no finite gradient on the training text: is the model trained?")
-        self.rates = [self.learning_rate / (root + EPSILON) for root in roots]
+        self.rates = [self.learning_rate / (root + self.epsilon) for root in roots]
         self.pulls = [root.mul_(self.decay / mean).clamp_(max=1) for root in roots]
 
     def learn(self, loss: Tensor) -> None:
         """Change the weights by the gradient of a segment's loss, ``()``.
 
         Raises:
-            RKMError: the loss is not finite.
+            RKMError: the loss shows that learning has diverged.
         """
-        if not math.isfinite(loss.item()):
-            raise RKMError("dynamic evaluation has diverged: lower --dynamic-lr, or raise --dynamic-decay")
+        if not loss.item() < DIVERGED:
+            raise RKMError(
+                "dynamic evaluation has diverged: lower --dynamic-lr, or raise --dynamic-epsilon or --dynamic-decay"
+            )
         gradients = self._gradients(loss)
         with torch.no_grad():
             for weight, trained, gradient, rate, pull in zip(

@@ -21,6 +21,7 @@ from fairseq_rkm.data.binarized_split import open_tokens
 from fairseq_rkm.data.stream_order import check_overlap
 from fairseq_rkm.data.token_stream import SegmentIterator, StreamSegments, TokenStream
 from fairseq_rkm.errors import RKMError, first_line
+from fairseq_rkm.flag_ranges import flag_of
 from fairseq_rkm.models.language_model.stream_learner import StreamLearner
 from fairseq_rkm.modules.continuous_cache import ContinuousCache
 from fairseq_rkm.tasks import saved_streams
@@ -29,8 +30,9 @@ from fairseq_rkm.tasks.graphed_steps import GraphedSteps
 
 logger = logging.getLogger(__name__)
 
-DYNAMIC_LR = 0.002
-DYNAMIC_DECAY = 0.02
+DYNAMIC = {"dynamic_lr": 5e-5, "dynamic_decay": 0.02, "dynamic_epsilon": 2e-5}
+"""Defaults of the flags that say how ``--dynamic-eval`` learns."""
+
 STATISTICS_STREAMS = 100
 """Parallel streams of the training text, of which ``--dynamic-eval`` takes the statistics."""
 TRAINING = "update_epoch_batch_itr"
@@ -79,10 +81,14 @@ class StatefulLanguageModelingConfig(FairseqDataclass):
         metadata={"help": "in fairseq-eval-lm, learn each segment after it was scored (dynamic evaluation)"},
     )
     dynamic_lr: Optional[float] = field(
-        default=None, metadata={"help": "learning rate of --dynamic-eval (default: 0.002)"}
+        default=None, metadata={"help": "learning rate of --dynamic-eval (default: 5e-5)"}
     )
     dynamic_decay: Optional[float] = field(
         default=None, metadata={"help": "decay of --dynamic-eval to the trained weights (default: 0.02)"}
+    )
+    dynamic_epsilon: Optional[float] = field(
+        default=None,
+        metadata={"help": "added to the root mean squares that --dynamic-eval divides gradients by (default: 2e-5)"},
     )
     cuda_graphs: bool = field(
         default=False,
@@ -153,9 +159,9 @@ class StatefulLanguageModelingTask(AveragedValidation, GraphedSteps, LanguageMod
             )
         if cfg.no_lr_rescaling and not cfg.variable_bptt:
             raise RKMError("--no-lr-rescaling says how --variable-bptt is to train: give that too, or neither")
-        for flag, value in (("--dynamic-lr", cfg.dynamic_lr), ("--dynamic-decay", cfg.dynamic_decay)):
-            if value is not None and not cfg.dynamic_eval:
-                raise RKMError(f"{flag} says how --dynamic-eval is to learn: give that too, or neither")
+        for name in DYNAMIC:
+            if getattr(cfg, name) is not None and not cfg.dynamic_eval:
+                raise RKMError(f"{flag_of(name)} says how --dynamic-eval is to learn: give that too, or neither")
         if cfg.tokens_per_sample < 1:
             raise RKMError(f"--tokens-per-sample must be at least 1, not {cfg.tokens_per_sample}")
         dictionary = load_dictionary(utils.split_paths(cfg.data or ""))
@@ -190,9 +196,9 @@ class StatefulLanguageModelingTask(AveragedValidation, GraphedSteps, LanguageMod
         if flags.dynamic_eval:
             if trains:
                 raise RKMError("--dynamic-eval changes the weights as it scores a text: it is for fairseq-eval-lm")
-            rate = DYNAMIC_LR if flags.dynamic_lr is None else flags.dynamic_lr
-            decay = DYNAMIC_DECAY if flags.dynamic_decay is None else flags.dynamic_decay
-            decoder.use_learner(StreamLearner(decoder, rate, decay, self._training_segments))
+            given = (getattr(flags, name) for name in DYNAMIC)
+            rate, decay, epsilon = (d if g is None else g for g, d in zip(given, DYNAMIC.values(), strict=True))
+            decoder.use_learner(StreamLearner(decoder, (rate, decay, epsilon), self._training_segments))
 
     def _training_segments(self) -> Iterable[dict]:
         """Return the segments of the training text, for the statistics of ``--dynamic-eval``.

@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fairseq_rkm import RKMError
-from fairseq_rkm.modules.dynamic_evaluation import EPSILON, DynamicEvaluation
+from fairseq_rkm.modules.dynamic_evaluation import DynamicEvaluation
+
+EPSILON = 1e-3
 
 
 def model_of(seed: int) -> nn.Sequential:
@@ -55,7 +57,7 @@ def test_it_is_the_paper_s_loop(seed, rate, decay):
     text = torch.randint(0, 5, (6, 5))
     expected = by_hand(other, training, text, rate, decay)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    dynamic = DynamicEvaluation(model.parameters(), rate, decay)
+    dynamic = DynamicEvaluation(model.parameters(), rate, decay, EPSILON)
     dynamic.measure(loss(model, words) for words in training)
     losses = []
     for words in text:
@@ -71,19 +73,21 @@ def test_it_is_the_paper_s_loop(seed, rate, decay):
 @pytest.mark.parametrize("value", [-0.1, math.nan, math.inf])
 def test_values_outside_their_range_are_refused(value):
     with pytest.raises(RKMError, match="--dynamic-lr must be 0 or more"):
-        DynamicEvaluation([], value, 0.0)
+        DynamicEvaluation([], value, 0.0, EPSILON)
     with pytest.raises(RKMError, match="--dynamic-decay must be 0 or more"):
-        DynamicEvaluation([], 0.0, value)
+        DynamicEvaluation([], 0.0, value, EPSILON)
+    with pytest.raises(RKMError, match="--dynamic-epsilon must be above 0"):
+        DynamicEvaluation([], 0.0, 0.0, 0.0 if value == -0.1 else value)
 
 
 def test_weights_in_16_bits_are_refused():
     with pytest.raises(RKMError, match="leave out --fp16"):
-        DynamicEvaluation(model_of(1).half().parameters(), 0.1, 0.1)
+        DynamicEvaluation(model_of(1).half().parameters(), 0.1, 0.1, EPSILON)
 
 
 def test_training_text_without_gradients_and_diverged_learning_are_told():
     model = model_of(1)
-    dynamic = DynamicEvaluation(model.parameters(), 0.1, 0.1)
+    dynamic = DynamicEvaluation(model.parameters(), 0.1, 0.1, EPSILON)
     with pytest.raises(RKMError, match="no finite gradient on the training text"):
         dynamic.measure(0 * loss(model, words) for words in torch.zeros(2, 5, dtype=torch.long))
     with pytest.raises(RKMError, match="has diverged: lower --dynamic-lr"):

@@ -13,8 +13,7 @@ from fairseq_rkm.fairseq_patches.error_messages import sentence_of
 from fairseq_rkm.models.language_model.rkm_language_model import RKMLanguageModelConfig
 from fairseq_rkm.optim.nt_asgd import FairseqNonMonotoneASGD, NonMonotoneASGDConfig
 from fairseq_rkm.tasks.stateful_language_modeling import (
-    DYNAMIC_DECAY,
-    DYNAMIC_LR,
+    DYNAMIC,
     StatefulLanguageModelingConfig,
     StatefulLanguageModelingTask,
 )
@@ -226,7 +225,7 @@ def test_the_average_is_in_the_model_from_validation_to_the_next_update():
     assert history["averaged_updates"] == 3, "begun when 2.5 was above 2.0, recorded a validation before"
 
 
-@pytest.mark.parametrize("flag", ["dynamic_lr", "dynamic_decay"])
+@pytest.mark.parametrize("flag", list(DYNAMIC))
 def test_how_to_learn_is_for_dynamic_evaluation_alone(flag):
     cfg = OmegaConf.structured(StatefulLanguageModelingConfig(**{flag: 0.1, "update_freq": [1]}))
     with pytest.raises(RKMError, match=f"--{flag.replace('_', '-')} says how --dynamic-eval is to learn"):
@@ -239,7 +238,7 @@ def test_dynamic_evaluation_is_refused_in_training():
     with pytest.raises(RKMError, match="it is for fairseq-eval-lm"):
         task.build_model(model)
     learner = task.build_model(model, from_checkpoint=True).decoder.learner
-    assert learner.numbers == (DYNAMIC_LR, DYNAMIC_DECAY)
+    assert learner.numbers == tuple(DYNAMIC.values())
 
 
 def test_evaluation_flags_are_refused_for_an_adaptive_softmax():

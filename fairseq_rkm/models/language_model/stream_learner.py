@@ -22,15 +22,14 @@ class StreamLearner:
 
     Args:
         decoder: with carried state and a plain softmax.
-        learning_rate: of :class:`fairseq_rkm.modules.dynamic_evaluation.DynamicEvaluation`, as ``decay``.
-        decay: to the trained weights.
+        numbers: learning rate, decay and epsilon of :class:`fairseq_rkm.modules.dynamic_evaluation.DynamicEvaluation`.
         training_segments: returns the training text's segments, batches of ``stateful_language_modeling``.
     """
 
     def __init__(
-        self, decoder: Any, learning_rate: float, decay: float, training_segments: Callable[[], Iterable[dict]]
+        self, decoder: Any, numbers: tuple[float, float, float], training_segments: Callable[[], Iterable[dict]]
     ) -> None:
-        self.decoder, self.numbers, self.training_segments = decoder, (learning_rate, decay), training_segments
+        self.decoder, self.numbers, self.training_segments = decoder, numbers, training_segments
         self.dynamic: Optional[DynamicEvaluation] = None
         self.segment = -1
         self.scored: Optional[tuple[Tensor, Tensor]] = None
@@ -43,7 +42,7 @@ class StreamLearner:
             tokens: its input, ``(B, T)`` int64.
 
         Raises:
-            RKMError: the weights are in 16 bits, or learning has diverged.
+            RKMError: a number is outside its range, the weights are in 16 bits, or learning has diverged.
         """
         if self.dynamic is None:
             self.dynamic = DynamicEvaluation(self.decoder.parameters(), *self.numbers)

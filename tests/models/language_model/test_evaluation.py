@@ -15,9 +15,9 @@ from fairseq_rkm.models.language_model.language_model_decoder import RKMLanguage
 from fairseq_rkm.models.language_model.rkm_language_model import RKMLanguageModelConfig
 from fairseq_rkm.models.language_model.stream_learner import StreamLearner
 from fairseq_rkm.modules.continuous_cache import ContinuousCache
-from fairseq_rkm.modules.dynamic_evaluation import EPSILON
 
-RATE, DECAY = 0.01, 0.3
+RATE, DECAY, EPSILON = 0.01, 0.3, 2e-5
+NUMBERS = (RATE, DECAY, EPSILON)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_dynamic_evaluation_is_a_plain_loop_and_begins_each_text_anew(dictionary
     model = decoder(dictionary, share_decoder_input_output_embed=tied, reset_at_eos=tied, ngram=2)
     training, text = segments(50, 4, 5), segments(20 * streams + 1, streams, 4)
     expected = by_hand(copy.deepcopy(model), training, text)
-    model.use_learner(StreamLearner(model, RATE, DECAY, lambda: training))
+    model.use_learner(StreamLearner(model, NUMBERS, lambda: training))
     for _ in range(2):
         found = scores(model, text)
         assert len(found) == len(expected) > 4
@@ -109,14 +109,14 @@ def decoder_without_learner(model):
 def test_nothing_is_learned_at_a_rate_of_0(dictionary):
     model, text = decoder(dictionary), segments(30, 1, 4)
     plain = scores(model, text)
-    model.use_learner(StreamLearner(model, 0.0, DECAY, lambda: text))
+    model.use_learner(StreamLearner(model, (0.0, DECAY, EPSILON), lambda: text))
     assert all(torch.equal(one, other) for one, other in zip(scores(model, text), plain, strict=True))
 
 
 def test_with_a_cache_and_a_temperature_the_model_learns_the_same(dictionary):
     """Both change what is reported, and not what is learned."""
     model, text = decoder(dictionary), segments(30, 1, 4)
-    learner = StreamLearner(model, RATE, DECAY, lambda: text)
+    learner = StreamLearner(model, NUMBERS, lambda: text)
     model.use_learner(learner)
     scores(model, text)
     expected = [weight.detach().clone() for weight in model.parameters()]
