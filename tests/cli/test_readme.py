@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from signal_samples import waves, write_npz
 
 from cli.conftest import ROOT, write_text
 from cli.test_document_classification import news
@@ -70,6 +71,14 @@ def classifier(checkout) -> str:
     return type_in(checkout, commands.replace("--max-epoch 5", "--max-epoch 1").replace("classes 4", "classes 3"))
 
 
+def test_a_classifier_of_one_s_own_signals(checkout):
+    for name, count in (("train", 40), ("test", 8), ("recordings", 3)):
+        write_npz(checkout / f"{name}.npz", **waves(count, steps=400, seed=count))
+    printed = type_in(checkout, section("Classify signals").replace("--max-epoch 20", "--max-epoch 1"))
+    assert "windows of 200 steps, one every 100" in printed
+    assert len(re.findall(r"^(?:alpha|beta)\t0\.\d{4}$", printed, re.M)) == 3
+
+
 def test_a_language_model_on_text_of_one_s_own(language_model):
     assert float(re.search(r"Perplexity: ([\d.]+)", language_model)[1]) < 40
 
@@ -94,5 +103,5 @@ def test_what_is_trained_runs_elsewhere_as_the_manual_of_exporting_says(checkout
 
 def test_the_folders_of_the_commands_do_not_collide():
     folders = re.findall(r"(?:--destdir|--save-dir|--out) (\S+)", README)
-    assert len(folders) == len(set(folders)) == 4
+    assert len(folders) == len(set(folders)) == 6
     assert all(folder.startswith("runs/") for folder in folders)

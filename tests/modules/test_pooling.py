@@ -1,9 +1,11 @@
 import pytest
 import torch
 from helpers import assert_close, random_mask
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fairseq_rkm import RKM, RKMError
-from fairseq_rkm.modules import POOLINGS, pool
+from fairseq_rkm.modules import POOLINGS, log_power, pool
 
 
 @pytest.mark.parametrize("kind", POOLINGS)
@@ -31,3 +33,14 @@ def test_the_mean_of_many_steps_does_not_overflow_16_bits():
 def test_an_unknown_pooling_is_refused():
     with pytest.raises(RKMError, match="unknown pooling 'sum'; choose one of mean, max, last"):
         pool("sum", torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), torch.zeros(1, 1, dtype=torch.bool))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 9), st.integers(0, 4))
+def test_power_is_the_log_of_the_variance_of_real_steps(steps, extra):
+    output = torch.randn(steps + extra, 2, 3, dtype=torch.float64)
+    mask = torch.arange(steps + extra).expand(2, -1) >= steps
+    wanted = (output[:steps].var(0, correction=0) + 1e-6).log()
+    assert torch.allclose(log_power(output, mask), wanted, atol=1e-9)
+    assert log_power(output, torch.ones_like(mask)).isfinite().all()
+    assert log_power(100 * output.bfloat16(), mask).isfinite().all()

@@ -17,10 +17,10 @@ from fairseq_rkm.errors import RKMError
 from fairseq_rkm.models.fitting_task import check_task
 from fairseq_rkm.models.recurrence_options import NGRAM_PADDING_CHOICES, RKMOptions, build_rkm
 from fairseq_rkm.models.signals.signal_augmentation import SignalAugmentation
-from fairseq_rkm.modules import POOLINGS, RKM, AttentionPooling, pool
+from fairseq_rkm.modules import POOLINGS, RKM, AttentionPooling, log_power, pool
 from fairseq_rkm.modules.dropout import check_probability
 
-SIGNAL_POOLINGS = (*POOLINGS, "attention")
+SIGNAL_POOLINGS = (*POOLINGS, "attention", "power")
 
 
 class CentredRKM(RKM):
@@ -41,7 +41,7 @@ class RKMSignalClassifierConfig(RKMOptions):
     encoder_layers: int = field(default=1, metadata={"help": "RKM layers"})
     encoder_bidirectional: bool = field(default=False, metadata={"help": "run each layer in both directions"})
     pooling: ChoiceEnum(list(SIGNAL_POOLINGS)) = field(
-        default="mean", metadata={"help": "how a window's outputs become one vector"}
+        default="mean", metadata={"help": "how a window's outputs become one vector; power: the log of their variance"}
     )
     classifier_hidden_size: int = field(
         default=64, metadata={"help": "units in the classifier's hidden layer; 0: no hidden layer"}
@@ -145,6 +145,8 @@ class RKMSignalClassifier(BaseFairseqModel):
             padding_mask = torch.zeros_like(source[..., 0], dtype=torch.bool)
         if self.attention is not None:
             return self.attention(output, padding_mask)
+        if self.pooling == "power":
+            return log_power(output, padding_mask)
         return pool(self.pooling, output, state.hidden, padding_mask)
 
     def filters(self, layer: int = 0) -> Tensor:
