@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fairseq_rkm import CELLS, RKM
+from fairseq_rkm.ops.kernel_functions import KERNELS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -21,6 +22,26 @@ def test_the_readme_s_table_of_cells_is_the_one_in_the_code(cell):
     (row,) = (line for line in README.splitlines() if line.startswith(f"| `{cell.name}`") and "c~_t" in line)
     columns = [column.strip() for column in row.strip("|").split("|")]
     assert columns[1:4] == [cell.title, f"`{memory}`", f"`{output}`"]
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/kernel_machines.md"])
+def test_the_tables_of_kernels_are_the_code_s(document):
+    text = (ROOT / document).read_text().replace(r"\|", "/norm/")
+    rows = [line for line in text.splitlines() if re.match(r"\| `(linear|polynomial|gaussian|arccos)`", line)]
+    for name, kernels in KERNELS.items():
+        own = [row.replace("/norm/", "|") for row in rows if row.startswith(f"| `{name}`")]
+        default, *others = kernels if name == "arccos" else kernels[:1]
+        for kernel, row in zip([default, *others], own, strict=True):
+            assert kernel.equation.split(",")[0] in row
+            assert (row.rstrip("| ").endswith(("yes", "1"))) == (kernel.bound is not None)
+
+
+def test_the_example_of_gram_matrices_is_right():
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "kernel_machines.md").read_text(), re.S)
+    scope: dict = {}
+    exec(example, scope)  # noqa: S102
+    assert scope["gram"].shape == (4, 4)
+    assert scope["means"].shape == (1, 4)
 
 
 def documented(section: str) -> set[str]:
