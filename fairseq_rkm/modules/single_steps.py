@@ -60,6 +60,8 @@ def _is_simple(rkm: RKMParameters) -> bool:
     """Whether a step is a step: one direction, n = 1, and nothing that training, tools or a named backend change."""
     if rkm.bidirectional or rkm.ngram > 1 or rkm.proj_size or rkm.learn_sigma or rkm.backend != "auto":
         return False
+    if not rkm._cell.kernel.is_linear:
+        return False
     if torch.compiler.is_compiling() or SLOT in rkm.__dict__:  # opacus has prepared this layer
         return False
     return not (rkm.training and (rkm.weight_dropout or (rkm.num_layers > 1 and rkm.dropout.p)))

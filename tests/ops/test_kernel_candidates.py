@@ -165,6 +165,20 @@ def test_a_sequence_in_pieces_and_by_single_steps_is_the_sequence(kernel, cell):
 
 @of_kernels
 @of_cells
+@pytest.mark.parametrize("learn_kernel", [False, True])
+def test_calls_of_one_step_without_gradients_are_the_sequence(kernel, cell, learn_kernel):
+    rkm = randomized(RKM(3, 4, cell=cell, dtype=torch.float64, learn_kernel=learn_kernel, **kernel)).eval()
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    with torch.no_grad():
+        whole, state, steps = rkm(x)[0], rkm.initial_state(2), []
+        for t in range(5):
+            output, state = rkm(x[t : t + 1], state)
+            steps.append(output)
+    torch.testing.assert_close(torch.cat(steps), whole)
+
+
+@of_kernels
+@of_cells
 def test_kernels_add_parameters_and_no_weights(kernel, cell):
     rkm, linear = RKM(30, 40, cell=cell, ngram=3, **kernel), RKM(30, 40, cell=cell, ngram=3)
     assert rkm.num_weights() == linear.num_weights()
