@@ -44,6 +44,7 @@ from fairseq_rkm.experiments.fairseq_log import entries
 from fairseq_rkm.experiments.recurrence_benchmark import plot, recurrence, shape_of
 from fairseq_rkm.experiments.result_files import pyplot
 from fairseq_rkm.experiments.sweep_benchmark import add_flags, count
+from fairseq_rkm.ops.kernel_functions import KERNELS
 
 
 def train(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -115,6 +116,7 @@ def parse() -> argparse.Namespace:
         "--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="float32: with TF32"
     )
     one.add_argument("--cell", choices=list(CELLS), nargs="+", default=["rkm_lstm"])
+    one.add_argument("--kernel", choices=list(KERNELS), default="linear", help="the candidates' (default: linear)")
     one.add_argument("--shape", type=shape_of, nargs="+", required=True, metavar="T,B,m,d")
     one.add_argument("--backend", default="auto")
     one.add_argument("--ngram", type=int, default=1)

@@ -35,7 +35,8 @@ def reference_of(rkm: RKM) -> RKM:
         rkm.input_size, rkm.hidden_size, cell=rkm.cell, ngram=rkm.ngram, layer_norm=rkm.layer_norm,
         memory_clip=rkm.memory_clip,
         feedback=None if rkm.feedback == CELLS[rkm.cell].has_feedback else False, backend="reference",
-        device=rkm.get_parameter("weight_ih_l0").device, dtype=torch.float64,
+        device=rkm.get_parameter("weight_ih_l0").device, dtype=torch.float64, kernel=rkm.kernel,
+        kernel_degree=rkm.kernel_degree,
     )  # fmt: skip
     copy.load_state_dict(rkm.state_dict())
     return copy
@@ -180,6 +181,7 @@ def benchmark_shape(shape: tuple[int, int, int, int], args: argparse.Namespace) 
         rkm = RKM(
             m, d, cell=cell, ngram=args.ngram, layer_norm=args.layer_norm, memory_clip=args.memory_clip,
             feedback=False if args.no_feedback else None, backend=args.backend, device=args.device, dtype=dtype,
+            kernel=args.kernel,
         )  # fmt: skip
         error = error_of(rkm, x)
         if not error <= TOLERANCES[dtype]:
@@ -194,7 +196,7 @@ def benchmark_shape(shape: tuple[int, int, int, int], args: argparse.Namespace) 
                 "feedback": rkm.feedback,
                 "ngram": args.ngram,
             }
-            | {"layer_norm": args.layer_norm, "memory_clip": args.memory_clip}
+            | {"layer_norm": args.layer_norm, "memory_clip": args.memory_clip, "kernel": args.kernel}
         )
     measured = measure(modules, x, args.seconds)
     kinds = measured[0].keys() - {"kept_bytes"}
@@ -245,6 +247,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         ratios = [f"{row[k]:.2f}" if k in row else "" for k in ("forward_backward_ratio", "graphed_ratio")]
         graph = f"{row['graphed']['median_ms']:.3f}" if "graphed" in row else ""
         name = row["cell"] + ("" if row.get("feedback", True) else " without feedback")
+        name += "" if row.get("kernel", "linear") == "linear" else f", {row['kernel']} kernel"
         lines.append(
             f"| {', '.join(map(str, row['shape']))} | {row['dtype']} | {name} | {row['forward']['median_ms']:.3f} | "
             f"{both['median_ms']:.3f} ({spread}) | {ratios[0]} | {graph} | {ratios[1]} | {kept} |"

@@ -141,6 +141,7 @@ def leaves_room(name: str, cell: Cell, size: int, dtype: torch.dtype, norm: bool
         norm: whether the memory is normalised.
     """
     alone = size <= blockwise.MOST_UNITS and cell.has_feedback and not norm and dtype != torch.float64
+    alone = alone and cell.kernel.is_linear
     return alone and name in ("auto", "blockwise")
 
 

@@ -39,6 +39,13 @@ def test_each_cell_is_checked_and_timed_beside_the_lstm(monkeypatch, tmp_path, c
     assert (tmp_path / "a.png").stat().st_size > 5_000
 
 
+def test_a_kernel_is_checked_and_timed(monkeypatch, tmp_path, capsys):
+    flags = ["--kernel", "gaussian", "--shape", "3,2,4,5", "--no-feedback"]
+    recurrence(monkeypatch, *flags, "--json", tmp_path / "a.json")
+    assert json.loads((tmp_path / "a.json").read_text())[1]["kernel"] == "gaussian"
+    assert "| rkm_lstm without feedback, gaussian kernel |" in capsys.readouterr().out
+
+
 def test_a_wrong_result_is_an_error_and_no_row(monkeypatch, tmp_path, capsys):
     right = recurrence_benchmark.reference_of
 
