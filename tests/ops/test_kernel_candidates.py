@@ -89,6 +89,16 @@ def test_other_dtypes(kernel, dtype):
     compare("batched", dtype=dtype, cell="rkm_cifg", layer_norm=True, steps=7, batch=3, sizes=(6, 9), **kernel)
 
 
+@pytest.mark.gpu
+@of_kernels
+@of_cells
+def test_on_a_gpu(kernel, cell):
+    for feedback in (None, False):
+        options = {"device": "cuda", "cell": cell, "feedback": feedback, "memory_clip": bound_of(kernel), **kernel}
+        compare("auto", mask="mixed", ngram=3, return_memory=True, **options)
+    compare("auto", device="cuda", cell=cell, dtype=torch.bfloat16, layer_norm=True, sizes=(6, 9), **kernel)
+
+
 @pytest.mark.parametrize("backend", ["reference", "batched"])
 @of_kernels
 @of_cells
