@@ -1,5 +1,6 @@
 """The flags that all RKM models share, and the module built from them."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -34,8 +35,8 @@ class RKMOptions(FairseqDataclass):
     kernel_scale: Optional[float] = field(
         default=None,
         metadata={
-            "help": "where s of polynomial and gaussian starts; default: 1, and for gaussian the root of the number of "
-            "features that it sees"
+            "help": "where s of polynomial and gaussian starts; default: 1, and for gaussian the typical length of "
+            "what it sees, for words when they start from random vectors"
         },
     )
     kernel_offset: Optional[float] = field(
@@ -70,7 +71,10 @@ class RKMOptions(FairseqDataclass):
     backend: BACKEND_CHOICES = field(default="auto", metadata={"help": "how to compute the recurrence"})
 
 
-def build_rkm(options: RKMOptions, input_size: int, hidden_size: int, kind: type[RKM] = RKM, **arguments: Any) -> RKM:
+def build_rkm(
+    options: RKMOptions, input_size: int, hidden_size: int, kind: type[RKM] = RKM, deviation: float | None = None,
+    **arguments: Any,
+) -> RKM:  # fmt: skip
     """Build an RKM of these sizes from the flags.
 
     Args:
@@ -78,6 +82,7 @@ def build_rkm(options: RKMOptions, input_size: int, hidden_size: int, kind: type
         input_size: m.
         hidden_size: d.
         kind: the class to build.
+        deviation: the standard deviation of the inputs' features at the start; a Gaussian's s starts there.
         arguments: arguments of :class:`~fairseq_rkm.modules.RKM`; they override the flags.
 
     Raises:
@@ -103,6 +108,8 @@ def build_rkm(options: RKMOptions, input_size: int, hidden_size: int, kind: type
         "backend": str(options.backend),
     }
     arguments = {**flags, **arguments}
+    if deviation is not None and arguments["kernel"] == "gaussian" and arguments["kernel_scale"] is None:
+        arguments["kernel_scale"] = max(1.0, deviation * math.sqrt(arguments["ngram"] * input_size))
     check_machine_memory(
         _count_weights(input_size, hidden_size, **arguments),
         f"the recurrent weights of {hidden_size:,} units with {input_size:,} inputs of {arguments['ngram']:,} steps",

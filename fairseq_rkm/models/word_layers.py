@@ -18,6 +18,11 @@ from fairseq_rkm.models.machine_memory import check_machine_memory
 
 logger = logging.getLogger(__name__)
 
+LARGEST = 0.1
+"""The largest magnitude of a random word vector's numbers."""
+WORD_DEVIATION = LARGEST / 3**0.5
+"""Their standard deviation."""
+
 
 def build_embedding(
     dictionary: Dictionary, size: int, path: Optional[str] = None, freeze: bool = False
@@ -35,7 +40,7 @@ def build_embedding(
     """
     check_machine_memory(len(dictionary) * size, f"embeddings of {len(dictionary):,} words and size {size:,}")
     embedding = nn.Embedding(len(dictionary), size, padding_idx=dictionary.pad())
-    nn.init.uniform_(embedding.weight, -0.1, 0.1)
+    nn.init.uniform_(embedding.weight, -LARGEST, LARGEST)
     if path:
         load_word_vectors(embedding, path, dictionary)
     with torch.no_grad():

@@ -16,7 +16,7 @@ from fairseq_rkm.data.dictionary import FINGERPRINT, check_fingerprint, fingerpr
 from fairseq_rkm.errors import RKMError
 from fairseq_rkm.models.fitting_task import check_task
 from fairseq_rkm.models.recurrence_options import NGRAM_PADDING_CHOICES, RKMOptions, build_rkm
-from fairseq_rkm.models.word_layers import build_embedding
+from fairseq_rkm.models.word_layers import WORD_DEVIATION, build_embedding
 from fairseq_rkm.modules import POOLINGS, LockedDropout, dropped_embedding, pool
 from fairseq_rkm.modules.dropout import check_probability
 from fairseq_rkm.ops.cells import is_bound
@@ -90,7 +90,7 @@ class RKMClassifier(BaseFairseqModel):
         self.rkm = build_rkm(
             cfg, cfg.encoder_embed_dim, cfg.encoder_hidden_size, num_layers=cfg.encoder_layers,
             layer_norm=has_layer_norm(cfg), bidirectional=cfg.encoder_bidirectional, dropout=cfg.dropout_hidden,
-            weight_dropout=cfg.dropout_weights,
+            weight_dropout=cfg.dropout_weights, deviation=WORD_DEVIATION,
         )  # fmt: skip
         self.pooling = str(cfg.pooling)
         self.classification_heads = nn.ModuleDict()

@@ -14,7 +14,7 @@ from fairseq_rkm.errors import RKMError
 from fairseq_rkm.models.language_model.carried_state import CarriedState
 from fairseq_rkm.models.language_model.stream_learner import StreamLearner
 from fairseq_rkm.models.recurrence_options import NO_LIMIT, build_rkm
-from fairseq_rkm.models.word_layers import build_embedding, build_softmax
+from fairseq_rkm.models.word_layers import WORD_DEVIATION, build_embedding, build_softmax
 from fairseq_rkm.modules import RKM, LockedDropout, RKMState, dropped_embedding
 from fairseq_rkm.modules.continuous_cache import CacheMemory, ContinuousCache
 from fairseq_rkm.modules.dropout import check_probability
@@ -61,7 +61,7 @@ class RKMLanguageModelDecoder(FairseqIncrementalDecoder):
                 f"{', '.join(map(str, sizes))} (--decoder-embed-dim, --decoder-hidden-size, --decoder-layers)"
             )
         self.layers = nn.ModuleList(
-            build_rkm(cfg, m, d, ngram=n, weight_dropout=cfg.dropout_weights)
+            build_rkm(cfg, m, d, ngram=n, weight_dropout=cfg.dropout_weights, deviation=WORD_DEVIATION)
             for (m, d), n in zip(pairwise(sizes), ngrams_by_layer(cfg.ngram, cfg.decoder_layers), strict=True)
         )
         self.adaptive_softmax = self.output_projection = None

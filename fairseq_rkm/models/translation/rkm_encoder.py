@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fairseq_rkm.data.dictionary import FINGERPRINT, check_fingerprint, fingerprint
 from fairseq_rkm.models.recurrence_options import NO_LIMIT, build_rkm, first_given
+from fairseq_rkm.models.word_layers import WORD_DEVIATION
 from fairseq_rkm.modules import dropped_embedding
 
 EncoderOut = dict[str, list[Tensor]]
@@ -44,7 +45,7 @@ class RKMEncoder(FairseqEncoder):
             build_rkm(
                 cfg, size, cfg.encoder_hidden_size, bidirectional=cfg.encoder_bidirectional,
                 cell=str(first_given(cfg.encoder_cell, cfg.cell)), ngram=first_given(cfg.encoder_ngram, cfg.ngram),
-                weight_dropout=cfg.dropout_weights,
+                weight_dropout=cfg.dropout_weights, deviation=WORD_DEVIATION,
             )
             for size in sizes
         )  # fmt: skip

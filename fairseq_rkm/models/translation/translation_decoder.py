@@ -14,7 +14,7 @@ from fairseq_rkm.graphs.decoding_graphs import DecodingGraphs
 from fairseq_rkm.models.recurrence_options import NO_LIMIT, build_rkm, first_given
 from fairseq_rkm.models.translation.rkm_encoder import EncoderOut
 from fairseq_rkm.models.translation.state_bridge import StateBridge
-from fairseq_rkm.models.word_layers import build_softmax
+from fairseq_rkm.models.word_layers import WORD_DEVIATION, build_softmax
 from fairseq_rkm.modules import RKM, GlobalAttention, RKMState, Stepper, dropped_embedding
 
 Layers = Iterable[Callable[..., tuple[Tensor, RKMState]]]
@@ -89,7 +89,7 @@ class RKMTranslationDecoder(FairseqIncrementalDecoder):
             build_rkm(
                 cfg, m, d, ngram_padding="causal", cell=str(first_given(cfg.decoder_cell, cfg.cell)),
                 ngram=first_given(cfg.decoder_ngram, cfg.ngram), weight_dropout=cfg.dropout_weights,
-                learn_initial_state=False,  # the bridges' biases are one
+                deviation=WORD_DEVIATION, learn_initial_state=False,  # the bridges' biases are one
             )
             for m, d in zip(inputs, outputs, strict=True)
         ]  # fmt: skip
