@@ -128,7 +128,8 @@ def test_two_gpus_replay_as_one_with_the_same_global_batch(data, tmp_path):
 @pytest.mark.parametrize("flags", [["--optimizer", "adam"], AVERAGED], ids=["at_once", "late"])
 def test_two_gpus_end_a_run_that_diverges(data, tmp_path, flags):
     common = [*(flag for flag in SMALL if flag != "--cpu"), *flags, "--lr", "1e30", "--clip-norm", 0]
-    result = fairseq("train", data, *common, "--memory-clip", "none", "--save-dir", tmp_path, gpus=2)
+    common += ["--max-update", 60, "--memory-clip", "none", "--save-dir", tmp_path]
+    result = fairseq("train", data, *common, gpus=2)
     assert result.error.startswith("training has diverged")
 
 
