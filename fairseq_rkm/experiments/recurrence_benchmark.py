@@ -3,7 +3,7 @@
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,12 @@ def largest_error(rkm: RKM, piece: Tensor) -> float:
     """As :func:`error_of`, on inputs of your choice."""
     wanted = outcome(reference_of(rkm), piece.double())
     given = outcome(rkm, piece)
-    return max(((g.double() - w).norm() / w.norm()).item() for g, w in zip(given, wanted, strict=True))
+    return largest(((g.double() - w).norm() / w.norm()).item() for g, w in zip(given, wanted, strict=True))
+
+
+def largest(errors: Iterable[float]) -> float:
+    """The largest error, and NaN if one is: Python's ``max`` passes NaN over."""
+    return torch.tensor(list(errors), dtype=torch.float64).max().item()
 
 
 def reference_of(rkm: RKM) -> RKM:
@@ -46,7 +51,9 @@ def outcome(layer: nn.Module, x: Tensor) -> list[Tensor]:
     """A layer's output, and the gradients of inputs and parameters of a fixed projection of it."""
     x = x.clone().requires_grad_()
     output, _ = layer(x)
-    weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=x.device).view_as(output)
+    # float16 cannot count to 65,536, and torch.linspace would count in it.
+    weights = torch.linspace(-1, 1, output.numel(), dtype=torch.float64, device=x.device).view_as(output)
+    weights = weights.to(output.dtype)
     gradients = torch.autograd.grad((output * weights).sum(), [x, *layer.parameters()])
     return [output.detach(), *gradients]
 

@@ -19,6 +19,7 @@ from fairseq_rkm.experiments.recurrence_benchmark import (
     CALLS,
     forward_backward,
     graphed,
+    largest,
     largest_error,
     once,
     outcome,
@@ -202,13 +203,13 @@ def _error(layer: nn.Module, x: Tensor) -> float:
         given, wanted = (
             outcome(module, x.to(dtype))[:2] for module, dtype in ((layer, x.dtype), (exact, torch.double))
         )
-        return max(((g.double() - w).norm() / w.norm()).item() for g, w in zip(given, wanted, strict=True))
+        return largest(((g.double() - w).norm() / w.norm()).item() for g, w in zip(given, wanted, strict=True))
     if not isinstance(layer, RKM):
         raise TypeError(type(layer))
     with torch.no_grad():
         output, wanted_output = layer(x)[0].double(), reference_of(layer)(x.double())[0]
     error = ((output - wanted_output).norm() / wanted_output.norm()).item()
-    return max(error, largest_error(layer, x * min(1.0, layer.memory_clip or 1.0) / 4))
+    return largest([error, largest_error(layer, x * min(1.0, layer.memory_clip or 1.0) / 4)])
 
 
 def _time(
