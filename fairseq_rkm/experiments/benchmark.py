@@ -123,6 +123,8 @@ def parse() -> argparse.Namespace:
     one.add_argument("--layer-norm", action="store_true")
     one.add_argument("--memory-clip", type=float)
     one.add_argument("--no-feedback", action="store_true")
+    one.add_argument("--layers", type=count, default=1)
+    one.add_argument("--bidirectional", action="store_true")
     one.add_argument("--threads", type=int, help="CPU threads")
     one.add_argument("--seconds", type=float, default=1.0, help="how long to repeat each measurement")
     one.add_argument("--seed", type=int, default=1)

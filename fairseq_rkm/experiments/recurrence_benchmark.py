@@ -37,8 +37,8 @@ def largest(errors: Iterable[float]) -> float:
 def reference_of(rkm: RKM) -> RKM:
     """The same layer in float64, by the reference."""
     copy = RKM(
-        rkm.input_size, rkm.hidden_size, cell=rkm.cell, ngram=rkm.ngram, layer_norm=rkm.layer_norm,
-        memory_clip=rkm.memory_clip,
+        rkm.input_size, rkm.hidden_size, rkm.num_layers, cell=rkm.cell, ngram=rkm.ngram, layer_norm=rkm.layer_norm,
+        memory_clip=rkm.memory_clip, bidirectional=rkm.bidirectional,
         feedback=None if rkm.feedback == CELLS[rkm.cell].has_feedback else False, backend="reference",
         device=rkm.get_parameter("weight_ih_l0").device, dtype=torch.float64, kernel=rkm.kernel,
         kernel_degree=rkm.kernel_degree,
@@ -181,14 +181,15 @@ def benchmark_shape(shape: tuple[int, int, int, int], args: argparse.Namespace) 
     steps, batch, m, d = shape
     dtype = getattr(torch, args.dtype)
     x = torch.randn(steps, batch, m, device=args.device, dtype=dtype, requires_grad=True)
-    modules: list[nn.Module] = [nn.LSTM(m, d, device=args.device, dtype=dtype)]
-    about = {"shape": shape, "dtype": args.dtype}
+    stack: dict[str, Any] = {"num_layers": args.layers, "bidirectional": args.bidirectional}
+    modules: list[nn.Module] = [nn.LSTM(m, d, **stack, device=args.device, dtype=dtype)]
+    about = {"shape": shape, "dtype": args.dtype, **stack}
     rows: list[dict[str, Any]] = [{**about, "cell": "nn.LSTM", "backend": "torch"}]
     for cell in args.cell:
         rkm = RKM(
             m, d, cell=cell, ngram=args.ngram, layer_norm=args.layer_norm, memory_clip=args.memory_clip,
             feedback=False if args.no_feedback else None, backend=args.backend, device=args.device, dtype=dtype,
-            kernel=args.kernel,
+            kernel=args.kernel, **stack,
         )  # fmt: skip
         error = error_of(rkm, x)
         if not error <= TOLERANCES[dtype]:
@@ -255,6 +256,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         graph = f"{row['graphed']['median_ms']:.3f}" if "graphed" in row else ""
         name = row["cell"] + ("" if row.get("feedback", True) else " without feedback")
         name += "" if row.get("kernel", "linear") == "linear" else f", {row['kernel']} kernel"
+        name += "" if row.get("num_layers", 1) == 1 else f", {row['num_layers']} layers"
+        name += ", both directions" if row.get("bidirectional") else ""
         lines.append(
             f"| {', '.join(map(str, row['shape']))} | {row['dtype']} | {name} | {row['forward']['median_ms']:.3f} | "
             f"{both['median_ms']:.3f} ({spread}) | {ratios[0]} | {graph} | {ratios[1]} | {kept} |"

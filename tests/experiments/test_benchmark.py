@@ -46,6 +46,13 @@ def test_a_kernel_is_checked_and_timed(monkeypatch, tmp_path, capsys):
     assert "| rkm_lstm without feedback, gaussian kernel |" in capsys.readouterr().out
 
 
+def test_a_stack_in_both_directions_is_checked_and_timed(monkeypatch, tmp_path, capsys):
+    recurrence(monkeypatch, "--shape", "3,2,4,5", "--layers", 2, "--bidirectional", "--json", tmp_path / "a.json")
+    rows = json.loads((tmp_path / "a.json").read_text())
+    assert {(row["num_layers"], row["bidirectional"]) for row in rows} == {(2, True)}
+    assert "| nn.LSTM, 2 layers, both directions |" in capsys.readouterr().out
+
+
 def test_a_wrong_result_is_an_error_and_no_row(monkeypatch, tmp_path, capsys):
     right = recurrence_benchmark.reference_of
 
