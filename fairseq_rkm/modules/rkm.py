@@ -1,12 +1,14 @@
 """RKM: stacked recurrences of any cell, a drop-in for ``torch.nn.LSTM``."""
 
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
+from torch.torch_version import TorchVersion
 
 from fairseq_rkm.errors import RKMError
 from fairseq_rkm.modules.lstm_exchange import ExchangeWithLSTM
@@ -32,6 +34,14 @@ WITHOUT_CONTEXT = (
     "DistributedDataParallel does, loses the context: hand it state.tensors(), and make "
     "RKMState(hidden, cell, context) of them again. Give a plain pair (hidden, cell) where an empty context is meant"
 )
+
+
+def outside_old_compilers(forward: Callable, version: str = torch.__version__) -> Callable:
+    """Leave a module's pass out of what ``torch.compile`` reads before PyTorch 2.8: it runs as it does without it.
+
+    Those compilers end in RecursionError at the descriptors of ``constant_numbers``.
+    """
+    return forward if TorchVersion(version) >= "2.8" else torch.compiler.disable(forward)
 
 
 class RKM(ExchangeWithLSTM):
@@ -128,6 +138,7 @@ class RKM(ExchangeWithLSTM):
         RKMError: an argument of another type, or outside its range.
     """
 
+    @outside_old_compilers
     def forward(
         self,
         x: Tensor | PackedSequence | None = None,
@@ -329,8 +340,8 @@ class RKM(ExchangeWithLSTM):
         """Hidden state, memory and context with the rows of ``x``; None stands for zeros."""
         if state is None:
             return *self._learned_rows(x.size(1)), None
-        if not isinstance(state, tuple | list) or not 2 <= len(state) <= 3:
-            given = f"{len(state)} of them" if isinstance(state, tuple | list) else type(state).__name__
+        if not isinstance(state, (tuple, list)) or not 2 <= len(state) <= 3:
+            given = f"{len(state)} of them" if isinstance(state, (tuple, list)) else type(state).__name__
             raise RKMError(f"the state must be an RKMState or a pair (hidden, cell) of tensors, not {given}")
         plain = not isinstance(state, RKMState)
         state = RKMState(*state) if plain else state
@@ -365,7 +376,7 @@ class RKM(ExchangeWithLSTM):
         return hiddens or None, memories or None
 
     def _initial_context(self, x: Tensor, context: Any, rows: tuple[int, ...]) -> list[Tensor]:
-        if not isinstance(context, tuple | list) or not all(torch.is_tensor(c) for c in context):
+        if not isinstance(context, (tuple, list)) or not all(torch.is_tensor(c) for c in context):
             raise RKMError(f"the state's context must be a list of tensors, not {type(context).__name__}")
         wanted = [(self.ngram - 1, *rows, self.layer_input_size(k)) for k in range(self.num_layers)]
         given = [tuple(c.shape) for c in context]

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fairseq_rkm.errors import RKMError
 from fairseq_rkm.ops import kernel_candidates, onnx_lstm
 from fairseq_rkm.ops.cells import Cell
 from fairseq_rkm.ops.kernel_candidates import Filters
@@ -32,6 +33,9 @@ ROWS = "projected", "real", "anew", "squares"
 WEIGHTS = "recurrent", "norm_weight", "norm_bias", "sigma_i", "sigma_f"
 CONSTANTS = *WEIGHTS, "filters", "fresh_hidden", "fresh_memory"
 """What each step may read: weights, a kernel's filters, and the state that a reset begins with."""
+
+TELLS_EXPORTS = hasattr(torch.compiler, "is_exporting")
+"""Whether PyTorch tells ``torch.export`` from ``torch.compile`` and records a ``scan``: it does from 2.7 on."""
 
 
 def is_recording() -> bool:
@@ -114,6 +118,8 @@ def _step(
 
 def _scan(step: Callable[..., Results], rows: Tensors, constants: Tensors, hidden: Tensor, memory: Tensor) -> Results:
     """The loop as PyTorch's ``scan``."""
+    if not TELLS_EXPORTS:
+        raise RKMError(f"exporting an RKM by torch.export needs PyTorch 2.7 or newer, and this is {torch.__version__}")
     from torch._higher_order_ops.scan import scan
 
     given = list(constants.values())

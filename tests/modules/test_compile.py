@@ -11,6 +11,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from fairseq_rkm import CELLS, RKM, RKMState
+from fairseq_rkm.modules.rkm import outside_old_compilers
 
 CXX = pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler inductor needs a C++ compiler")
 
@@ -167,3 +168,24 @@ def test_a_second_derivative_of_a_compiled_program_is_refused_by_pytorch():
     (first,) = torch.autograd.grad(compiled(x)[0].square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
         first.sum().backward()
+
+
+def test_a_compiler_that_cannot_read_an_rkm_leaves_it_alone():
+    """Before PyTorch 2.8 it ends in RecursionError."""
+
+    class Old(RKM):
+        forward = outside_old_compilers(RKM.forward, "2.7.1+cu126")
+
+    x = torch.randn(3, 2, 4)
+    rkm = Old(4, 4)
+    graphs = []
+
+    def compiler(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    output = torch.compile(lambda x: rkm(x)[0] + 1, backend=compiler)(x)
+    assert torch.equal(output, rkm(x)[0] + 1)
+    assert graphs, "what is around the module is compiled"
+    assert not any("fairseq_rkm" in str(graph.graph) for graph in graphs)
+    assert outside_old_compilers(RKM.forward, "2.8.0") is RKM.forward

@@ -92,7 +92,7 @@ def test_data_parallel_modules_hand_on_a_state_that_tells_of_its_loss(ngram):
 
 
 def test_a_data_loader_pins_a_state_whole(monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *_: tensor.clone())
     state = state_of(3).detach()
     assert_same(data._utils.pin_memory.pin_memory([state])[0], state)
 

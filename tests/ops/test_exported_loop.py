@@ -18,6 +18,7 @@ from helpers import assert_close, randomized
 from torch.export import Dim
 
 from fairseq_rkm import CELLS, RKM, RKMError
+from fairseq_rkm.ops import exported_loop
 
 BOTH = [{"cell": cell, "feedback": feedback} for cell in CELLS for feedback in (None, False)]
 
@@ -205,3 +206,9 @@ def test_resets_and_memories_through_a_kernel_are_recorded():
     traced = torch.jit.trace(net, net.inputs(5, 2))
     for steps, batch in SIZES:
         assert_same(traced, net, net.inputs(steps, batch))
+
+
+def test_an_export_by_a_pytorch_without_a_loop_is_refused_in_a_sentence(monkeypatch):
+    monkeypatch.setattr(exported_loop, "TELLS_EXPORTS", False)
+    with pytest.raises(RKMError, match=r"needs PyTorch 2\.7 or newer"):
+        exported(network())
