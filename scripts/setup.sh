@@ -12,7 +12,7 @@ stamp=.venv/.done
 wanted="$(cat setup.py scripts/setup.sh | cksum) ${TORCH:-}"
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then exit 0; fi
 
-command -v "$python" > /dev/null || { say "no $python here: set PYTHON" >&2; exit 1; }
+"$python" -c '' 2> /dev/null || { say "no $python here that runs: set PYTHON" >&2; exit 1; }
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
   { say "$("$python" --version) is too old: 3.11 or newer is needed (set PYTHON)" >&2; exit 1; }
 command -v c++ > /dev/null || command -v g++ > /dev/null ||
