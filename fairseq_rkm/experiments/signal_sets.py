@@ -21,8 +21,10 @@ from fairseq_rkm.errors import RKMError
 
 DISTURBED = {"noise": 0.1, "dropout_channels": 0.1}
 """Disturbances in training, for sets of few people."""
-RHYTHMS = {"encoder_hidden_size": 16, "pooling": "power", "classifier_hidden_size": 0, **DISTURBED}
-"""A small model for classes that differ in rhythms."""
+RHYTHMS = {
+    "encoder_hidden_size": 16, "pooling": "power", "classifier_hidden_size": 0, "dropout": 0.0, **DISTURBED,
+}  # fmt: skip
+"""A small model for classes that differ in rhythms. Logarithms of powers are not centred: dropout would drown them."""
 EEG_FOLDER = "eeg_mental_arithmetic"
 
 
