@@ -7,7 +7,7 @@ import torch
 
 import fairseq_rkm
 
-LENGTH = 100
+SEGMENT_LENGTH = 100
 """Tokens in a segment."""
 
 
@@ -39,4 +39,4 @@ def open_stream(data: Path, checkpoint: Path, split: str) -> tuple[Any, Any, tor
         raise fairseq_rkm.RKMError(f"{checkpoint} has an adaptive softmax: this is for models with a plain one")
     model.to(device).float().eval()
     task.load_dataset(split)
-    return model.decoder, StreamSegments(task.dataset(split), 1, (0, 1), LENGTH, task.dictionary.pad()), device
+    return model.decoder, StreamSegments(task.dataset(split), 1, (0, 1), SEGMENT_LENGTH, task.dictionary.pad()), device

@@ -18,9 +18,9 @@ from fairseq_rkm.models.machine_memory import check_machine_memory
 
 logger = logging.getLogger(__name__)
 
-LARGEST = 0.1
+LARGEST_UNIFORM = 0.1
 """The largest magnitude of a random word vector's numbers."""
-WORD_DEVIATION = LARGEST / 3**0.5
+WORD_DEVIATION = LARGEST_UNIFORM / 3**0.5
 """Their standard deviation."""
 
 
@@ -40,7 +40,7 @@ def build_embedding(
     """
     check_machine_memory(len(dictionary) * size, f"embeddings of {len(dictionary):,} words and size {size:,}")
     embedding = nn.Embedding(len(dictionary), size, padding_idx=dictionary.pad())
-    nn.init.uniform_(embedding.weight, -LARGEST, LARGEST)
+    nn.init.uniform_(embedding.weight, -LARGEST_UNIFORM, LARGEST_UNIFORM)
     if path:
         load_word_vectors(embedding, path, dictionary)
     with torch.no_grad():

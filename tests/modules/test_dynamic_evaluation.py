@@ -90,5 +90,6 @@ def test_training_text_without_gradients_and_diverged_learning_are_told():
     dynamic = DynamicEvaluation(model.parameters(), 0.1, 0.1, EPSILON)
     with pytest.raises(RKMError, match="no finite gradient on the training text"):
         dynamic.measure(0 * loss(model, words) for words in torch.zeros(2, 5, dtype=torch.long))
-    with pytest.raises(RKMError, match="has diverged: lower --dynamic-lr"):
-        dynamic.learn(loss(model, torch.zeros(2, dtype=torch.long)) * math.inf)
+    for factor in (1000, math.inf, math.nan):
+        with pytest.raises(RKMError, match="has diverged: lower --dynamic-lr"):
+            dynamic.learn(loss(model, torch.zeros(2, dtype=torch.long)) * factor)
