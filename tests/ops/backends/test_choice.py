@@ -33,7 +33,9 @@ def h200(monkeypatch):
 
 def problem(size, batch, dtype):
     """Inputs and weights that only have shapes."""
-    inputs = SimpleNamespace(dtype=dtype, device=SimpleNamespace(index=0), size=lambda at: (64, batch, size)[at])
+    inputs = SimpleNamespace(
+        is_cuda=False, dtype=dtype, device=SimpleNamespace(index=0), size=lambda at: (64, batch, size)[at]
+    )
     shape = SimpleNamespace(size=lambda at: (4 * size, size)[at])
     return inputs, Weights(shape, shape)
 
