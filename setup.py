@@ -53,7 +53,7 @@ setup(
     ],
     python_requires=">=3.11",
     packages=find_packages(include=["fairseq_rkm", "fairseq_rkm.*"]),
-    package_data={"": ["*.c", "*.cu", "py.typed"]},
+    package_data={"": ["*.c", "*.cu", "*.cuh", "py.typed"]},
     zip_safe=False,
     install_requires=["torch>=2.6", "numpy"],
     extras_require={

@@ -1,34 +1,6 @@
 // The equations of one step, from its pre-activations; single_step.py compiles it with the cell as macros.
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-
-#if ELEMENT == 4
-typedef float Stored;
-__device__ __forceinline__ float widen(Stored x) { return x; }
-__device__ __forceinline__ Stored narrow(float x) { return x; }
-#else
-typedef u16 Stored;
-#if BF16
-__device__ __forceinline__ float widen(Stored x) { return __uint_as_float(u32(x) << 16); }
-__device__ __forceinline__ Stored narrow(float x) {
-    u16 y;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
-    return y;
-}
-#else
-__device__ __forceinline__ float widen(Stored x) {
-    float y;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
-    return y;
-}
-__device__ __forceinline__ Stored narrow(float x) {
-    u16 y;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
-    return y;
-}
-#endif
-#endif
+#include "numbers.cuh"
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.f / (1.f + expf(-x)); }
 __device__ __forceinline__ float hyperbolic(float x) { return 2.f * sigmoid(2.f * x) - 1.f; }

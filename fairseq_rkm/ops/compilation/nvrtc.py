@@ -14,6 +14,9 @@ from torch import Tensor
 
 from fairseq_rkm.ops.compilation.build_cache import built
 
+HEADER = Path(__file__).with_name("numbers.cuh")
+INCLUDE = b'#include "numbers.cuh"\n'
+"""The one header, and how files ask for it."""
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _COOPERATIVE, _CLUSTER = 2, 4  # CU_LAUNCH_ATTRIBUTE_COOPERATIVE, CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 
@@ -131,7 +134,8 @@ def compile_image(source: Path, macros: tuple[tuple[str, int | str], ...], capab
     """
     options = [f"-arch=sm_{capability[0]}{capability[1]}", "-std=c++17", "-default-device"]
     options += [f"-D{name}={value}" for name, value in macros]
-    text, version = source.read_bytes(), (ctypes.c_int(), ctypes.c_int())
+    # Expanded here: the text is also the key to what was compiled before.
+    text, version = source.read_bytes().replace(INCLUDE, HEADER.read_bytes()), (ctypes.c_int(), ctypes.c_int())
     _compiler().nvrtcVersion(*map(ctypes.byref, version))
     inputs = [text.decode(), *options, *(str(number.value) for number in version)]
     try:

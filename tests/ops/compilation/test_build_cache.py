@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import fairseq_rkm
 from fairseq_rkm.ops.backends.native import native
 from fairseq_rkm.ops.compilation import build_cache, nvrtc
 
@@ -352,3 +353,19 @@ def test_kernels_are_compiled_once_for_all_processes(cache, tmp_path, monkeypatc
     with pytest.raises(RuntimeError, match=r"kernel.cu does not compile with .*-DN=1"):
         compile_anew((("N", 1),))
     assert len(list(cache.iterdir())) == 4
+
+
+def test_the_compiler_gets_kernels_with_their_header_in_place(monkeypatch):
+    monkeypatch.setattr(nvrtc, "_compiler", Compiler)
+
+    def refuse(*_arguments: object) -> None:
+        raise OSError("there is no place for compiled code")
+
+    monkeypatch.setattr(nvrtc, "built", refuse)
+    sources = list(Path(fairseq_rkm.__file__).parent.rglob("*.cu"))
+    images = {source.stem: nvrtc.compile_image.__wrapped__(source, (), (9, 0)) for source in sources}
+    assert len(images) >= 5
+    assert not any(b"#include" in image for image in images.values())
+    with_numbers = {name for name, image in images.items() if b"float widen(Stored x)" in image}
+    assert with_numbers == {"persistent", "blockwise", "single_step"}
+    assert all(image.count(b"typedef u16 Stored;") == 1 for name, image in images.items() if name in with_numbers)

@@ -8,9 +8,7 @@
 // blockwise.py compiles this with the sizes and the cell (a row of ops/cells.py) as macros. Indices: u unit, g gate in
 // stacking order, n row in the block, b row of the batch, k column of a thread's weights.
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned char u8;
+#include "numbers.cuh"
 
 #define LANES (GATES == 1 ? 1 : GATES == 2 ? 2 : 4)
 #define THREADS ((SIZE * LANES + 31) / 32 * 32)
@@ -21,35 +19,7 @@ typedef unsigned char u8;
 #define HAS_SCALE_F (FORGET < 0)
 #define HAS_SCALE_I (FORGET < 0 && INPUT < 0)
 
-#if ELEMENT == 4
-typedef float Stored;
-__device__ __forceinline__ float widen(Stored x) { return x; }
-__device__ __forceinline__ Stored narrow(float x) { return x; }
-__device__ __forceinline__ float exponential(float x) { return expf(x); }
-#else
-typedef u16 Stored;
-__device__ __forceinline__ float exponential(float x) { return __expf(x); }
-#if BF16
-__device__ __forceinline__ float widen(Stored x) { return __uint_as_float(u32(x) << 16); }
-__device__ __forceinline__ Stored narrow(float x) {
-    u16 y;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
-    return y;
-}
-#else
-__device__ __forceinline__ float widen(Stored x) {
-    float y;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
-    return y;
-}
-__device__ __forceinline__ Stored narrow(float x) {
-    u16 y;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
-    return y;
-}
-#endif
-#endif
-
+__device__ __forceinline__ float exponential(float x) { return ELEMENT == 4 ? expf(x) : __expf(x); }
 __device__ __forceinline__ float sigmoid(float x) { return 1.f / (1.f + exponential(-x)); }
 __device__ __forceinline__ float hyperbolic(float x) { return 2.f * sigmoid(2.f * x) - 1.f; }
 

@@ -26,9 +26,7 @@
 //   large for one launch is run in several, from row `first` on, `rows` a group), g gate in stacking order,
 //   r = g - FIRST_RECURRENT.
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned char u8;
+#include "numbers.cuh"
 
 #define THREADS (WARPS * 32)
 #define TILES ((ROWS + 7) / 8)             // of 8 rows of the batch: the product's N
@@ -55,9 +53,6 @@ typedef unsigned char u8;
 #define BACKWARD_K (PART_SLICES * RECURRENT * UNITS)
 
 #if ELEMENT == 4
-typedef float Stored;
-__device__ __forceinline__ float widen(Stored x) { return x; }
-__device__ __forceinline__ Stored narrow(float x) { return x; }
 // What the tensor cores read: rounded, where they would cut off.
 __device__ __forceinline__ Stored operand(float x) {
     u32 y;
@@ -66,29 +61,12 @@ __device__ __forceinline__ Stored operand(float x) {
 }
 #define MMA "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32"
 #else
-typedef u16 Stored;
+__device__ __forceinline__ Stored operand(float x) { return narrow(x); }
 #if BF16
-__device__ __forceinline__ float widen(Stored x) { return __uint_as_float(u32(x) << 16); }
-__device__ __forceinline__ Stored narrow(float x) {
-    u16 y;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
-    return y;
-}
 #define MMA "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
 #else
-__device__ __forceinline__ float widen(Stored x) {
-    float y;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
-    return y;
-}
-__device__ __forceinline__ Stored narrow(float x) {
-    u16 y;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
-    return y;
-}
 #define MMA "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
 #endif
-__device__ __forceinline__ Stored operand(float x) { return narrow(x); }
 #endif
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.f / (1.f + __expf(-x)); }
