@@ -58,10 +58,13 @@ env -u CUDA_HOME "$PWD/.venv/bin/python" -m pip --disable-pip-version-check inst
 beside=$(.venv/bin/python -c 'from importlib.util import find_spec as f; print(f("fairseq").origin)')
 beside=$(dirname "$(dirname "$beside")")
 if [ -w "$beside" ] && [ ! -e "$beside/fairseq_rkm" ]; then ln -sfn "$PWD/fairseq_rkm" "$beside/fairseq_rkm"; fi
-# fairseq-score takes no --user-dir, and two of its flags fail with today's sacrebleu: the script runs ours.
-score=.venv/bin/fairseq-score
-if [ -f "$score" ]; then
-  sed -i 's/from fairseq_cli\.score import cli_main/from fairseq_rkm.score import main as cli_main/' "$score"
-fi
+# Two commands run before the plugin can be loaded, and fail at what a user expects: their scripts run ours.
+ours() {
+  if [ -f ".venv/bin/fairseq-$1" ]; then
+    sed -i "s/from fairseq_cli\.$2 import cli_main/from fairseq_rkm.$2 import main as cli_main/" ".venv/bin/fairseq-$1"
+  fi
+}
+ours score score              # it takes no --user-dir, and two of its flags fail with today's sacrebleu
+ours hydra-train hydra_train  # it looks for a relative common.user_dir in a folder of hydra's
 printf '%s' "$wanted" > "$stamp"
 say "done: .venv is ready"

@@ -67,12 +67,13 @@ class Result:
 def start(command: str, *args: object, gpus: int = 1, **environment: str) -> subprocess.Popen:
     """Start a fairseq command in the repository's root; it sees so many GPUs, if there are any: fairseq takes all.
 
-    A command that ends in ``.py`` is a script of the tests.
+    A command that ends in ``.py`` is a script of the tests; one of the plugin has its module's whole name.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **environment}
     visible = environment.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
     environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible[:gpus])
-    program = [ROOT / "tests" / command] if command.endswith(".py") else ["-m", f"fairseq_cli.{command}"]
+    module = command if command.startswith("fairseq_rkm.") else f"fairseq_cli.{command}"
+    program = [ROOT / "tests" / command] if command.endswith(".py") else ["-m", module]
     return subprocess.Popen(
         [sys.executable, *program, *map(str, args)],
         cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

@@ -219,14 +219,23 @@ def test_other_cells_train_through_the_same_command(data, tmp_path, cell):
     assert len(result.entries("train_inner")) == 3
 
 
-@pytest.mark.parametrize("user_dir", [None, "fairseq_rkm", "${hydra:runtime.cwd}/tests/../fairseq_rkm"])
-def test_hydra_train_has_the_same_flags(data, tmp_path, user_dir):
+OURS = "fairseq_rkm.hydra_train"
+
+
+@pytest.mark.parametrize(
+    ("command", "user_dir"),
+    [
+        ("hydra_train", None), ("hydra_train", "fairseq_rkm"),
+        ("hydra_train", "${hydra:runtime.cwd}/tests/../fairseq_rkm"), (OURS, None), (OURS, "tests/../fairseq_rkm"),
+    ],
+)  # fmt: skip
+def test_hydra_train_has_the_same_flags(data, tmp_path, command, user_dir):
     changes = ["model.cell=ran", "optimizer._name=adam"]
     if user_dir == "fairseq_rkm" and not Path(find_spec("fairseq").origin).parents[1].joinpath(user_dir).exists():
         pytest.skip("the plugin is not installed beside fairseq, where scripts/setup.sh links it")
     if user_dir:
         changes.append(f"common.user_dir='{user_dir}'")
-    result = succeed("hydra_train", *hydra_flags(data, tmp_path), *changes)
+    result = succeed(command, *hydra_flags(data, tmp_path), *changes)
     log = result.output + "".join(p.read_text() for p in (tmp_path / "out").glob("*.log"))
     assert '"num_updates": "3"' in log
 

@@ -187,7 +187,7 @@ def test_the_set_up_makes_fairseq_score_run_ours(texts):
     script.write_text(neighbour.read_text(encoding="utf-8").replace("preprocess", "score"), encoding="utf-8")
     script.chmod(0o755)
     lines = (ROOT / "scripts" / "setup.sh").read_text(encoding="utf-8")
-    subprocess.run(["bash", "-euc", re.search(r"^score=.*\n(?:.*\n)*?fi$", lines, re.M)[0]], check=True)
+    subprocess.run(["bash", "-euc", re.search(r"^ours\(\).*?^ours score score", lines, re.M | re.S)[0]], check=True)
     command = [sys.executable, script, "--sys", "OUT", "--ref", "REF", "--sacrebleu"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert sacrebleu.corpus_bleu(OUTPUT, [REFERENCE]).format() in done.stdout
