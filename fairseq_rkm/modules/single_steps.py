@@ -22,7 +22,9 @@ def take_step(rkm: RKMParameters, x: Any, state: Any) -> tuple[Tensor, RKMState]
 
     It never refuses: of what it does not know well it leaves the judgement to the long way.
     """
-    if torch.is_grad_enabled() or type(x) is not Tensor or x.dim() != 3 or type(state) not in (RKMState, tuple):
+    if torch.is_grad_enabled() or torch.jit.is_tracing():  # a trace would warn of each comparison below
+        return None
+    if type(x) is not Tensor or x.dim() != 3 or type(state) not in (RKMState, tuple):
         return None
     if x.size(1 if rkm.batch_first else 0) != 1 or len(state) != 2 or not _is_simple(rkm):
         return None

@@ -113,7 +113,7 @@ REFUSED = {
     "a hidden size of 10^9": (setting("model", "decoder_hidden_size", 10**9), "asks for a model of|would take"),
     "20,000 units": (setting("model", "decoder_hidden_size", 20_000), "asks for a model of"),
     "10^9 layers": (setting("model", "decoder_layers", 10**9), "asks for a model of|would take"),
-    "an n-gram of 10^9": (setting("model", "ngram", 10**9), "asks for a model of|would take"),
+    "an n-gram of 10^9": (setting("model", "ngram", 10**9), "--ngram takes a whole number from 1 to 10,000"),
     "a hidden size of 10^9 in args": (to_args(decoder_hidden_size=10**9), "asks for a model of|would take"),
     "no model": (lambda state, _: state.pop("model"), "it has no model"),
     "a model that is a list": (model([torch.zeros(2)]), "a model that is a list"),

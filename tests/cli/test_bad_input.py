@@ -28,7 +28,7 @@ def test_unknown_names(data, tmp_path, flag, value):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--ngram", 0], "ngram must be at least 1, not 0"),
+        (["--ngram", 0], "--ngram takes a whole number from 1 to 10,000"),
         (["--sigma-i2", 1.5], "--sigma-i2 must lie within (0, 1), not be 1.5"),
         (["--ngram", 3, "--ngram-padding", "same"], "--ngram-padding same looks ahead"),
         (["--decoder-layers", 1], "make --decoder-hidden-size (12) and --decoder-embed-dim (8) equal"),

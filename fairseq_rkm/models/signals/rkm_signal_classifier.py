@@ -20,6 +20,11 @@ from fairseq_rkm.models.signals.signal_augmentation import SignalAugmentation
 from fairseq_rkm.modules import POOLINGS, RKM, AttentionPooling, log_power, pool
 from fairseq_rkm.modules.dropout import check_probability
 
+SCALES, RATE = "scales_version", "rate_version"
+"""The names of the buffers with the data's scales and sampling rate.
+
+As that of a dictionary's fingerprint they have "version" in them, which fairseq's ``--store-ema`` leaves alone.
+"""
 SIGNAL_POOLINGS = (*POOLINGS, "attention", "power")
 
 
@@ -85,10 +90,10 @@ class RKMSignalClassifier(BaseFairseqModel):
     def __init__(self, cfg: RKMSignalClassifierConfig, preparation: SignalPreparation) -> None:
         super().__init__()
         self.cfg = cfg
-        # float64: the scales are compared exactly, also after training in 16 bits
+        # Compared exactly, also after training in 16 bits; halves of float64 survive the averaging of checkpoints.
         scales = torch.tensor([preparation.mean, preparation.deviation], dtype=torch.float64)
-        self.register_buffer("scales", scales.view(torch.int64))
-        self.register_buffer("rate", torch.tensor([round(1000 * (preparation.rate or 0))]))
+        self.register_buffer(SCALES, scales.view(torch.int32).to(torch.int64))
+        self.register_buffer(RATE, torch.tensor([round(1000 * (preparation.rate or 0))]))
         self.augmentation = SignalAugmentation(cfg.noise, cfg.dropout_channels, cfg.time_masks, cfg.time_mask_steps)
         self.rkm = build_rkm(
             cfg, preparation.width, cfg.encoder_hidden_size, CentredRKM, num_layers=cfg.encoder_layers,
@@ -222,15 +227,20 @@ def check_signals(model: RKMSignalClassifier, held: dict[str, Tensor]) -> None:
         RKMError: the data have other channels, classes, scales, or another sampling rate.
     """
     remedy = "give the data that it was trained on, or predict from files (python -m fairseq_rkm.predict)"
-    trained, here = held.get("scales"), model.scales
-    if trained is None or held.get("rate") is None:
+    here, rate = model.get_buffer(SCALES), model.get_buffer(RATE)
+    if any(key.startswith("rkm.") for key in held):  # fairseq's average leaves the buffers out
+        held.setdefault(SCALES, here)
+        held.setdefault(RATE, rate)
+    trained = held.get(SCALES)
+    if trained is None or held.get(RATE) is None:
         raise RKMError("the checkpoint is of no rkm_signal_classifier: it lacks the scales of its channels")
     if trained.shape != here.shape:
         raise RKMError(
-            f"the checkpoint was trained on {trained.size(-1)} channels, and the data have {here.size(-1)}: {remedy}"
+            f"the checkpoint was trained on {trained.size(-1) // 2} channels, and the data have {here.size(-1) // 2}: "
+            f"{remedy}"
         )
-    if not torch.equal(held["rate"].cpu(), model.rate.cpu()):
-        rates = [int(rate) / 1000 for rate in (held["rate"], model.rate)]
+    if not torch.equal(held[RATE].cpu(), rate.cpu()):
+        rates = [int(number) / 1000 for number in (held[RATE], rate)]
         raise RKMError(
             f"the checkpoint was trained at {rates[0]:g} samples a second, and the data have {rates[1]:g}: {remedy}"
         )
