@@ -142,7 +142,7 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
 def test_a_wheel_has_all_kernels_and_types(wheel):
     wanted = {
         str(path.relative_to(ROOT))
-        for ending in ("py", "c", "cu", "typed")
+        for ending in ("py", "c", "cu", "cuh", "typed")
         for path in (ROOT / "fairseq_rkm").rglob(f"*.{ending}")
     }
     assert {name for name in wheel.namelist() if "dist-info" not in name} == wanted

@@ -55,6 +55,8 @@ def no_training(monkeypatch):
 
 def test_numbers_beyond_the_machine_are_left_out_in_a_sentence(monkeypatch, capsys, no_training):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    # PyTorch for CUDA would look for the GPUs' names.
+    monkeypatch.setattr(scaling_benchmark, "circumstances", lambda _config: {"hardware": "two GPUs"})
     scaling(monkeypatch, "--device", "cuda", "--gpus", 1, 2, 4, 8, "--batch", 80, 20)
     output = capsys.readouterr().out
     assert "4 GPUs are left out: here are 2" in output
