@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -169,11 +170,12 @@ def caption(rows: list[Row]) -> str:
 
     seeds = sorted({run["seed"] for run in runs if run["seed"]})
     named = f"; seeds {', '.join(map(str, seeds))}" if seeds else ""
-    return (
+    text = (
         f"{all_of('hardware')}; torch {all_of('torch')}; Python {all_of('python')}; commit {all_of('commit')}{named}. "
         "Accuracy of windows: the mean and standard deviation over people, or over seeds where the archive divides the "
         "data; of whole recordings by the mean probability. Training time is that of all folds."
     )
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def outcome(folder: Path) -> str:
