@@ -135,7 +135,6 @@ OURS: dict[str, dict[str, Range | str]] = {
         "alpha": NOT_NEGATIVE,
         "beta": NOT_NEGATIVE,
         "past_decode": NOT_NEGATIVE,
-        "adversarial_noise": NOT_NEGATIVE,
     },
     "optimizer": {
         "weight_decay": NOT_NEGATIVE,

@@ -1,8 +1,8 @@
 """``cross_entropy_ar_tar``: cross entropy with activation and temporal activation regularisation (AR and TAR).
 
 Merity, McCann and Socher (2017), *Revisiting Activation Regularization for Language RNNs*. Large outputs cost
-something, and so do outputs that change fast from step to step. Two regularisers of a whole softmax can be added:
-:mod:`fairseq_rkm.criterions.past_decoding` and :mod:`fairseq_rkm.criterions.adversarial_softmax`.
+something, and so do outputs that change fast from step to step. Past decode regularisation can be added:
+:mod:`fairseq_rkm.criterions.past_decoding`.
 """
 
 import math
@@ -18,7 +18,6 @@ from fairseq.logging import metrics
 from torch import Tensor
 from torch.nn import functional as F
 
-from fairseq_rkm.criterions.adversarial_softmax import cost_of_noise
 from fairseq_rkm.criterions.past_decoding import PastDecoder
 from fairseq_rkm.errors import RKMError
 
@@ -41,20 +40,13 @@ class CrossEntropyARTARConfig(CrossEntropyCriterionConfig):
             "predicted distribution by the embedding; 0: none"
         },
     )
-    adversarial_noise: float = field(
-        default=0.0,
-        metadata={
-            "help": "size of the worst noise on the target's output embedding, as a share of the embedding's norm; "
-            "0: none"
-        },
-    )
 
 
 @register_criterion("cross_entropy_ar_tar", dataclass=CrossEntropyARTARConfig)
 class CrossEntropyARTARCriterion(CrossEntropyCriterion):
     """Cross entropy and its regularisers in training, and cross entropy alone in evaluation.
 
-    The loss is cross entropy + alpha * AR + beta * TAR + past_decode * PDR, and what noise adds to the cross entropy.
+    The loss is cross entropy + alpha * AR + beta * TAR + past_decode * PDR.
 
     The last layer's output h is ``(T, B, d)``. AR is the mean of ``dropped(h)_t ** 2``, and TAR the mean of ``(h_t -
     h_{t-1}) ** 2``, over positions that are not padded (Merity et al. 2018). A step before which the state begins anew
@@ -62,10 +54,9 @@ class CrossEntropyARTARCriterion(CrossEntropyCriterion):
     logged without their weights.
 
     PDR is the mean cross entropy of the input words, decoded from the predicted distributions
-    (:class:`~fairseq_rkm.criterions.past_decoding.PastDecoder`); it is logged in bits as ``past_nll``. The noise is
-    adversarial (:mod:`fairseq_rkm.criterions.adversarial_softmax`); its mean cost is logged in bits as ``noise_nll``.
-    Both need a whole softmax. PDR has weights, a bias for each word: they are in the checkpoint's ``criterion``, and
-    no evaluation needs them.
+    (:class:`~fairseq_rkm.criterions.past_decoding.PastDecoder`); it is logged in bits as ``past_nll``. It
+    needs a whole softmax. It has weights, a bias for each word: they are in the checkpoint's ``criterion``, and no
+    evaluation needs them.
 
         fairseq-train ... --arch rkm_lm --criterion cross_entropy_ar_tar --alpha 2 --beta 1
 
@@ -77,16 +68,13 @@ class CrossEntropyARTARCriterion(CrossEntropyCriterion):
         RKMError: a weight is negative, or the model lacks these extras or a whole softmax.
     """
 
-    def __init__(
-        self, task: Any, sentence_avg: bool, alpha: float, beta: float, past_decode: float = 0.0,
-        adversarial_noise: float = 0.0,
-    ) -> None:  # fmt: skip
+    def __init__(self, task: Any, sentence_avg: bool, alpha: float, beta: float, past_decode: float = 0.0) -> None:
         super().__init__(task, sentence_avg)
-        weights = {"alpha": alpha, "beta": beta, "past-decode": past_decode, "adversarial-noise": adversarial_noise}
+        weights = {"alpha": alpha, "beta": beta, "past-decode": past_decode}
         for flag, value in weights.items():
             if not 0 <= value < math.inf:
                 raise RKMError(f"--{flag} must be 0 or more, not {value}")
-        self.alpha, self.beta, self.past_decode, self.noise = weights.values()
+        self.alpha, self.beta, self.past_decode = weights.values()
         self.past = PastDecoder(len(task.target_dictionary)) if past_decode else None
 
     def forward(self, model: Any, sample: dict, reduce: bool = True) -> tuple[Tensor, Any, dict[str, Any]]:
@@ -123,8 +111,8 @@ class CrossEntropyARTARCriterion(CrossEntropyCriterion):
                 )
             ar, tar = self._regularisers(extra, sample)
             parts = {"ar": (self.alpha, ar), "tar": (self.beta, tar)}
-            if self.past or self.noise:
-                parts |= self._of_the_softmax(model, log_probs, extra, sample)
+            if self.past is not None:
+                parts["past_nll"] = self.past_decode, self._past(self.past, model, log_probs, sample)
             loss = nll + sample_size * sum(weight * value for weight, value in parts.values())
             # Sums over tokens, so that processes and updates can be added up.
             logged |= {name: ntokens * value.data for name, (_, value) in parts.items()}
@@ -150,30 +138,18 @@ class CrossEntropyARTARCriterion(CrossEntropyCriterion):
         ]
         return torch.stack(parts).sum() if reduce else torch.cat(parts), None
 
-    def _of_the_softmax(
-        self, model: Any, log_probs: Tensor | None, extra: dict[str, Any], sample: dict
-    ) -> dict[str, tuple[float, Tensor]]:
-        """Return weight and mean, in nats, of the two regularisers that need a whole softmax."""
-        decoder, target = model.decoder, sample["target"].flatten()
-        flag = "--past-decode" if self.past else "--adversarial-noise"
+    def _past(self, decoder: PastDecoder, model: Any, log_probs: Tensor | None, sample: dict) -> Tensor:
+        """Return PDR, in nats."""
         if log_probs is None:
-            raise RKMError(f"{flag} is for models with a plain softmax, and this one has an adaptive one")
-        words, real = sample["net_input"]["src_tokens"].flatten(), target.ne(self.padding_idx)
-        parts = {}
-        if self.past is not None:
-            embedding = decoder.embed_tokens.weight
-            if len(embedding) != log_probs.size(1):
-                raise RKMError(
-                    f"--past-decode needs one dictionary, but the input's has {len(embedding)} types and the output's "
-                    f"{log_probs.size(1)}"
-                )
-            parts["past_nll"] = self.past_decode, _mean_where(self.past(log_probs, embedding, words), real)
-        if self.noise:
-            outputs = extra["features"].transpose(0, 1).flatten(0, 1)
-            of_targets = log_probs.gather(1, target.unsqueeze(1)).squeeze(1)
-            cost = cost_of_noise(of_targets, outputs, decoder.output_projection.weight[target], self.noise)
-            parts["noise_nll"] = 1.0, _mean_where(cost, real)
-        return parts
+            raise RKMError("--past-decode is for models with a plain softmax, and this one has an adaptive one")
+        embedding = model.decoder.embed_tokens.weight
+        if len(embedding) != log_probs.size(1):
+            raise RKMError(
+                f"--past-decode needs one dictionary, but the input's has {len(embedding)} types and the output's "
+                f"{log_probs.size(1)}"
+            )
+        costs = decoder(log_probs, embedding, sample["net_input"]["src_tokens"].flatten())
+        return _mean_where(costs, sample["target"].flatten().ne(self.padding_idx))
 
     def _regularisers(self, extra: dict[str, Any], sample: dict) -> tuple[Tensor, Tensor]:
         """Return AR and TAR in float32, from outputs ``(T, B, d)`` with and without dropout."""
@@ -203,9 +179,8 @@ class CrossEntropyARTARCriterion(CrossEntropyCriterion):
         if any("ar" in output for output in logging_outputs):
             metrics.log_scalar("ar", total("ar") / tokens, tokens, round=5)
             metrics.log_scalar("tar", total("tar") / tokens, tokens, round=5)
-        for name in ("past_nll", "noise_nll"):
-            if any(name in output for output in logging_outputs):
-                metrics.log_scalar(name, total(name) / tokens / math.log(2), tokens, round=4)
+        if any("past_nll" in output for output in logging_outputs):
+            metrics.log_scalar("past_nll", total("past_nll") / tokens / math.log(2), tokens, round=4)
 
 
 def _mean_where(values: Tensor, positions: Tensor) -> Tensor:

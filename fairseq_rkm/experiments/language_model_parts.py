@@ -24,7 +24,6 @@ class Part(NamedTuple):
 
 PARTS = {
     "past_decode": Part(("criterion.past_decode={}",), "0.001"),
-    "noise": Part(("criterion.adversarial_noise={}",), "0.005"),
     "shuffle": Part(("task.partial_shuffle={}",)),
     # Passes end segments of one length at even places. An epoch is seven of them: it is validated at its end.
     "overlap": Part(

@@ -170,7 +170,6 @@ REGULARISERS = (
     ("task", "partial_shuffle", False, "partial shuffle"),
     ("task", "overlap", 1, "overlap {}"),
     ("criterion", "past_decode", 0, "past decode {}"),
-    ("criterion", "adversarial_noise", 0, "noise {}"),
     ("model", "skip_connections", False, "skip connections"),
 )
 """Section, flag, default and words of the regularisers beside dropout, AR and TAR."""

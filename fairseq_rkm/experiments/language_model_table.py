@@ -7,10 +7,10 @@ r"""Train a table of language models, cells x parts x corpora x seeds, over all 
 To find what pays, in short runs, several at a time on one GPU:
 
     python examples/language_model/table.py ptb_fast=runs/ptb --out runs/parts --cells rkm_lstm --length 0.33 --jobs 4 \
-        --parts none shuffle overlap past_decode past_decode=0.01 noise skip shuffle+past_decode model.dropout=0.5 \
+        --parts none shuffle overlap past_decode past_decode=0.01 skip shuffle+past_decode model.dropout=0.5 \
         -- common.bf16=true task.cuda_graphs=true
 
-A row of --parts is a sum of parts: past_decode, noise, shuffle, overlap and skip, with a value or with one to begin
+A row of --parts is a sum of parts: past_decode, shuffle, overlap and skip, with a value or with one to begin
 with, and keys of the configuration with a value. With several of them a list by validation perplexity comes last.
 
 CONFIG is a file of config/ without its ending, and DATA a folder written by prepare.sh. Changes after ``--`` go to the

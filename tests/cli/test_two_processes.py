@@ -34,7 +34,7 @@ def checkpoint(run) -> dict:
 PLAIN = ["--optimizer", "adam"]
 AVERAGED = [
     "--variable-bptt", "--criterion", "cross_entropy_ar_tar", "--optimizer", "adamw_average", "--average-last", 0.5,
-    "--partial-shuffle", "--overlap", 3, "--past-decode", 0.1, "--adversarial-noise", 0.05, "--ngram", "2,1",
+    "--partial-shuffle", "--overlap", 3, "--past-decode", 0.1, "--ngram", "2,1",
 ]  # fmt: skip
 
 

@@ -8,7 +8,6 @@ from fairseq.logging import metrics
 from omegaconf import OmegaConf
 
 from fairseq_rkm import RKMError
-from fairseq_rkm.criterions.adversarial_softmax import cost_of_noise
 from fairseq_rkm.criterions.cross_entropy_ar_tar import CrossEntropyARTARCriterion
 from fairseq_rkm.models.language_model.language_model_decoder import RKMLanguageModelDecoder
 from fairseq_rkm.models.language_model.rkm_language_model import RKMLanguageModel, RKMLanguageModelConfig
@@ -159,68 +158,24 @@ def past_by_hand(logits, embedding, bias, word):
     return -math.log(softmax([dot(row, mean) + b for row, b in zip(embedding, bias, strict=True)])[word])
 
 
-def noise_by_hand(logits, output, embedding, word, size):
-    """Of one position: the softmax of the scores with the noise of that length that does most harm."""
-    length = math.sqrt(dot(output, output))
-    radius = size * math.sqrt(dot(embedding[word], embedding[word]))
-    noise = [-radius * h / length for h in output]
-    moved = [*logits[:word], logits[word] + dot(noise, output), *logits[word + 1 :]]
-    return math.log(softmax(logits)[word]) - math.log(softmax(moved)[word])
-
-
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("padded", [0, 2])
-def test_the_regularisers_of_the_softmax_are_the_sums_by_hand(tied, padded):
+def test_past_decode_is_the_sum_by_hand(tied, padded):
     built = model(share_decoder_input_output_embed=tied, decoder_hidden_size=6).double().train()
     batch = sample(padded=padded)
-    criterion = CrossEntropyARTARCriterion(TASK, False, 0.0, 0.0, 0.25, 0.5).double()
+    criterion = CrossEntropyARTARCriterion(TASK, False, 0.0, 0.0, 0.25).double()
     torch.nn.init.normal_(criterion.past.bias)
     torch.manual_seed(7)
-    logits, extra = (value for value in built(**batch["net_input"]))
-    decoder, bias = built.decoder, criterion.past.bias.tolist()
-    inner, outer = decoder.embed_tokens.weight.tolist(), decoder.output_projection.weight.tolist()
-    assert (inner == outer) == tied
+    logits, _ = built(**batch["net_input"])
+    embedding, bias = built.decoder.embed_tokens.weight.tolist(), criterion.past.bias.tolist()
     real = [(b, t) for b in range(3) for t in range(7) if batch["target"][b, t] != 1]
-    past = [past_by_hand(logits[at].tolist(), inner, bias, int(batch["net_input"]["src_tokens"][at])) for at in real]
-    noise = [
-        noise_by_hand(logits[b, t].tolist(), extra["features"][t, b].tolist(), outer, int(batch["target"][b, t]), 0.5)
-        for b, t in real
-    ]
+    words = batch["net_input"]["src_tokens"]
+    past = [past_by_hand(logits[at].tolist(), embedding, bias, int(words[at])) for at in real]
     torch.manual_seed(7)
     loss, size, logged = criterion(built, batch)
     assert size == len(real)
     assert logged["past_nll"].item() == pytest.approx(sum(past), rel=1e-6)
-    assert logged["noise_nll"].item() == pytest.approx(sum(noise), rel=1e-6)
-    assert loss.item() == pytest.approx(logged["nll_loss"].item() + 0.25 * sum(past) + sum(noise), rel=1e-6)
-
-
-def test_no_noise_of_the_same_length_does_more_harm():
-    torch.manual_seed(0)
-    outputs, embeddings = torch.randn(5, 6, dtype=torch.float64), torch.randn(9, 6, dtype=torch.float64)
-    target = torch.randint(9, (5,))
-    scores = outputs @ embeddings.t()
-    log_probs = scores.log_softmax(1).gather(1, target.unsqueeze(1)).squeeze(1)
-    worst = cost_of_noise(log_probs, outputs, embeddings[target], 0.3)
-    assert (worst > 0).all()
-    for _ in range(200):
-        noise = torch.nn.functional.normalize(torch.randn_like(outputs)) * 0.3 * embeddings[target].norm(dim=1)[:, None]
-        moved = scores.scatter_add(1, target.unsqueeze(1), (noise * outputs).sum(1, keepdim=True))
-        harm = log_probs - moved.log_softmax(1).gather(1, target.unsqueeze(1)).squeeze(1)
-        assert (harm <= worst + 1e-9).all()
-
-
-@pytest.mark.parametrize("log_prob", [0.0, -1e-9, -1.0, -90.0])
-@pytest.mark.parametrize("scale", [0.0, 1e-3, 1e3])
-def test_the_cost_of_noise_is_finite_for_targets_that_are_certain_or_hopeless(log_prob, scale):
-    outputs = torch.full((1, 3), scale, requires_grad=True)
-    log_probs = torch.tensor([log_prob], requires_grad=True)
-    embeddings = torch.ones(1, 3, requires_grad=True)
-    cost = cost_of_noise(log_probs, outputs, embeddings, 0.1)
-    assert -1e-6 <= cost.item() <= 0.1 * 3 * scale + 1e-4
-    cost.sum().backward()
-    assert embeddings.grad is None, "short embeddings would be cheaper"
-    assert outputs.grad.isfinite().all()
-    assert log_probs.grad.isfinite().all()
+    assert loss.item() == pytest.approx(logged["nll_loss"].item() + 0.25 * sum(past), rel=1e-6)
 
 
 def test_the_past_is_decoded_with_a_gradient_to_all_that_it_is_made_of():
@@ -249,31 +204,29 @@ def test_a_checkpoint_without_a_bias_begins_it_at_0():
     assert criterion.past.bias.eq(1).all()
 
 
-def test_evaluation_knows_none_of_them_and_the_log_has_each_apart():
+def test_evaluation_does_not_decode_the_past_and_the_log_has_it_apart():
     built, batch = model(), sample(padded=1)
     full, plain = (
-        CrossEntropyARTARCriterion(TASK, False, 2.0, 1.0, 0.5, 0.1),
+        CrossEntropyARTARCriterion(TASK, False, 2.0, 1.0, 0.5),
         CrossEntropyARTARCriterion(TASK, False, 0, 0),
     )
     (loss, _, logged), (wanted, _, _) = (criterion(built.eval(), batch) for criterion in (full, plain))
     assert loss.item() == wanted.item() == logged["nll_loss"].item()
-    assert not {"past_nll", "noise_nll"} & set(logged)
+    assert "past_nll" not in logged
     trained = full(built.train(), batch)[2]
     with metrics.aggregate() as meters:
         full.reduce_metrics([trained, trained])
         values = meters.get_smoothed_values()
-    for name in ("past_nll", "noise_nll"):
-        assert values[name] == pytest.approx(trained[name].item() / batch["ntokens"] / math.log(2), abs=1e-4)
+    assert values["past_nll"] == pytest.approx(trained["past_nll"].item() / batch["ntokens"] / math.log(2), abs=1e-4)
     assert values["ppl"] == pytest.approx(math.exp(trained["nll_loss"].item() / batch["ntokens"]), rel=1e-3)
 
 
-@pytest.mark.parametrize(("weights", "flag"), [((0.1, 0.0), "--past-decode"), ((0.0, 0.1), "--adversarial-noise")])
-def test_an_adaptive_softmax_has_no_distribution_to_regularise(weights, flag):
+def test_an_adaptive_softmax_has_no_distribution_to_decode():
     built = model(adaptive_softmax_cutoff="8,16", decoder_hidden_size=32).train()
-    with pytest.raises(RKMError, match=f"{flag} is for models with a plain softmax"):
-        CrossEntropyARTARCriterion(TASK, False, 2.0, 1.0, *weights)(built, sample())
-    with pytest.raises(RKMError, match=f"{flag} must be 0 or more, not -0.1"):
-        CrossEntropyARTARCriterion(TASK, False, 2.0, 1.0, *(-weight for weight in weights))
+    with pytest.raises(RKMError, match="--past-decode is for models with a plain softmax"):
+        CrossEntropyARTARCriterion(TASK, False, 2.0, 1.0, 0.1)(built, sample())
+    with pytest.raises(RKMError, match=r"--past-decode must be 0 or more, not -0\.1"):
+        CrossEntropyARTARCriterion(TASK, False, 2.0, 1.0, -0.1)
 
 
 def test_another_dictionary_of_inputs_is_refused():
