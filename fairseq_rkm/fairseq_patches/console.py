@@ -24,6 +24,7 @@ HYDRA = (
     r"hydra\.experimental\.\w+\(\) is no longer experimental",
     r"In '[^']*': Usage of deprecated keyword in package header",
     r"\s*'[^']*' is validated against ConfigStore schema",
+    r"\s*Future Hydra versions will no longer change working directory",
     r"\s*The strict flag in the compose API is deprecated",
 )
 """Beginnings of hydra's warnings about fairseq's use of it."""

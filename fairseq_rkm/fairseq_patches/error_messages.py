@@ -10,6 +10,7 @@ import types
 
 import hydra.errors
 import omegaconf
+import yaml
 
 from fairseq_rkm.errors import RKMError, first_line
 from fairseq_rkm.fairseq_patches import interruptions, meetings
@@ -22,6 +23,16 @@ DOCUMENTS = "--task sentence_prediction --criterion sentence_prediction --arch r
 
 SIGNALS = "--task signal_classification --criterion sentence_prediction --arch rkm_signal_classifier"
 """Flags that classify signals."""
+
+COMPONENTS_KEY = re.compile(r"key '(task|model|criterion)\.")
+"""An interpolation of a component that takes another's flag, in omegaconf's words."""
+
+CONFIGURATION = (
+    omegaconf.errors.ValidationError,
+    omegaconf.errors.ConfigKeyError,
+    omegaconf.errors.InterpolationResolutionError,
+)
+"""omegaconf's errors about one key of a configuration."""
 
 DIVERGED = (
     "training has diverged: gradients are not finite. Lower --lr, warm it up, or give --clip-norm; cells that feed "
@@ -115,17 +126,35 @@ def sentence_of(error: BaseException | None) -> str | None:
 
 
 def _about_flags(error: BaseException) -> str | None:
-    """Return a sentence about an error of hydra, omegaconf or a generator that concerns flags; else None."""
-    if isinstance(error, omegaconf.errors.InterpolationKeyError):
+    """Return a sentence about an error of fairseq, omegaconf or a generator that concerns flags; else None."""
+    if isinstance(error, omegaconf.errors.InterpolationKeyError) and COMPONENTS_KEY.search(str(error)):
         return f"{first_line(error)}: --task, --criterion and --arch must go together, as {DOCUMENTS} or {SIGNALS} do"
-    if isinstance(error, (omegaconf.errors.ValidationError, omegaconf.errors.ConfigKeyError)):
+    if isinstance(error, CONFIGURATION):
         return f"configuration key {error.full_key}: {first_line(error)}"
-    if isinstance(error, hydra.errors.OverrideParseException):
-        return f"a value that hydra cannot read, for its quotes or a backslash at its end: {first_line(error)}"
+    if about_hydra := _about_hydra(error):
+        return about_hydra
     if isinstance(error, ValueError) and "size of optimizer's group" in str(error):
         return OTHER_WEIGHTS
     if isinstance(error, AssertionError) and "min_len cannot be larger than max_len" in str(error):
         return "--min-len is more than --max-len-a times a source sentence's length plus --max-len-b: change one"
+    if isinstance(error, AssertionError) and "Must specify batch size" in str(error):
+        return "no batch size: give --batch-size or --max-tokens (hydra: dataset.batch_size or dataset.max_tokens)"
+    return None
+
+
+def _about_hydra(error: BaseException) -> str | None:
+    """Return the sentence for a mistake in hydra's command line or in YAML that hydra reads; else None."""
+    if isinstance(error, hydra.errors.OverrideParseException):
+        return (
+            f"hydra cannot read {error.override}: write \"KEY='VALUE'\", both quotes included, and no backslash at the "
+            "value's end"
+        )
+    if isinstance(error, hydra.errors.CompactHydraException) and not isinstance(error.__cause__, CONFIGURATION):
+        return " ".join(line.strip() for line in str(error).splitlines())
+    if isinstance(error, yaml.YAMLError):
+        return f"no YAML: {' '.join(line.strip() for line in str(error).splitlines())}"
+    if isinstance(error, ValueError) and "--multirun, --cfg, --info" in str(error):
+        return str(error)
     return None
 
 

@@ -14,6 +14,10 @@ from fairseq_rkm.fairseq_patches.error_messages import DIVERGED, sentence_of
         (FloatingPointError("gradients are Nan/Inf"), DIVERGED),
         (RuntimeError("-- Process 1 ended:\nFloatingPointError: gradients are Nan/Inf\n"), DIVERGED),
         (Exception("Cannot load model parameters"), "Cannot load model parameters"),
+        (
+            AssertionError("Must specify batch size either with --max-tokens or --batch-size"),
+            "no batch size: give --batch-size or --max-tokens (hydra: dataset.batch_size or dataset.max_tokens)",
+        ),
         (RuntimeError("a defect"), None),
         (KeyError("a defect"), None),
     ],
