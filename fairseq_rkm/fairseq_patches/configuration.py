@@ -9,6 +9,7 @@ import ast
 import difflib
 import functools
 import logging
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from fairseq import tasks, utils
 from fairseq.dataclass import utils as dataclass_utils
+from fairseq.dataclass.configs import CheckpointConfig
 from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
 from fairseq.registry import REGISTRIES
 from fairseq.tasks import TASK_REGISTRY
@@ -247,33 +249,56 @@ INPUTS = {
     "model": ("encoder_embed_path", "decoder_embed_path"),
     "checkpoint": ("restore_file", "finetune_from_model"),
     "ema": ("ema_seed_model",),
-}
+    "common": ("quantization_config_path",),
+    "bpe": (
+        "sentencepiece_model", "sentencepiece_model_path", "bpe_codes", "bpe_vocab_file", "gpt2_encoder_json",
+        "gpt2_vocab_bpe",
+    ),
+}  # fmt: skip
 """Flags that name files and folders for a run to read, by section."""
+
+OUTPUTS = {"checkpoint": ("save_dir",), "common": ("tensorboard_logdir", "log_file")}
+"""Flags that name files and folders for a run to write."""
+
+IN_SAVE_DIR = CheckpointConfig.restore_file
+"""The file to start from by default. fairseq looks for it in ``--save-dir``, wherever another of this name may be."""
 
 
 def find_inputs(root: DictConfig) -> None:
-    """Under hydra, look for relative inputs in the folder where the command was given.
+    """Under hydra, look for relative inputs in the folder where the command was given, and for ``~`` at home.
 
-    hydra starts each run in a new folder. The run writes its files there, as hydra's users expect.
+    hydra starts each run in a new folder. The run writes its files there, as hydra's users expect. No shell has
+    replaced a ``~`` that stands in YAML.
     """
     if not HydraConfig.initialized():
         return
     start = Path(HydraConfig.get().runtime.cwd)
     for section, names in INPUTS.items():
-        values = _section(root, section)
-        for name in names:
-            given = values.get(name) if isinstance(values, dict) else None
-            if not isinstance(given, str) or not given:
-                continue
-            found = [_found(path, start) for path in utils.split_paths(given)]
-            if (text := ":".join(found)) != given:
-                with open_dict(root):
-                    root[section][name] = text
-                logger.info("%s.%s: %s", section, name, text)
+        _replace_paths(root, section, names, lambda path: _found(path, start))
+    for section, names in OUTPUTS.items():
+        _replace_paths(root, section, names, os.path.expanduser)
+
+
+def _replace_paths(root: DictConfig, section: str, names: Iterable[str], replacement: Callable[[str], str]) -> None:
+    """Replace the paths of a section, each of a list by itself. Addresses (``s3://...``) stay."""
+    values = _section(root, section)
+    for name in names:
+        given = values.get(name) if isinstance(values, dict) else None
+        if not isinstance(given, str):
+            continue
+        given = OmegaConf.select(root, f"{section}.{name}", throw_on_resolution_failure=False)
+        if not isinstance(given, str) or given in ("", IN_SAVE_DIR) or "://" in given:
+            continue
+        text = ":".join(replacement(path) for path in (given.split(":") if name == "data" else [given]))
+        if text != given:
+            with open_dict(root):
+                root[section][name] = text
+            logger.info("%s.%s: %s", section, name, text)
 
 
 def _found(path: str, start: Path) -> str:
     """Return a path as an absolute one if it exists only from where the command was given; else as it is."""
+    path = os.path.expanduser(path)
     return str(start / path) if not Path(path).exists() and (start / path).exists() else path
 
 

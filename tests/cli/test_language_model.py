@@ -226,16 +226,21 @@ OURS = "fairseq_rkm.hydra_train"
     ("command", "user_dir"),
     [
         ("hydra_train", None), ("hydra_train", "fairseq_rkm"),
-        ("hydra_train", "${hydra:runtime.cwd}/tests/../fairseq_rkm"), (OURS, None), (OURS, "tests/../fairseq_rkm"),
+        ("hydra_train", "${hydra:runtime.cwd}/tests/../fairseq_rkm"), (OURS, "tests/../fairseq_rkm"),
+        (OURS, "in YAML: tests/../fairseq_rkm"),
     ],
 )  # fmt: skip
 def test_hydra_train_has_the_same_flags(data, tmp_path, command, user_dir):
     changes = ["model.cell=ran", "optimizer._name=adam"]
     if user_dir == "fairseq_rkm" and not Path(find_spec("fairseq").origin).parents[1].joinpath(user_dir).exists():
         pytest.skip("the plugin is not installed beside fairseq, where scripts/setup.sh links it")
-    if user_dir:
+    flags = hydra_flags(data, tmp_path)
+    if user_dir and user_dir.startswith("in YAML"):
+        path, absolute = tmp_path / "small.yaml", f"user_dir: {ROOT}/fairseq_rkm"
+        path.write_text(path.read_text().replace(absolute, user_dir.replace("in YAML", "user_dir")))
+    elif user_dir:
         changes.append(f"common.user_dir='{user_dir}'")
-    result = succeed(command, *hydra_flags(data, tmp_path), *changes)
+    result = succeed(command, *flags, *changes)
     log = result.output + "".join(p.read_text() for p in (tmp_path / "out").glob("*.log"))
     assert '"num_updates": "3"' in log
 
