@@ -1,13 +1,17 @@
 """README and docs are held to the code: flags, cells, examples, links, widths."""
 
+import itertools
 import re
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import DEVICES
 
 from fairseq_rkm import CELLS, RKM
+from fairseq_rkm.ops import BACKENDS, dispatch
+from fairseq_rkm.ops.backends.native import native
 from fairseq_rkm.ops.kernel_functions import KERNELS
 
 ROOT = Path(__file__).parents[1]
@@ -20,20 +24,78 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*
 def test_the_readme_s_table_of_cells_is_the_one_in_the_code(cell):
     memory, output = cell.equations()
     (row,) = (line for line in README.splitlines() if line.startswith(f"| `{cell.name}`") and "c~_t" in line)
-    columns = [column.strip() for column in row.strip("|").split("|")]
-    assert columns[1:4] == [cell.title, f"`{memory}`", f"`{output}`"]
+    assert cells_of(row)[1:4] == [cell.title, f"`{memory}`", f"`{output}`"]
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/kernel_machines.md"])
-def test_the_tables_of_kernels_are_the_code_s(document):
-    text = (ROOT / document).read_text().replace(r"\|", "/norm/")
+def rows_of_kernels(text: str) -> list[list[str]]:
+    """The columns of each kernel's row in the page of kernels."""
     rows = [line for line in text.splitlines() if re.match(r"\| `(linear|polynomial|gaussian|arccos)`", line)]
+    return [cells_of(row) for row in rows]
+
+
+def columns_of_kernels(text: str) -> list[list[str]]:
+    """The columns of the README's table of kernels, which has a kernel a column."""
+    (start,) = (at for at, line in enumerate(text.splitlines()) if line.startswith("| `--kernel`"))
+    names, _, equations = (cells_of(line) for line in text.splitlines()[start : start + 3])
+    return [list(column) for column in zip(names, equations, strict=True)][1:]
+
+
+def cells_of(row: str) -> list[str]:
+    """The columns of a row of a table, in which an escaped ``|`` is no border."""
+    columns = row.replace(r"\|", "/norm/").strip("| ").split("|")
+    return [column.strip().replace("/norm/", "|") for column in columns]
+
+
+@pytest.mark.parametrize(
+    ("document", "table"), [("README.md", columns_of_kernels), ("docs/kernel_machines.md", rows_of_kernels)]
+)
+def test_the_tables_of_kernels_are_the_code_s(document, table):
+    written = table((ROOT / document).read_text())
+    assert len(written) == 5
     for name, kernels in KERNELS.items():
-        own = [row.replace("/norm/", "|") for row in rows if row.startswith(f"| `{name}`")]
+        own = [kernel for kernel in written if kernel[0].startswith(f"`{name}`")]
         default, *others = kernels if name == "arccos" else kernels[:1]
-        for kernel, row in zip([default, *others], own, strict=True):
-            assert kernel.equation.split(",")[0] in row
-            assert (row.rstrip("| ").endswith(("yes", "1"))) == (kernel.bound is not None)
+        for kernel, columns in zip([default, *others], own, strict=True):
+            assert kernel.equation.split(",")[0] in " ".join(columns)
+            assert columns[-1].endswith(("bounded", "1")) == (kernel.bound is not None)
+
+
+def wishes() -> list[tuple[list[str], str, str]]:
+    """The README's table of wishes: cells, flags and backends, with "any" and "the same" filled in."""
+    lines = README.splitlines()
+    start = next(at for at, line in enumerate(lines) if line.startswith("| wanted |")) + 2
+    rows: list[tuple[list[str], str, str]] = []
+    for line in itertools.takewhile(lambda line: line.startswith("|"), lines[start:]):
+        _, cell, flags, backends = cells_of(line)
+        cells = list(CELLS) if cell == "any" else [cell.strip("`")]
+        rows.append((cells, flags, rows[-1][2] if backends == "the same" else backends))
+    return rows
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_readme_s_table_of_wishes_names_the_backends_that_auto_picks(device, monkeypatch):
+    if device == "cpu" and native._missing(CELLS["rkm_lstm"]) is not None:
+        pytest.skip("needs a C compiler")
+    picked, pick = [], dispatch.pick
+
+    def note(*problem):
+        picked.append(pick(*problem))
+        return BACKENDS["reference"]
+
+    monkeypatch.setattr(dispatch, "pick", note)
+    assert len(wishes()) >= 6
+    for cells, flags, backends in wishes():
+        given = {name.replace("-", "_"): value for name, value in re.findall(r"--([a-z-]+) (\w+)", flags)}
+        given["ngram"] = int(given.get("ngram", 1))
+        feedbacks = {False} if "--no-feedback" in flags else {None, False} if "without feedback" in backends else {None}
+        picked.clear()
+        for cell, size, feedback in itertools.product(cells, (64, 512, 2048), feedbacks):
+            rnn = RKM(8, size, **{"cell": cell, "feedback": feedback, **given}, device=device)
+            rnn(torch.zeros(4, 2, 8, device=device))
+        named = set(re.findall(r"`(\w+)`", backends.split(";")[device == "cpu"]))
+        found = {name for name, backend in BACKENDS.items() if backend in picked}
+        assert found, flags
+        assert found <= named, (flags, device)
 
 
 def test_the_example_of_gram_matrices_is_right():

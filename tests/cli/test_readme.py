@@ -1,4 +1,4 @@
-"""The README's commands in their order, as a reader types them, on small data."""
+"""The commands of the README and of the manual of signals in their order, as a reader types them, on small data."""
 
 import csv
 import os
@@ -13,15 +13,14 @@ from signal_samples import waves, write_npz
 from cli.conftest import ROOT, write_text
 from cli.test_document_classification import news
 
-README = (ROOT / "README.md").read_text()
+README, SIGNALS = ((ROOT / name).read_text() for name in ("README.md", "docs/signals.md"))
 COMMANDS = ("preprocess", "train", "eval_lm", "generate", "interactive", "validate")
 
 
-def section(title: str) -> str:
-    """The bash commands below a heading, without those that make or enter an environment."""
-    (text,) = (part for part in README.split("\n## ") if part.startswith(title))
-    lines = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.S)).splitlines()
-    return "\n".join(line for line in lines if not line.startswith(("source ", "pip ")))
+def section(title: str, document: str = README) -> str:
+    """The bash commands below a heading."""
+    (text,) = (part for part in document.split("\n## ") if part.startswith(title))
+    return "\n".join(re.findall(r"```bash\n(.*?)```", text, re.S))
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +73,9 @@ def classifier(checkout) -> str:
 def test_a_classifier_of_one_s_own_signals(checkout):
     for name, count in (("train", 40), ("test", 8), ("recordings", 3)):
         write_npz(checkout / f"{name}.npz", **waves(count, steps=400, seed=count))
-    printed = type_in(checkout, section("Classify signals").replace("--max-epoch 20", "--max-epoch 1"))
+    commands = "\n".join(section(title, SIGNALS) for title in ("Prepare", "Train", "Predict"))
+    assert "--max-epoch 20" in commands
+    printed = type_in(checkout, commands.replace("--max-epoch 20", "--max-epoch 1") + "\ncat classes.tsv")
     assert "windows of 200 steps, one every 100" in printed
     assert len(re.findall(r"^(?:alpha|beta)\t0\.\d{4}$", printed, re.M)) == 3
 
@@ -102,6 +103,6 @@ def test_what_is_trained_runs_elsewhere_as_the_manual_of_exporting_says(checkout
 
 
 def test_the_folders_of_the_commands_do_not_collide():
-    folders = re.findall(r"(?:--destdir|--save-dir|--out) (\S+)", README)
+    folders = re.findall(r"(?:--destdir|--save-dir|--out) (\S+)", README + SIGNALS)
     assert len(folders) == len(set(folders)) == 6
     assert all(folder.startswith("runs/") for folder in folders)
