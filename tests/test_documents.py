@@ -17,7 +17,7 @@ from fairseq_rkm.ops.kernel_functions import KERNELS
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 FLAGS = (ROOT / "docs" / "flags.md").read_text()
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*/*.md")]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")]
 
 
 @pytest.mark.parametrize("cell", CELLS.values(), ids=list(CELLS))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fairseq_rkm.experiments.fairseq_log import parse_line, time_of
-from fairseq_rkm.experiments.result_files import draw, pyplot, write_json
+from fairseq_rkm.experiments.result_files import draw, pyplot, write_json, write_results
 
 PAPER: dict[str, dict[str, tuple[float, float]]] = {
     "agnews": {
@@ -245,8 +245,7 @@ def write(runs: list[dict[str, Any]], out: Path) -> None:
     """Write ``results.md``, ``results.json`` and the pictures to the folder ``out``; print the tables."""
     rows = rows_of(runs)
     out.mkdir(parents=True, exist_ok=True)
-    text = f"{markdown(rows)}\n{caption(rows)}\n"
-    (out / "results.md").write_text(text, encoding="utf-8")
+    text = write_results(out, f"{markdown(rows)}\n{caption(rows)}\n")
     write_json(out / "results.json", [run for row in rows for run in row.runs])
     pictures = ", learning curves and confusion matrices" if draw(plot, rows, out) else ""
     print(f"{text}\nTables, JSON{pictures}: {out}")

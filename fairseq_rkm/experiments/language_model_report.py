@@ -19,7 +19,7 @@ import torch
 
 from fairseq_rkm.experiments.circumstances import circumstances
 from fairseq_rkm.experiments.fairseq_log import parse_line, time_of
-from fairseq_rkm.experiments.result_files import draw, pyplot, write_json
+from fairseq_rkm.experiments.result_files import draw, pyplot, write_json, write_results
 from fairseq_rkm.ops.cells import CELLS, resolve_cell, resolve_clip
 from fairseq_rkm.ops.kernel_functions import resolve_kernel
 
@@ -322,8 +322,7 @@ def write(paths: list[Path], out: Path) -> str:
             write_json(path / "run.json", asdict(run))
     out.mkdir(parents=True, exist_ok=True)
     runs.sort(key=_row)
-    text = f"{markdown(runs)}\n\n{caption(runs)}\n"
-    (out / "results.md").write_text(text, encoding="utf-8")
+    text = write_results(out, f"{markdown(runs)}\n\n{caption(runs)}\n")
     write_json(out / "results.json", {"runs": [asdict(run) for run in runs]})
     drawn = [run for run in runs if run.curve]
     pictures = ", curves.png" if drawn and draw(plot, drawn, out / "curves.png") else ""

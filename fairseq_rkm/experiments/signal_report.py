@@ -3,14 +3,13 @@
 import json
 import math
 import statistics
-import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fairseq_rkm.experiments.classification_report import TITLES as CELL_TITLES
 from fairseq_rkm.experiments.classification_report import plot_confusion
-from fairseq_rkm.experiments.result_files import draw, write_json
+from fairseq_rkm.experiments.result_files import draw, write_json, write_results
 from fairseq_rkm.experiments.signal_jobs import BASELINES, RESULT, SET_TITLES
 from fairseq_rkm.experiments.signal_pictures import plot_filters, plot_people
 
@@ -170,12 +169,11 @@ def caption(rows: list[Row]) -> str:
 
     seeds = sorted({run["seed"] for run in runs if run["seed"]})
     named = f"; seeds {', '.join(map(str, seeds))}" if seeds else ""
-    text = (
+    return (
         f"{all_of('hardware')}; torch {all_of('torch')}; Python {all_of('python')}; commit {all_of('commit')}{named}. "
         "Accuracy of windows: the mean and standard deviation over people, or over seeds where the archive divides the "
         "data; of whole recordings by the mean probability. Training time is that of all folds."
     )
-    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def outcome(folder: Path) -> str:
@@ -215,8 +213,7 @@ def write(runs: list[dict[str, Any]], out: Path) -> None:
     """Write ``results.md``, ``results.json`` and the pictures to the folder ``out``; print the tables."""
     rows = rows_of(runs)
     out.mkdir(parents=True, exist_ok=True)
-    text = f"{markdown(rows)}\n{caption(rows)}\n"
-    (out / "results.md").write_text(text, encoding="utf-8")
+    text = write_results(out, f"{markdown(rows)}\n{caption(rows)}\n")
     kept = [{key: value for key, value in run.items() if key != "folder"} for row in rows for run in row.runs]
     write_json(out / "results.json", kept)
     pictures = ", confusion matrices, people and filters" if draw(plot, rows, out) else ""

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fairseq_rkm.experiments.result_files import draw, pyplot, write_json
+from fairseq_rkm.experiments.result_files import draw, pyplot, write_json, write_results
 
 
 def group(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -147,7 +147,7 @@ def write(runs: list[dict[str, Any]], out: Path, sampled: tuple[Path, Path] | No
     text = f"{markdown(rows)}\n\n{caption(runs)}\n"
     if sampled:
         text += f"\n{samples(*sampled, [row['model'] for row in rows])}\n"
-    (out / "results.md").write_text(text, encoding="utf-8")
+    text = write_results(out, text)
     write_json(out / "results.json", {"rows": rows, "runs": runs}, indent=2)
     draw(plot, rows, out / "bleu.png")
     print(text)

@@ -47,6 +47,7 @@ def test_report_writes_all_of_it_for_folders_with_results(results, capsys):
     assert written == ["confusion-agnews.png", "confusion-of_mine.png", "curves.png", "results.json", "results.md"]
     text = (results / "report" / "results.md").read_text()
     assert "a machine; torch 2; Python 3; commit abc; seeds 1, 2" in text
+    assert all(len(line) <= 120 for line in text.splitlines() if not line.startswith("|"))
     assert text in capsys.readouterr().out
     assert len(json.loads((results / "report" / "results.json").read_text())) == 6
 

@@ -30,3 +30,10 @@ def test_samples_stand_beside_source_and_reference(tmp_path):
     assert "Sentence 2\n\n- de: raw/test.de 5\n- en: raw/test.en 5\n- `a`: a-1/test.txt 5" in text
     with pytest.raises(SystemExit, match="no sample translations"):
         results.samples(tmp_path, tmp_path, ["b"])
+
+
+def test_the_caption_is_wrapped_and_the_table_is_not(tmp_path):
+    results.write([result("a" * 150, 1, 30.0, signature="nrefs:1 " * 20)], tmp_path)
+    lines = (tmp_path / "results.md").read_text().splitlines()
+    assert any(len(line) > 120 for line in lines)
+    assert all(len(line) <= 120 or line.startswith("|") for line in lines)
