@@ -39,8 +39,9 @@ def on_cpus(cfg: Any) -> bool:
 @patch(
     distributed_utils,
     "infer_init_method",
-    why="where fairseq counts at most one device, each process that torchrun or SLURM starts trains a model by itself",
-    until="fairseq takes the number of processes from WORLD_SIZE, and does not count devices on CPUs",
+    why="where fairseq counts at most one device, each process that torchrun or SLURM starts trains a model by itself; "
+    "without SLURM, --distributed-port makes it train in one process",
+    until="fairseq takes the number of processes from WORLD_SIZE, counts no devices on CPUs, and meets at the port",
 )
 def meet_all_processes(infer: Any) -> Any:
     """Make ``infer_init_method`` join the processes of torchrun and SLURM into one run, on CPUs as well."""
@@ -51,9 +52,12 @@ def meet_all_processes(infer: Any) -> Any:
         elif (started := _started_by_torchrun()) or (on_cpus(cfg) and (started := _started_by_slurm(cfg))):
             _join(cfg, *started)
         elif on_cpus(cfg) and cfg.distributed_world_size > 1:
-            cfg.distributed_init_method = f"tcp://localhost:{_free_port()}"
+            cfg.distributed_init_method = _on_this_machine(cfg)
         else:
             infer(cfg, force_distributed)
+            # fairseq itself takes a port for SLURM alone, and would train in one process.
+            if cfg.distributed_init_method is None and cfg.distributed_world_size > 1 and cfg.distributed_port > 0:
+                cfg.distributed_init_method = _on_this_machine(cfg)
 
     return infer_init_method
 
@@ -114,6 +118,11 @@ def _join(cfg: Any, method: str, size: int, rank: int, local: int) -> None:
     cfg.device_id = 0 if on_cpus(cfg) else local
     if cfg.device_id > 0:
         torch.cuda.set_device(cfg.device_id)
+
+
+def _on_this_machine(cfg: Any) -> str:
+    """Return a meeting place for processes of this machine, at ``--distributed-port`` if that is given."""
+    return f"tcp://localhost:{cfg.distributed_port if cfg.distributed_port > 0 else _free_port()}"
 
 
 def _free_port() -> int:

@@ -103,6 +103,16 @@ def test_a_number_of_processes_is_enough_on_cpus(monkeypatch):
     assert (started[0].distributed_backend, started[0].ddp_backend) == ("gloo", "legacy_ddp")
 
 
+@pytest.mark.parametrize("cpus", [True, False])
+def test_processes_of_one_machine_meet_at_a_given_port(monkeypatch, cpus):
+    """On GPUs fairseq would take the port for SLURM's, and train in one process."""
+    monkeypatch.setattr(processes, "on_cpus", lambda _: cpus)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    cfg = config(distributed_world_size=2, distributed_port=23456)
+    assert inferred(cfg) == ("tcp://localhost:23456", 2, 0, False)
+    assert inferred(config(distributed_world_size=1, distributed_port=23456))[0] is None
+
+
 def test_on_cpus_a_named_meeting_place_means_a_command_a_process(monkeypatch):
     """By itself fairseq would start as many as there are GPUs: none."""
     ranks = []
