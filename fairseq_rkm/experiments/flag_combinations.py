@@ -1,28 +1,33 @@
 """Train in two processes with every precision, every way to average gradients and CUDA graphs, and tell which can.
 
-    python scripts/flag_combinations.py --processes 2
-    python scripts/flag_combinations.py --device cpu --models rkm_lm --precisions --fp16 --amp
+    python scripts/flag_combinations.py --processes 2 --jobs 8 --json combinations.json
+    python scripts/flag_combinations.py --device cpu --models rkm_lm --precisions "--fp16 --amp"
 
 A small ``rkm_lm`` and a small ``rkm`` learn a text in which each word tells the next, or its translation. A combination
 ``trains`` if the loss falls by a tenth or more, to a finite number. If it is refused in a sentence, the table has a
-number, and the sentence follows below. ``fails`` stands for a stack trace, which is a fault. Further flags are
-fairseq-train's.
+number, and the sentence follows below. ``fails`` stands for a stack trace or no end within ``--seconds``, which is a
+fault. ``--jobs`` runs go on at the same time: they share the GPUs, and each has a port and a folder of its own. Further
+flags are fairseq-train's.
 """
 
 import argparse
 import math
+import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from fairseq_rkm.experiments.circumstances import PLUGIN, circumstances
+from fairseq_rkm.experiments.circumstances import PLUGIN, circumstances, portable
+from fairseq_rkm.experiments.command_pool import Ended, free_ports, run_commands
 from fairseq_rkm.experiments.fairseq_log import entries
+from fairseq_rkm.experiments.result_files import write_json
+from fairseq_rkm.experiments.sweep_benchmark import count
+from fairseq_rkm.experiments.task_pool import share_processors
 
 PRECISIONS = ("float32", "--bf16", "--fp16", "--memory-efficient-bf16", "--memory-efficient-fp16", "--amp")
 BACKENDS = ("legacy_ddp", "no_c10d", "pytorch_ddp", "c10d", "fully_sharded")
@@ -56,16 +61,51 @@ class Combination(NamedTuple):
 def main() -> None:
     """Command line."""
     args = parse()
-    outcomes: dict[Combination, str] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        make_data(Path(folder))
-        for combination in combinations(args):
-            outcomes[combination] = outcome_of(*train(Path(folder), combination, args))
-            print(f"{' '.join(flags_of(combination))}: {outcomes[combination]}", flush=True)
+    try:
+        outcomes = try_all(args)
+    except KeyboardInterrupt:
+        print("interrupted: all runs were stopped", file=sys.stderr)
+        sys.exit(130)
     about = circumstances()
     print(f"\n{markdown(outcomes)}")
     where = "CPU processes" if args.device == "cpu" else "GPUs"
     print(f"\n{args.processes} {where} ({about['hardware']}), torch {about['torch']}, commit {about['commit']}.")
+
+
+def try_all(args: argparse.Namespace) -> dict[Combination, str]:
+    """Run all combinations, with a line and an entry of the JSON file as each ends; their outcomes, in order."""
+    chosen = list(combinations(args))
+    found: dict[Combination, dict[str, Any]] = {}
+    about = {"command": portable(["python", *sys.argv]), **circumstances()} if args.json else {}
+
+    def tell(number: int, ended: Ended) -> None:
+        combination, outcome = chosen[number], outcome_of(*ended[:2], args.seconds)
+        found[combination] = {**combination._asdict(), "outcome": outcome, "seconds": round(ended.seconds, 1)}
+        if outcome.startswith("fails"):
+            found[combination]["output"] = ended.output[-3000:]
+        words = f"{' '.join(flags_of(combination))}: {outcome}, {ended.seconds:.0f} s"
+        print(f"[{len(found)}/{len(chosen)}] {words}", flush=True)
+        if args.json:
+            write_json(args.json, {**about, "runs": [found[one] for one in chosen if one in found]})
+
+    share_processors(args.jobs * args.processes)
+    apart_from_launchers()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_data(folder)
+        commands = [
+            command(folder, folder / f"run{number}", combination, port, args)
+            for (number, combination), port in zip(enumerate(chosen), free_ports(), strict=False)
+        ]
+        run_commands(commands, folder, args.jobs, args.seconds, tell)
+    return {combination: found[combination]["outcome"] for combination in chosen}
+
+
+def apart_from_launchers() -> None:
+    """Let fairseq start the processes of each run by itself, also in a job of torchrun or SLURM."""
+    for name in list(os.environ):
+        if name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") or name.startswith("SLURM_"):
+            del os.environ[name]
 
 
 def parse() -> argparse.Namespace:
@@ -75,17 +115,22 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--processes", type=count, default=2)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if has_gpu else "cpu")
     parser.add_argument("--models", choices=list(MODELS), nargs="+", default=list(MODELS))
     parser.add_argument("--precisions", default=" ".join(PRECISIONS), help="in one argument, separated by spaces")
     parser.add_argument("--backends", choices=BACKENDS, nargs="+", default=list(DIFFERENT))
-    parser.add_argument("--updates", type=int, default=60)
+    parser.add_argument("--updates", type=count, default=60)
+    parser.add_argument("--jobs", type=count, default=1, help="runs at the same time (default: 1)")
+    parser.add_argument("--seconds", type=count, default=180, help="a run's time until it is killed (default: 180)")
+    parser.add_argument("--json", type=Path, help="where to keep the outcomes, as they come")
     args, rest = parser.parse_known_args()
     args.flags = rest
     unknown = set(args.precisions.split()) - set(PRECISIONS)
     if unknown:
         parser.error(f"--precisions is of {', '.join(PRECISIONS)}, not {', '.join(sorted(unknown))}")
+    if args.json and not args.json.parent.is_dir():
+        parser.error(f"--json {args.json}: there is no folder {args.json.parent}")
     return args
 
 
@@ -105,20 +150,20 @@ def flags_of(combination: Combination) -> list[str]:
     return [combination.model, *precision, "--ddp-backend", combination.backend, *graphs]
 
 
-def train(data: Path, combination: Combination, args: argparse.Namespace) -> tuple[int, str]:
-    """Run fairseq-train; its status and output."""
+def command(data: Path, run: Path, combination: Combination, port: int, args: argparse.Namespace) -> list[str]:
+    """The command that trains in a run's folder, with processes that meet at a port."""
     model, *chosen = flags_of(combination)
-    command = [
+    return [
         sys.executable, "-m", "fairseq_cli.train", str(data), *COMMON, *MODELS[model], *chosen,
-        "--max-update", str(args.updates), "--save-dir", str(data / "run"), *args.flags,
+        "--max-update", str(args.updates), "--save-dir", str(run), *args.flags, "--distributed-port", str(port),
         "--distributed-world-size", str(args.processes), *(["--cpu"] if args.device == "cpu" else []),
     ]  # fmt: skip
-    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    return result.returncode, result.stdout
 
 
-def outcome_of(status: int, output: str) -> str:
-    """``trains``, a sentence of refusal, or ``fails`` and a reason."""
+def outcome_of(status: int | None, output: str, seconds: float) -> str:
+    """``trains``, a sentence of refusal, or ``fails`` and a reason; a status of None is a run killed after so long."""
+    if status is None:
+        return f"fails: no end within {seconds:g} s"
     refusal = re.search(r"fairseq-rkm: error: (.*)", output)
     if status:
         last = next((line for line in reversed(output.splitlines()) if line.strip()), "no output")

@@ -7,7 +7,6 @@ average of the weights from the first update on. The text is random.
 import argparse
 import itertools
 import json
-import socket
 import statistics
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from fairseq_rkm.experiments.circumstances import PLUGIN, circumstances
+from fairseq_rkm.experiments.command_pool import free_ports
 from fairseq_rkm.experiments.corpus_benchmark import make_corpus
 from fairseq_rkm.experiments.result_files import pyplot, write_json
 from fairseq_rkm.experiments.timed_training import PARTS
@@ -125,7 +125,7 @@ def train(data: Path, args: argparse.Namespace, batch: int, gpus: int, graphs: b
     flags += ["--cpu", "--distributed-backend", "gloo"] if args.device == "cpu" else []
     flags += [*args.flags, "--distributed-world-size", str(gpus)]
     if gpus > 1:
-        flags += ["--distributed-no-spawn", "--distributed-init-method", f"tcp://localhost:{free_port()}"]
+        flags += ["--distributed-no-spawn", "--distributed-init-method", f"tcp://localhost:{next(free_ports())}"]
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, f"{rank}.txt") for rank in range(gpus)]
         ranks = []
@@ -158,13 +158,6 @@ def wait_for_all(ranks: list[subprocess.Popen]) -> int | None:
         for rank in ranks:
             rank.kill()
             rank.wait()
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens to."""
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return int(listener.getsockname()[1])
 
 
 def row_of(updates: list[dict[str, float]], args: argparse.Namespace, batch: int, gpus: int, graphs: bool) -> Row:
