@@ -116,7 +116,9 @@ def parse() -> argparse.Namespace:
         "--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="float32: with TF32"
     )
     one.add_argument("--cell", choices=list(CELLS), nargs="+", default=["rkm_lstm"])
-    one.add_argument("--kernel", choices=list(KERNELS), default="linear", help="the candidates' (default: linear)")
+    one.add_argument(
+        "--kernel", choices=list(KERNELS), nargs="+", default=["linear"], help="the candidates' (default: linear)"
+    )
     one.add_argument("--shape", type=shape_of, nargs="+", required=True, metavar="T,B,m,d")
     one.add_argument("--backend", default="auto")
     one.add_argument("--ngram", type=int, default=1)

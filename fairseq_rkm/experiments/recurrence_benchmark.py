@@ -1,6 +1,7 @@
 """Check recurrences against the reference, then time them against ``torch.nn.LSTM``."""
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -173,7 +174,7 @@ def summary(times: list[float]) -> dict[str, Any]:
 
 
 def benchmark_shape(shape: tuple[int, int, int, int], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """``nn.LSTM`` and each cell at one shape.
+    """``nn.LSTM`` and each cell with each kernel at one shape.
 
     Raises:
         SystemExit: a cell's result is wrong.
@@ -185,15 +186,16 @@ def benchmark_shape(shape: tuple[int, int, int, int], args: argparse.Namespace) 
     modules: list[nn.Module] = [nn.LSTM(m, d, **stack, device=args.device, dtype=dtype)]
     about = {"shape": shape, "dtype": args.dtype, **stack}
     rows: list[dict[str, Any]] = [{**about, "cell": "nn.LSTM", "backend": "torch"}]
-    for cell in args.cell:
+    for cell, kernel in itertools.product(args.cell, args.kernel):
         rkm = RKM(
             m, d, cell=cell, ngram=args.ngram, layer_norm=args.layer_norm, memory_clip=args.memory_clip,
             feedback=False if args.no_feedback else None, backend=args.backend, device=args.device, dtype=dtype,
-            kernel=args.kernel, **stack,
+            kernel=kernel, **stack,
         )  # fmt: skip
         error = error_of(rkm, x)
         if not error <= TOLERANCES[dtype]:
-            raise SystemExit(f"benchmark: {cell} at {shape} in {args.dtype} is wrong: off by {error:.1e}")
+            name = cell if kernel == "linear" else f"{cell} with the {kernel} kernel"
+            raise SystemExit(f"benchmark: {name} at {shape} in {args.dtype} is wrong: off by {error:.1e}")
         modules.append(rkm)
         rows.append(
             {
@@ -204,7 +206,7 @@ def benchmark_shape(shape: tuple[int, int, int, int], args: argparse.Namespace) 
                 "feedback": rkm.feedback,
                 "ngram": args.ngram,
             }
-            | {"layer_norm": args.layer_norm, "memory_clip": args.memory_clip, "kernel": args.kernel}
+            | {"layer_norm": args.layer_norm, "memory_clip": args.memory_clip, "kernel": kernel}
         )
     measured = measure(modules, x, args.seconds)
     kinds = measured[0].keys() - {"kept_bytes"}
@@ -287,5 +289,5 @@ def recurrence(args: argparse.Namespace) -> list[dict[str, Any]]:
             rows += benchmark_shape(shape, args)
         except RKMError as error:
             raise SystemExit(f"benchmark: {error}") from error
-        print(table(rows[-1 - len(args.cell) :]), flush=True)
+        print(table(rows[-1 - len(args.cell) * len(args.kernel) :]), flush=True)
     return rows

@@ -39,11 +39,14 @@ def test_each_cell_is_checked_and_timed_beside_the_lstm(monkeypatch, tmp_path, c
     assert (tmp_path / "a.png").stat().st_size > 5_000
 
 
-def test_a_kernel_is_checked_and_timed(monkeypatch, tmp_path, capsys):
-    flags = ["--kernel", "gaussian", "--shape", "3,2,4,5", "--no-feedback"]
+def test_kernels_are_checked_and_timed(monkeypatch, tmp_path, capsys):
+    flags = ["--kernel", "linear", "gaussian", "--shape", "3,2,4,5", "--no-feedback"]
     recurrence(monkeypatch, *flags, "--json", tmp_path / "a.json")
-    assert json.loads((tmp_path / "a.json").read_text())[1]["kernel"] == "gaussian"
-    assert "| rkm_lstm without feedback, gaussian kernel |" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "a.json").read_text())
+    assert [row.get("kernel") for row in rows] == [None, "linear", "gaussian"]
+    output = capsys.readouterr().out
+    assert "| rkm_lstm without feedback |" in output
+    assert "| rkm_lstm without feedback, gaussian kernel |" in output
 
 
 def test_a_stack_in_both_directions_is_checked_and_timed(monkeypatch, tmp_path, capsys):
