@@ -4,9 +4,9 @@ r"""Train a table of language models, cells x parts x corpora x seeds, over all 
         -- common.bf16=true task.cuda_graphs=true
     python scripts/report.py runs/table3/*-*-*/run.json --out runs/table3/report
 
-To find what pays, in short runs, several at a time on one GPU:
+To find what pays, in short runs:
 
-    python examples/language_model/table.py ptb_fast=runs/ptb --out runs/parts --cells rkm_lstm --length 0.33 --jobs 4 \
+    python examples/language_model/table.py ptb_fast=runs/ptb --out runs/parts --cells rkm_lstm --length 0.33 \
         --parts none shuffle overlap past_decode past_decode=0.01 skip shuffle+past_decode model.dropout=0.5 \
         -- common.bf16=true task.cuda_graphs=true
 
