@@ -93,8 +93,11 @@ def graphs_of(model, optimizer, device):
         {"cell": "rkm_lstm", "share_decoder_input_output_embed": True},
         {"cell": "lstm", "ngram": 2, "memory_clip": None, "learn_initial_state": True},
         {"cell": "rkm_cifg", "no_feedback": True, "ngram": 2},
+        {"cell": "rkm_lstm", "kernel": "gaussian"},
+        {"cell": "linear_kernel_gated", "kernel": "arccos"},
+        {"cell": "rkm_cifg", "kernel": "polynomial", "no_feedback": True},
     ],
-    ids=lambda flags: flags["cell"],
+    ids=lambda flags: f"{flags['cell']}-{flags.get('kernel', 'linear')}",
 )
 def test_replayed_steps_are_the_same_training(device, dtype, flags):
     model, optimizer = build(device, dtype, **flags)
