@@ -11,6 +11,7 @@ many, evenly over each file.
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ from fairseq_rkm.data.labelled_csv import Document, read_rows
 from fairseq_rkm.errors import RKMError
 from fairseq_rkm.experiments.circumstances import circumstances
 from fairseq_rkm.kernels import POOLINGS, recurrent_gram
-from fairseq_rkm.ops.kernel_functions import KERNELS
+from fairseq_rkm.ops.kernel_functions import KERNELS, resolve_kernel
 
 STRENGTHS = 1.0, 10.0, 100.0
 """The values of C to choose from."""
@@ -37,6 +38,18 @@ STRENGTHS = 1.0, 10.0, 100.0
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     args = parse(arguments)
+    try:
+        run(args)
+    except RKMError as error:
+        sys.exit(f"gram: error: {error}")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print a row for each model, and write them to ``--out``.
+
+    Raises:
+        RKMError: a file holds no documents, or a kernel refuses its numbers.
+    """
     train, test = evenly(args.train, args.documents), evenly(args.test, args.test_documents)
     labels = [np.array([document.label for document in documents]) for documents in (train, test)]
     rows = [{"model": "logistic regression", **logistic_regression(train, test)}]
@@ -44,10 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sequences = [s.to(args.device) for s in word_vectors(train, test, args.features, args.seed)]
     for kernel in args.kernels:
         start = time.monotonic()
-        scale = typical_length(sequences) if kernel == "gaussian" and args.scale is None else args.scale
         gram = normalised(recurrent_gram(
-            sequences, kernel=kernel, degree=args.degree, scale=scale, sigma_f2=args.sigma_f2, ngram=args.ngram,
-            pooling=args.pooling,
+            sequences, kernel=kernel, sigma_f2=args.sigma_f2, ngram=args.ngram, pooling=args.pooling,
+            **parameters(kernel, args.degree, args.scale, sequences, args.ngram),
         ))  # fmt: skip
         seconds = time.monotonic() - start
         right = accuracy(gram.cpu().numpy(), labels[0], labels[1])
@@ -121,6 +133,22 @@ def word_vectors(train: list[Document], test: list[Document], features: int, see
     vectors = torch.from_numpy((rows / np.maximum(lengths, 1e-12) * vectorizer.idf_[:, None]).astype(np.float32))
     words, numbers = vectorizer.build_analyzer(), vectorizer.vocabulary_
     return [vectors[[numbers[w] for w in words(d.text) if w in numbers]] for d in (*train, *test)]
+
+
+def parameters(
+    kernel: str, degree: int | None, scale: float | None, sequences: list[Tensor], ngram: int
+) -> dict[str, Any]:
+    """The degree and s of a kernel: those given, where it has them, or a Gaussian's own s.
+
+    A Gaussian's s is the typical length of a window, the root of n times a step's.
+    """
+    row = resolve_kernel(kernel)
+    if kernel == "gaussian" and scale is None:
+        scale = typical_length(sequences) * ngram**0.5
+    return {
+        "degree": None if row.degree is None else degree,
+        "scale": scale if "scale" in row.parameters else None,
+    }
 
 
 def typical_length(sequences: list[Tensor]) -> float:

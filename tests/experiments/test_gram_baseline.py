@@ -31,6 +31,22 @@ def test_documents_that_a_word_tells_apart_are_told_apart(tmp_path, capsys):
     assert result["circumstances"]["commit"]
 
 
+def test_numbers_go_to_the_kernels_that_have_them(tmp_path, capsys):
+    for name in ("train", "test"):
+        write(tmp_path / f"{name}.csv", 30)
+    flags = ["--train", str(tmp_path / "train.csv"), "--test", str(tmp_path / "test.csv"), "--features", "4"]
+    gram_baseline.main([*flags, "--kernels", "linear", "arccos", "gaussian", "--degree", "0", "--scale", "3"])
+    assert capsys.readouterr().out.count(" kernel ") == 3
+    with pytest.raises(SystemExit, match="gram: error: the degree of the kernel 'arccos' must be 0 or 1, not 5"):
+        gram_baseline.main([*flags, "--kernels", "arccos", "--degree", "5"])
+
+
+def test_a_gaussian_s_own_scale_is_the_length_of_a_window():
+    sequences = [torch.full((5, 4), 3.0)]
+    assert gram_baseline.parameters("gaussian", None, None, sequences, 4) == {"degree": None, "scale": 12.0}
+    assert gram_baseline.parameters("linear", 2, 3.0, sequences, 1) == {"degree": None, "scale": None}
+
+
 def test_documents_are_taken_evenly(tmp_path):
     write(tmp_path / "a.csv", 10)
     assert [d.line for d in gram_baseline.evenly(tmp_path / "a.csv", 5)] == [1, 3, 5, 7, 9]
