@@ -53,9 +53,17 @@ class LockedDropout(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x``: ``(T, B, d)``; the mask is ``(1, B, d)``."""
-        if not self.training or self.p == 0:
+        if not self._drops or not x.size(0):
             return x
-        return x * F.dropout(torch.ones_like(x[:1]), self.p) if x.size(0) else x
+        return x * F.dropout(torch.ones_like(x[:1]), self.p)
+
+    def mask(self, like: Tensor) -> Tensor | None:
+        """What ``x`` is multiplied by, of the shape of ``like``, ``x[:1]``; drawn anew. None drops nothing."""
+        return F.dropout(torch.ones_like(like), self.p) if self._drops else None
+
+    @property
+    def _drops(self) -> bool:
+        return self.training and self.p != 0
 
     def extra_repr(self) -> str:
         return f"p={self.p}"

@@ -63,18 +63,35 @@ def differentiate(
 
 def by_reference(saved: Saved, grads: Gradients, needs: Sequence[bool]) -> Gradients:
     """The gradients of inputs, initial state and weights; they have a graph where one is asked for."""
-    create_graph, cell = torch.is_grad_enabled(), saved.cell
+    cell = saved.cell
+
+    def run(inputs: Any, hidden: Any, memory: Any, *fields: Any) -> Sequence[Tensor]:
+        weights = Weights(*fields)
+        hidden, memory = zeros_for_none(cell, inputs, weights, hidden, memory)
+        return reference.recurrence(cell, inputs, weights, hidden, memory, saved.keep)
+
+    return gradients_through(run, (saved.inputs, saved.hidden, saved.memory, *saved.weights), grads, needs)
+
+
+def gradients_through(
+    run: Callable[..., Sequence[Tensor]], given: Sequence[Any], grads: Gradients, needs: Sequence[bool]
+) -> Gradients:
+    """The gradients of a function's arguments, by autograd; they have a graph where one is asked for.
+
+    Args:
+        run: the function, of PyTorch's own operators.
+        given: its arguments: tensors, numbers, None.
+        grads: the gradients of its results; None for zeros.
+        needs: True for each argument whose gradient is wanted; the others' is None.
+    """
+    create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views cut the graph: one argument may have been computed from another.
-        given = saved.inputs, saved.hidden, saved.memory, *saved.weights
         views: list[Any] = [x.view_as(x) if isinstance(x, Tensor) else x for x in given]
         for view, need in zip(views, needs, strict=True):
             if need and not view.requires_grad:  # an operator's kernel gets plain numbers
                 view.requires_grad_()
-        inputs, hidden, memory, *fields = views
-        weights = Weights(*fields)
-        hidden, memory = zeros_for_none(cell, inputs, weights, hidden, memory)
-        results = reference.recurrence(cell, inputs, weights, hidden, memory, saved.keep)
+        results = run(*views)
     pairs = [(r, g) for r, g in zip(results, grads, strict=True) if g is not None and r.requires_grad]
     wanted = [view for view, need in zip(views, needs, strict=True) if need]
     found: list[Tensor | None] = [None] * len(wanted)

@@ -150,12 +150,27 @@ def project_backward(
         return (flat @ weight).view_as(inputs) if need_inputs else None, flat.t() @ whole if need_weight else None
     grad_inputs = torch.zeros_like(inputs) if need_inputs else None
     if grad_inputs is not None:
-        for window, taps in _taps(grad_inputs, weight):
-            window.addmm_(flat, taps)
+        add_input_gradients(grad, weight, grad_inputs)
     grad_weight = None
     if need_weight:
         grad_weight = torch.cat([flat.t() @ window for window, _ in _taps(inputs, weight)], dim=1)
     return grad_inputs, grad_weight
+
+
+def add_input_gradients(grad: Tensor, weight: Tensor, into: Tensor) -> None:
+    """Add the gradients of :func:`project` with respect to its inputs, of a stretch of time; for n = 1, set them.
+
+    Args:
+        grad: ``(T, B, G)`` or ``(T * B, G)``, contiguous.
+        weight: as in :func:`project`.
+        into: the gradients of the stretch's extended inputs, ``(T + n - 1, B, m)``, contiguous.
+    """
+    flat = grad.view(-1, grad.size(-1))
+    if into.size(2) == weight.size(1):
+        torch.mm(flat, weight, out=into.flatten(0, 1))
+        return
+    for window, taps in _taps(into, weight):
+        window.addmm_(flat, taps)
 
 
 def _taps(inputs: Tensor, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
