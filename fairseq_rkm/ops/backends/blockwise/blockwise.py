@@ -64,10 +64,15 @@ def step_time(cell: Cell, inputs: Tensor, weights: Weights) -> float:
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     rows = _rows_for(cell, size, batch, device)
     waves = -(-batch // (rows * processors))
+    return waves * block_time(cell, size, rows)
+
+
+def block_time(cell: Cell, size: int, rows: int) -> float:
+    """The estimated microseconds of a step of a block with so many rows, forward and backward."""
     warps, chunks = max(4, _threads(cell, size) // 32), -(-size // 4)
     rest = chunks - _held(cell, size, rows)
     work = warps * (chunks * rows * CLOCKS_PER_CHUNK + rest * CLOCKS_PER_REST)
-    return 2 * waves * (CLOCKS_PER_STEP + work) / (GIGAHERTZ * 1e3)
+    return 2 * (CLOCKS_PER_STEP + work) / (GIGAHERTZ * 1e3)
 
 
 def forward(
@@ -159,7 +164,13 @@ def _kernel(
     """A compiled kernel of ``blockwise.cu``."""
     options = macros(direction, cell, size, dtype, rows, mask)
     shared = shared_bytes(direction, cell, size, rows)
-    return nvrtc.compile_kernel(SOURCE, f"blockwise_{direction}", options, shared, device, cooperative=False)
+    kernel = nvrtc.compile_kernel(SOURCE, f"blockwise_{direction}", options, shared, device, cooperative=False)
+    LOADED.add((direction, cell, size, dtype, rows, mask, device))
+    return kernel
+
+
+LOADED: set[tuple] = set()
+"""The arguments of :func:`_kernel` so far."""
 
 
 def macros(
