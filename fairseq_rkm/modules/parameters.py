@@ -45,6 +45,9 @@ class RKMParameters(nn.Module):
     kernel_scale: float | None = None
     kernel_offset: float | None = None
     learn_kernel = True
+    wavefront: int | None = None
+    """The number of stretches of time that layers run side by side over, where they can; None leaves it to an estimate,
+    and 1 runs one layer after another."""
     even_windows = False
     """Whether ``"same"`` takes even n, too: a subclass may say so."""
 

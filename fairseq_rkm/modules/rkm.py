@@ -16,7 +16,7 @@ from fairseq_rkm.modules.parameters import settle_loaded as _settle  # noqa: F40
 from fairseq_rkm.modules.per_sample_gradients import SLOT, watch
 from fairseq_rkm.modules.projections import Projection
 from fairseq_rkm.modules.sequences import Batch, Packed, layout_of
-from fairseq_rkm.modules.side_stream import Fork
+from fairseq_rkm.modules.side_by_side import run_side_by_side
 from fairseq_rkm.modules.single_steps import take_step
 from fairseq_rkm.modules.state import RKMState
 from fairseq_rkm.ops import anew, recurrence
@@ -26,6 +26,7 @@ from fairseq_rkm.ops.memories import memories
 from fairseq_rkm.ops.ngram import extend, next_context, steps_ahead
 from fairseq_rkm.ops.plain_tensors import are_plain
 from fairseq_rkm.ops.segments import Reset
+from fairseq_rkm.ops.side_streams import Fork
 
 Rows = Tensor | list[Tensor]
 """The rows of all layers and directions, ``(B, d)`` each."""
@@ -107,6 +108,11 @@ class RKM(ExchangeWithLSTM):
     Compiling:
         ``torch.compile``, ``make_fx``, FakeTensorMode and meta tensors take each backend as one operator,
         ``torch.ops.fairseq_rkm.native`` and so on (docs/kernels.md): one graph serves all lengths and batches.
+
+    Layers side by side:
+        On a GPU, small layers of a stack of one direction work at different stretches of time at once, where this is
+        faster by an estimate (docs/kernels.md). The attribute ``wavefront``, None, holds the number of stretches if it
+        is set: 1 runs the layers one after another.
 
     Exporting:
         ``torch.export``, ``torch.jit.trace`` and both ONNX exporters record one loop a layer and direction, of
@@ -203,6 +209,10 @@ class RKM(ExchangeWithLSTM):
         keep: Tensor | None, reset: Reset | None, autocast: torch.dtype | None, wants_memories: bool,
     ) -> tuple[list[Tensor], RKMState]:  # fmt: skip
         """The last layer's output, ``(T, B, d * directions)``, perhaps its memories, and the final state of all."""
+        if reset is None and not wants_memories:
+            done = run_side_by_side(self, x, hidden, memory, context, keep, autocast)
+            if done is not None:
+                return done
         contexts: list[Tensor] = []
         hiddens: list[Tensor] = []
         final_memories: list[Tensor] = []
