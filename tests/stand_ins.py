@@ -73,5 +73,7 @@ def run_side_by_side(patch, chunks, lanes=2):
     patch.setattr(wavefront_plan, "plan_for", partial(_plan, chunks, lanes))
 
 
-def _plan(chunks, lanes, backend, cell, x, layers, size, mask, wanted):
-    return Plan(wanted or chunks, None, min(lanes, layers), STRETCHES) if cell.has_feedback and x.numel() else None
+def _plan(chunks, lanes, backend, cell, x, layers, size, mask, wanted, recorded=None):
+    if backend == "reference" or not cell.has_feedback or not x.numel():
+        return None
+    return Plan(wanted or chunks, None, min(lanes, layers), STRETCHES)

@@ -127,6 +127,10 @@ def parse() -> argparse.Namespace:
     one.add_argument("--no-feedback", action="store_true")
     one.add_argument("--layers", type=count, default=1)
     one.add_argument("--bidirectional", action="store_true")
+    one.add_argument(
+        "--wavefront", type=count, metavar="N",
+        help="run small layers of a stack side by side over N stretches of time; 1: in order (default: an estimate's)",
+    )  # fmt: skip
     one.add_argument("--threads", type=int, help="CPU threads")
     one.add_argument("--seconds", type=float, default=1.0, help="how long to repeat each measurement")
     one.add_argument("--seed", type=int, default=1)

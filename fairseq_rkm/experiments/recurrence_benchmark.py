@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fairseq_rkm import CELLS, RKM, RKMError
 from fairseq_rkm.experiments.result_files import pyplot
+from fairseq_rkm.modules.side_by_side import stretches
 
 TOLERANCES = {torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """The largest ``||given - wanted|| / ||wanted||`` allowed, by dtype; float32's leaves room for TF32."""
@@ -192,7 +193,9 @@ def benchmark_shape(shape: tuple[int, int, int, int], args: argparse.Namespace) 
             feedback=False if args.no_feedback else None, backend=args.backend, device=args.device, dtype=dtype,
             kernel=kernel, **stack,
         )  # fmt: skip
+        rkm.wavefront = args.wavefront or stretches(rkm, x)  # the check's few steps have layers side by side, too
         error = error_of(rkm, x)
+        rkm.wavefront = args.wavefront
         if not error <= TOLERANCES[dtype]:
             name = cell if kernel == "linear" else f"{cell} with the {kernel} kernel"
             raise SystemExit(f"benchmark: {name} at {shape} in {args.dtype} is wrong: off by {error:.1e}")
@@ -210,9 +213,10 @@ def benchmark_shape(shape: tuple[int, int, int, int], args: argparse.Namespace) 
         )
     measured = measure(modules, x, args.seconds)
     kinds = measured[0].keys() - {"kept_bytes"}
-    for row, result in zip(rows, measured, strict=True):
+    for module, row, result in zip(modules, rows, measured, strict=True):
         row.update(result)
-        if row is not rows[0]:
+        if isinstance(module, RKM):
+            row.update(stretches=stretches(module, x), graphed_stretches=stretches(module, x, recorded=True))
             row.update({f"{kind}_ratio": rows[0][kind]["median_ms"] / row[kind]["median_ms"] for kind in kinds})
     return rows
 
@@ -260,6 +264,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         name += "" if row.get("kernel", "linear") == "linear" else f", {row['kernel']} kernel"
         name += "" if row.get("num_layers", 1) == 1 else f", {row['num_layers']} layers"
         name += ", both directions" if row.get("bidirectional") else ""
+        numbers = {row.get("stretches", 1), row.get("graphed_stretches", 1)}
+        name += f", side by side over {max(numbers)} stretches" if numbers != {1} else ""
         lines.append(
             f"| {', '.join(map(str, row['shape']))} | {row['dtype']} | {name} | {row['forward']['median_ms']:.3f} | "
             f"{both['median_ms']:.3f} ({spread}) | {ratios[0]} | {graph} | {ratios[1]} | {kept} |"

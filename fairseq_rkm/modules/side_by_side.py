@@ -55,7 +55,19 @@ def run_side_by_side(
     return [output], RKMState(last_hidden, last_memory, behind)
 
 
-def _plan(rkm: RKMParameters, x: Tensor, keep: Tensor | None) -> Plan | None:
+def stretches(rkm: RKMParameters, x: Tensor, recorded: bool = False) -> int:
+    """The number of stretches of time over which the layers run side by side; 1 if they run in order.
+
+    Args:
+        rkm: the module.
+        x: its inputs, ``(T, B, m)``.
+        recorded: whether the call is recorded as a CUDA graph; calls like it have run before.
+    """
+    plan = _plan(rkm, x, None, recorded)
+    return 1 if plan is None else len(plan.bounds(x.size(0)))
+
+
+def _plan(rkm: RKMParameters, x: Tensor, keep: Tensor | None, recorded: bool | None = None) -> Plan | None:
     """How the layers run side by side; None where they must run in order."""
     if rkm.num_layers == 1 or rkm.wavefront == 1 or rkm.bidirectional or rkm.layer_norm or rkm.proj_size:
         return None
@@ -66,7 +78,7 @@ def _plan(rkm: RKMParameters, x: Tensor, keep: Tensor | None) -> Plan | None:
     if not _is_plain(rkm.dropout):
         return None
     return wavefront_plan.plan_for(
-        rkm.backend, rkm._cell, x, rkm.num_layers, rkm.hidden_size, keep is not None, rkm.wavefront
+        rkm.backend, rkm._cell, x, rkm.num_layers, rkm.hidden_size, keep is not None, rkm.wavefront, recorded
     )
 
 

@@ -18,7 +18,10 @@ def _beside(stream: torch.cuda.Stream, count: int) -> list[torch.cuda.Stream]:
     """The side streams of a stream; it has the same ones at each call."""
     sides = _STREAMS.setdefault((stream.device_index, stream.cuda_stream), [])
     while len(sides) < count:
-        sides.append(torch.cuda.Stream(stream.device))
+        side = torch.cuda.Stream(stream.device)
+        # PyTorch has 32 streams and hands them out in turns.
+        if side.cuda_stream not in {other.cuda_stream for other in (stream, *sides)}:
+            sides.append(side)
     return sides[:count]
 
 

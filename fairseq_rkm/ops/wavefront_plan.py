@@ -26,7 +26,10 @@ PLAIN_LAYER_ON_HOST = 400.0
 """The same in the plain order, for each layer. A forward pass alone has less of all of these, and the same optimum."""
 GAIN = 0.9
 """The part of the plain order's time that layers side by side may take at most."""
-LEAST_STEPS, MOST_STRETCHES = 16, 32
+LEAST_STEPS = 16
+"""The fewest steps of a stretch."""
+NUMBERS = 2, 3, 4, 6, 8, 12, 16, 24, 32
+"""The numbers of stretches to choose from."""
 MOST_LANES = 8
 """The most streams: a GPU's driver keeps so many apart. Layers beyond share them."""
 ALIGNED_BYTES = 16
@@ -97,8 +100,7 @@ def choose(steps: int, layers: int, ways: Sequence[Way], step_time: float, host:
         step_time: the microseconds of a step in the plain order, forward and backward.
         host: whether the host launches all of it: no CUDA graph is being recorded.
     """
-    most = min(MOST_STRETCHES, steps // LEAST_STEPS)
-    choices = [(chunks, way) for way in ways for chunks in range(2, most + 1)]
+    choices = [(chunks, way) for way in ways for chunks in NUMBERS if chunks * LEAST_STEPS <= steps]
     if not choices:
         return None
 
@@ -115,8 +117,9 @@ MOST_MADE = 4096
 
 
 def plan_for(
-    backend: str, cell: Cell, x: Tensor, layers: int, size: int, mask: bool, chunks: int | None = None
-) -> Plan | None:
+    backend: str, cell: Cell, x: Tensor, layers: int, size: int, mask: bool, chunks: int | None = None,
+    recorded: bool | None = None,
+) -> Plan | None:  # fmt: skip
     """The plan of a stack without layer normalisation; None for the plain order.
 
     Args:
@@ -127,10 +130,12 @@ def plan_for(
         size: d.
         mask: whether steps are padding.
         chunks: the number of stretches of time; None for the estimate's.
+        recorded: whether a CUDA graph is being recorded, whose launches cost the host nothing; None asks PyTorch. Code
+            cannot be loaded then: only kernels that have run before are taken.
     """
     if not x.is_cuda or not x.numel() or backend not in ("auto", BACKEND) or layers < 2:
         return None
-    if torch.cuda.is_current_stream_capturing():
+    if torch.cuda.is_current_stream_capturing() if recorded is None else recorded:
         return _make(backend, cell, x, layers, size, chunks, compiled_for=mask)
     key = (
         backend, cell.key, x.size(0), x.size(1), x.dtype, x.device.index, layers, size, chunks,
@@ -146,7 +151,7 @@ def plan_for(
 def _make(
     backend: str, cell: Cell, x: Tensor, layers: int, size: int, chunks: int | None, compiled_for: bool | None = None
 ) -> Plan | None:
-    """``compiled_for``: a graph is being recorded, and all kernels must be ready for this mask."""
+    """``compiled_for``: with or without mask, all kernels must be there, as a graph is being recorded."""
     if not cell.has_feedback or size * x.element_size() % ALIGNED_BYTES:
         return None
     rows = len(cell.gates), len(cell.recurrent_gates)

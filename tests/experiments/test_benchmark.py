@@ -6,6 +6,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import stand_ins
 import torch
 from fairseq.data import Dictionary
 from helpers import assert_close
@@ -14,6 +15,7 @@ from fairseq_rkm import RKM
 from fairseq_rkm.data.indexed_check import check_split
 from fairseq_rkm.experiments import benchmark, corpus_benchmark, recurrence_benchmark
 from fairseq_rkm.experiments.derivatives_benchmark import ways_of
+from fairseq_rkm.ops import wavefront
 
 
 def run(monkeypatch, *flags) -> None:
@@ -54,6 +56,19 @@ def test_a_stack_in_both_directions_is_checked_and_timed(monkeypatch, tmp_path, 
     rows = json.loads((tmp_path / "a.json").read_text())
     assert {(row["num_layers"], row["bidirectional"]) for row in rows} == {(2, True)}
     assert "| nn.LSTM, 2 layers, both directions |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [[], ["--wavefront", "1"], ["--wavefront", "2"]], ids=str)
+def test_a_stack_side_by_side_is_checked_and_timed(monkeypatch, tmp_path, capsys, flags):
+    stand_ins.run_side_by_side(monkeypatch, chunks=3)
+    ran = []
+    run = wavefront.recurrence
+    monkeypatch.setattr(wavefront, "recurrence", lambda *problem: ran.append(problem[2].chunks) or run(*problem))
+    recurrence(monkeypatch, "--shape", "6,2,4,5", "--layers", 2, *flags, "--json", tmp_path / "a.json")
+    wanted = int(flags[1]) if flags else 3
+    assert json.loads((tmp_path / "a.json").read_text())[1]["stretches"] == wanted
+    assert set(ran) == {wanted} - {1}
+    assert (f"| rkm_lstm, 2 layers, side by side over {wanted} stretches |" in capsys.readouterr().out) == (wanted > 1)
 
 
 def test_a_wrong_result_is_an_error_and_no_row(monkeypatch, tmp_path, capsys):
