@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 import stand_ins
 import torch
-from helpers import assert_close, forward_and_gradients, random_mask, randomized
+from helpers import assert_close, forward_and_gradients, join_scales, product_type, random_mask, randomized
 from hypothesis import given as drawn
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -14,6 +14,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fairseq_rkm import CELLS, RKM, RKMError
+from fairseq_rkm.graphs.graphed_function import GraphedFunction
+from fairseq_rkm.modules.side_by_side import stretches
 from fairseq_rkm.ops import wavefront
 from ops.test_backends import check_missing_numbers_stay_where_they_are, problem
 from ops.test_higher_derivatives import derivatives
@@ -22,18 +24,25 @@ FEEDBACK = [name for name, cell in CELLS.items() if cell.has_feedback]
 
 
 @contextmanager
-def side_by_side(chunks=3, lanes=2):
-    """Within, all stacks that can run side by side; gives the list of those that did."""
+def watched():
+    """The numbers of stretches of the calls within whose layers run side by side."""
     ran = []
     with pytest.MonkeyPatch.context() as patch:
-        stand_ins.run_side_by_side(patch, chunks, lanes)
         run = wavefront.recurrence
-        patch.setattr(wavefront, "recurrence", lambda *arguments: ran.append(arguments[2]) or run(*arguments))
+        patch.setattr(wavefront, "recurrence", lambda *problem: ran.append(problem[2].chunks) or run(*problem))
         yield ran
 
 
-def stack(cell="rkm_lstm", sizes=(3, 5), layers=3, dtype=torch.float64, **arguments):
-    return randomized(RKM(*sizes, num_layers=layers, cell=cell, dtype=dtype, backend="batched", **arguments))
+@contextmanager
+def side_by_side(chunks=3, lanes=2):
+    """Within, all stacks run side by side that can; gives :func:`watched`'s list."""
+    with pytest.MonkeyPatch.context() as patch, watched() as ran:
+        stand_ins.run_side_by_side(patch, chunks, lanes)
+        yield ran
+
+
+def stack(cell="rkm_lstm", sizes=(3, 5), layers=3, dtype=torch.float64, backend="batched", **arguments):
+    return randomized(RKM(*sizes, num_layers=layers, cell=cell, dtype=dtype, backend=backend, **arguments))
 
 
 def both_orders(run, **options):
@@ -281,3 +290,145 @@ def test_on_a_cpu_it_never_runs_side_by_side():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(wavefront, "recurrence", None)
         rkm(torch.randn(64, 2, 3, dtype=torch.float64))
+
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+ON_GPUS = [
+    {},
+    {"cell": "lstm", "mask": "mixed"},
+    {"cell": "rkm_cifg", "ngram": 3, "dropout": 0.4},
+    {"cell": "linear_kernel_gated", "ngram": 2, "mask": "mixed", "dropout": 0.4, "learn_sigma": True},
+]
+
+
+def on_gpu(dtype=torch.float32, device="cuda", **arguments):
+    return stack(sizes=(16, 64), dtype=dtype, backend="blockwise", memory_clip=None, **arguments).to(device)
+
+
+def results_on_gpu(rkm, stretches, steps=50, batch=5, mask="none"):
+    """What a call gives over so many stretches of time, from the same random numbers each time."""
+    device, dtype = rkm.weight_ih_l0.device, rkm.weight_ih_l0.dtype
+    torch.manual_seed(3)
+    x, hidden, memory, context = problem(rkm, steps, batch, dtype)
+    context = context and [tensor.to(device) for tensor in context]
+    padding = random_mask(mask, batch, steps)
+    padding = None if padding is None else padding.to(device)
+    rkm.wavefront = stretches
+    return forward_and_gradients(rkm, x.to(device), hidden.to(device), memory.to(device), context, padding)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("arguments", ON_GPUS, ids=str)
+def test_on_a_gpu_numbers_are_those_in_order(arguments, dtype):
+    arguments = dict(arguments)
+    mask = arguments.pop("mask", "none")
+    rkm = on_gpu(dtype, **arguments)
+    with watched() as ran:
+        wanted, given = (join_scales(results_on_gpu(rkm, number, mask=mask)) for number in (1, 4))
+    assert ran == [4]
+    for what, value in wanted.items():
+        assert_close(given[what], value, what, product_type(given[what].dtype, "cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layers", [2, 4, 10])
+def test_on_a_gpu_repeated_runs_give_the_same_bits(layers):
+    rkm = on_gpu(torch.bfloat16, layers=layers, dropout=0.3)
+    runs = [results_on_gpu(rkm, 5, steps=83, batch=20) for _ in range(4)]
+    for run in runs[1:]:
+        assert all(torch.equal(run[what], value) for what, value in runs[0].items())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_recorded_as_a_graph_it_gives_the_same_bits(dtype):
+    rkm = on_gpu(dtype, dropout=0.0)
+    rkm.wavefront = 4
+    x = torch.randn(50, 5, 16, device="cuda", dtype=dtype, requires_grad=True)
+    leaves = [x, *rkm.parameters()]
+
+    def run():
+        output, state = rkm(x)
+        loss = output.float().square().sum() + state.cell.sum() + state.hidden.float().sum()
+        return [output, *state, *torch.autograd.grad(loss, leaves)]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        wanted = [run() for _ in range(3)][-1]
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with watched() as ran, torch.cuda.graph(graph):
+        given = run()
+    assert ran == [4]
+    for value in given:
+        value.detach().fill_(torch.nan)
+    for _ in range(3):
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(given, wanted, strict=True))
+
+
+@pytest.mark.gpu
+def test_a_recorded_training_step_is_the_step_itself():
+    torch.manual_seed(0)
+    rkm = on_gpu(dropout=0.0)
+    rkm.wavefront = 3
+    function = GraphedFunction(lambda x: (rkm(x)[0].square().sum(),), list(rkm.parameters()))
+    x, losses = torch.randn(40, 5, 16, device="cuda"), []
+    for _ in range(4):
+        rkm.zero_grad()
+        (loss,) = function(x)
+        loss.backward()
+        losses.append([loss.detach().clone(), *(parameter.grad.clone() for parameter in rkm.parameters())])
+    assert len(function.recorded) == 1
+    for run in losses[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, losses[0], strict=True))
+
+
+@pytest.mark.gpu
+def test_layers_side_by_side_do_not_disturb_each_other():
+    """Much memory is taken and freed meanwhile, by all streams, and calls come from two streams of the user's."""
+    rkm = on_gpu(layers=4)
+    streams, wanted = [torch.cuda.current_stream(), torch.cuda.Stream()], {}
+    for turn in range(80):
+        kind = turn % 8
+        streams[turn % 2].wait_stream(streams[(turn + 1) % 2])
+        with torch.cuda.stream(streams[turn % 2]):
+            noise = [torch.full((2 + turn % 5, 40, 64), torch.nan, device="cuda") for _ in range(20)]
+            del noise
+            results = results_on_gpu(rkm, 2 + kind, steps=60 + kind, batch=16, mask="mixed" if kind % 2 else "none")
+            with torch.no_grad():
+                results["alone"] = rkm(torch.ones(60 + kind, 16, 16, device="cuda"))[0]
+        torch.cuda.current_stream().wait_stream(streams[1])
+        for what, expected in wanted.setdefault(kind, results).items():
+            assert torch.equal(results[what], expected), what
+        del results
+    for kind, results in wanted.items():
+        plain = results_on_gpu(rkm, 1, steps=60 + kind, batch=16, mask="mixed" if kind % 2 else "none")
+        for what, value in plain.items():
+            assert_close(results[what], value, what, product_type(value.dtype, "cuda"))
+
+
+@pytest.mark.gpu
+def test_by_itself_it_runs_where_it_pays():
+    rkm = RKM(64, 64, num_layers=4, device="cuda")
+    long, short = (torch.randn(steps, 16, 64, device="cuda") for steps in (2000, 8))
+    with watched() as ran:
+        rkm(short)
+        assert not ran
+        output, _ = rkm(long)
+        output.sum().backward()
+        assert len(ran) == 1
+        assert ran[0] == stretches(rkm, long) > 1
+    assert stretches(rkm, long, recorded=True) >= ran[0]
+    assert stretches(rkm, short, recorded=True) == 1
+
+
+@pytest.mark.gpu(count=2)
+def test_it_runs_on_a_gpu_that_is_not_the_current_one():
+    wanted, given = (results_on_gpu(on_gpu(device=device), 3) for device in ("cuda:0", "cuda:1"))
+    assert torch.cuda.current_device() == 0
+    for what, value in wanted.items():
+        assert_close(given[what].cpu(), value.cpu(), what, product_type(value.dtype, "cuda"))
