@@ -316,10 +316,16 @@ class RKMParameters(nn.Module):
         adopt_numbers(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Take a number for ``dropout`` too, a number in ``nn.LSTM`` and a module here; warn of quantization."""
+        """Take a number for ``dropout`` too, a number in ``nn.LSTM`` and a module here; warn of quantization.
+
+        Raises:
+            RKMError: a number for ``dropout`` or ``wavefront`` is outside its range.
+        """
         if name == "dropout" and not isinstance(value, nn.Module):
             check_numbers(dropout=value)
             value = LockedDropout(value)
+        if name == "wavefront" and value is not None:
+            check_sizes(wavefront=value)
         if name == "qconfig" and value is not None:
             warnings.warn(UNQUANTIZED, stacklevel=2)
         super().__setattr__(name, value)

@@ -284,6 +284,17 @@ def test_what_looks_into_a_stack_has_it_run_in_order():
     assert seen == [(6, 2, 5)] * 4
 
 
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [(0, "wavefront must be at least 1, not 0"), (2.0, r"wavefront must be a whole number, not 2\.0")],
+)  # fmt: skip
+def test_a_wrong_number_of_stretches_is_refused(number, message):
+    rkm = stack()
+    with pytest.raises(RKMError, match=message):
+        rkm.wavefront = number
+    rkm.wavefront = None
+
+
 def test_on_a_cpu_it_never_runs_side_by_side():
     rkm = stack()
     rkm.wavefront = 4
