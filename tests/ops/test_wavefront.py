@@ -284,6 +284,13 @@ def test_what_looks_into_a_stack_has_it_run_in_order():
     assert seen == [(6, 2, 5)] * 4
 
 
+@pytest.mark.slow
+def test_an_exported_stack_runs_in_order():
+    with side_by_side() as ran:
+        torch.export.export(RKM(3, 5, num_layers=2), (torch.randn(6, 2, 3),))
+    assert not ran
+
+
 @pytest.mark.parametrize(
     ("number", "message"),
     [(0, "wavefront must be at least 1, not 0"), (2.0, r"wavefront must be a whole number, not 2\.0")],
