@@ -2,7 +2,8 @@
 
     python examples/document_classification/prepare.py --train train.csv --lowercase --out runs/news/data
 
-A row holds a class and one or more fields of text (Zhang et al. 2015); files may end in .xz or .gz. ``--out`` gets
+A row holds a class and one or more fields of text (Zhang et al. 2015), or has a header whose columns --columns names;
+files may end in .xz or .gz. ``--out`` gets
 input0 and label (``fairseq-preprocess``) and preparation.json. ``python -m fairseq_rkm.predict`` reads the latter and
 turns new text into tokens in the same way. Training and validation documents are sorted by length. With
 ``fairseq-train --no-shuffle`` a batch's documents are then about equally long; the order of the batches is still drawn
@@ -15,6 +16,7 @@ import io
 import logging
 import multiprocessing
 import random
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -29,6 +31,14 @@ from fairseq_rkm import RKMError, register
 from fairseq_rkm.data.labelled_csv import BrokenRow, Document, read_rows
 from fairseq_rkm.data.preparation import SENTENCEPIECE_MODEL, TOKENIZERS, Preparation
 from fairseq_rkm.data.text_file import texts
+
+HEADINGS = {"label", "labels", "class", "category", "target", "sentiment", "topic", "rating", "stars", "intent", "tag"}
+"""Words by which a first row is known for a header, if no other row has this class."""
+
+FIELDS = "Is the class the first field? Else name them: --columns CLASS,TEXT, and --delimiter for what is between"
+
+ENOUGH = 20
+"""The fewest documents of which more than half cannot have a class of their own."""
 
 SHOWN = 10
 """The most broken rows of a file that an error lists."""
@@ -52,6 +62,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--valid", type=Path, help="CSV file of validation documents, in place of a part of the training file")
     add("--valid-fraction", type=float, default=0.05, help="part of the training file to validate on (default: 0.05)")
     add("--out", type=Path, required=True, metavar="DATA", help="folder to write; must not be there yet")
+    add("--columns", type=lambda text: [name.strip() for name in text.split(",")], metavar="CLASS,TEXT,...",
+        help="names in the files' first rows, or numbers from 1 (default: the class first, then text)")  # fmt: skip
+    add("--delimiter", help="between fields (default: a tab for .tsv, else a comma)")
     add("--classes", type=Path, help="file of class names, one a line; the files' classes are then numbers from 1")
     add("--tokenizer", choices=TOKENIZERS, default="moses",
         help="moses (default), words (runs of letters and digits, other marks), space for tokenised text")  # fmt: skip
@@ -65,6 +78,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=1, help="of the validation split (default: 1)")
     add("--workers", type=int, default=1, help="processes (default: 1)")
     args = parser.parse_args(arguments)
+    if args.columns and (len(args.columns) < 2 or "" in args.columns):
+        parser.error("--columns takes the class's column and the text's: --columns label,text or --columns 2,1")
+    args.delimiter = {"\\t": "\t", "tab": "\t"}.get(args.delimiter, args.delimiter)
+    if args.delimiter and (len(args.delimiter) != 1 or args.delimiter in '"\r\n'):
+        parser.error(f"--delimiter must be one character (or tab), not {args.delimiter!r}")
     if args.valid is None and not 0 < args.valid_fraction < 1:
         parser.error(f"--valid-fraction must lie within (0, 1), not be {args.valid_fraction}")
     return args
@@ -81,7 +99,11 @@ def prepare(args: argparse.Namespace) -> None:
         raise RKMError(f"{args.out} is there already: delete it, or give another --out")
     names = _class_names(args.classes) if args.classes else None
     files = {"train": args.train, "valid": args.valid, "test": args.test}
-    given = {split: read_documents(path, args.skip_broken) for split, path in files.items() if path}
+    given = {
+        split: read_documents(path, args.skip_broken, args.columns, args.delimiter)
+        for split, path in files.items()
+        if path
+    }
     classes = classes_of(given["train"], names)
     for split, documents in given.items():
         given[split] = drop_unknown(documents, classes, files[split], args.skip_broken)
@@ -114,23 +136,45 @@ def _class_names(path: Path) -> list[str]:
         return [line.strip() for line in texts(lines, str(path)) if line.strip()]
 
 
-def read_documents(path: Path, skip_broken: bool) -> list[Document]:
+def read_documents(
+    path: Path, skip_broken: bool, columns: list[str] | None = None, delimiter: str | None = None
+) -> list[Document]:
     """Read a file's documents, and name its broken rows.
+
+    Args:
+        path: the file.
+        skip_broken: whether to go on without broken rows.
+        columns: as :func:`fairseq_rkm.data.labelled_csv.read_rows` takes them.
+        delimiter: likewise.
 
     Raises:
         RKMError: a row is broken and ``skip_broken`` is False, or the file has no documents.
     """
     documents: list[Document] = []
     broken: list[BrokenRow] = []
-    for row in read_rows(path):
+    for row in read_rows(path, columns, delimiter):
         (documents if isinstance(row, Document) else broken).append(row)  # type: ignore[arg-type]
-    if len(documents) > 1 and [d.label.isdecimal() for d in documents] == [False] + [True] * (len(documents) - 1):
+    if reason := _why_a_header(documents):
         header = documents.pop(0)
-        broken.insert(0, BrokenRow(header.line, f"class {header.label!r}, where all others are numbers: a header?"))
+        broken.insert(0, BrokenRow(header.line, f"class {header.label!r}, {reason}: a header? (--columns CLASS,TEXT)"))
     report_broken(path, broken, skip_broken)
     if not documents:
         raise RKMError(f"{path} has no labelled documents")
     return documents
+
+
+def _why_a_header(documents: list[Document]) -> str | None:
+    """Return why the first row looks like a header; None if it does not."""
+    first, others = documents[:1], documents[1:]
+    if not others or any(other.label == first[0].label for other in others):
+        return None
+    if not first[0].label.isdecimal() and all(other.label.isdecimal() for other in others):
+        return "where all others are numbers"
+    words = len(first[0].text.split())
+    is_short = words < min(4, *(len(other.text.split()) for other in others))
+    if is_short or not HEADINGS.isdisjoint(re.findall("[a-z]+", first[0].label.lower())):
+        return "which no other row has"
+    return None
 
 
 def report_broken(path: Path, broken: list[BrokenRow], skip: bool) -> None:
@@ -151,13 +195,18 @@ def classes_of(documents: list[Document], names: list[str] | None) -> list[str]:
     Numbers are ordered by size and other classes by name. With K ``names`` the classes are 1 to K.
 
     Raises:
-        RKMError: there are fewer than two classes.
+        RKMError: there are fewer than two classes, or so many that they are texts.
     """
     counts = collections.Counter(document.label for document in documents)
     if names:
         return [str(k) for k in range(1, len(names) + 1)]
     if len(counts) < 2:
-        raise RKMError(f"all training documents are of the class {next(iter(counts))!r}: is the class the first field?")
+        raise RKMError(f"all training documents are of the class {next(iter(counts))!r}. {FIELDS}")
+    if len(documents) >= ENOUGH and len(counts) > len(documents) / 2:
+        raise RKMError(
+            f"{len(counts):,} classes for {len(documents):,} training documents, {next(iter(counts))[:20]!r}... among "
+            f"them. {FIELDS}"
+        )
     numbers = all(label.isdecimal() for label in counts)
     return sorted(counts, key=lambda label: (int(label), label) if numbers else (0, label))
 

@@ -81,3 +81,34 @@ def test_a_class_as_long_as_a_text_is_a_broken_row(tmp_path):
     assert broken.line == 2
     assert broken.reason.startswith("a class of 5,000 characters, '77777777777777777777'...")
     assert (first.label, last.label) == ("1", "2")
+
+
+TABLE = 'id,Title,"the text",label\r\n1,"A ""title""","two\nlines",Sports\r\n2,B,"a, b",World\r\n3,C\r\n'
+
+
+@pytest.mark.parametrize(
+    ("columns", "text"), [(["label", "the text"], "two lines"), (["label", "Title", "the text"], 'A "title" two lines')]
+)
+def test_columns_by_the_header_s_names(tmp_path, columns, text):
+    path = tmp_path / "x.csv"
+    path.write_text(TABLE, encoding="utf-8-sig", newline="")
+    first, _, broken = read_rows(path, columns)
+    assert first == Document(2, "Sports", text)
+    assert broken == BrokenRow(5, "2 fields: column 4 is asked for")
+
+
+@pytest.mark.parametrize(
+    ("name", "between", "given"), [("x.csv", ";", ";"), ("x.tsv", "\t", None), ("x.csv", ",", None)]
+)
+def test_columns_by_number_and_what_is_between(tmp_path, name, between, given):
+    path = tmp_path / name
+    path.write_text(f'"some text"{between}x{between}2\n')
+    assert list(read_rows(path, ["3", "1"], given)) == [Document(1, "2", "some text")]
+
+
+@pytest.mark.parametrize("name", ["none", "id"])
+def test_a_column_that_is_not_there_once(tmp_path, name):
+    path = tmp_path / "x.csv"
+    path.write_text("id,text,id,label\n")
+    with pytest.raises(RKMError, match=r"in its first line, whose fields are .'id', 'text', 'id', 'label'"):
+        list(read_rows(path, [name, "text"]))

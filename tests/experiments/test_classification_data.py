@@ -9,6 +9,9 @@ from fairseq_rkm.experiments import classification_data as prepare
 ROWS = [("2", "one two two"), ("1", "three"), ("2", ""), ("10", "four four one one")] * 5
 
 
+LONG = [("World", "some more words than a header has"), ("Sports", "and even more words than the other has")] * 10
+
+
 def write(path: Path, rows) -> Path:
     with path.open("w", newline="") as file:
         csv.writer(file).writerows(rows)
@@ -41,6 +44,24 @@ def test_no_document_is_lost_and_texts_keep_their_classes(tmp_path):
     for name in ("train", "valid"):
         lengths = [len(text.split()) for _, text in pairs[name]]
         assert lengths == sorted(lengths)
+
+
+def test_columns_in_any_order_and_a_class_of_one_document(tmp_path):
+    rows = [("text", "label"), *((text, label) for label, text in LONG), ("one document alone", "Rare")]
+    data = run(tmp_path, rows, "--columns", "label,text", "--valid-fraction", 0.1)
+    assert prepare.Preparation.load(data).classes == ["Rare", "Sports", "World"]
+    (tmp_path / "other").mkdir()
+    first = [("Rare", "a document with as many words"), *LONG]
+    assert len(prepare.Preparation.load(run(tmp_path / "other", first)).classes) == 3
+
+
+@pytest.mark.parametrize(
+    "flags", [["--columns", "label"], ["--columns", "a,,b"], ["--delimiter", "ab"], ["--delimiter", '"']]
+)
+def test_columns_and_delimiters_that_make_no_sense(flags, capsys):
+    with pytest.raises(SystemExit):
+        prepare.parse(["--train", "x", "--out", "y", *flags])
+    assert flags[0] in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_the_split_follows_the_seed_and_workers_change_nothing(tmp_path):
@@ -76,8 +97,14 @@ def test_sentencepiece(tmp_path, capsys):
     ("rows", "flags", "message"),
     [
         ([*ROWS, ("3",)], [], "train.csv: 1 broken rows:\n  line 21: one field only"),
-        ([*ROWS] + [("", "x")] * 30, [], "line 30: no class before the first comma\n  and 20 more\nCorrect them"),
+        ([*ROWS] + [("", "x")] * 30, [], "line 30: no class\n  and 20 more\nCorrect them"),
         ([("label", "text"), *ROWS], [], "line 1: class 'label', where all others are numbers: a header?"),
+        ([("label", "text"), *LONG], [], "line 1: class 'label', which no other row has: a header?"),
+        ([("Class Name", "some text of any length"), *LONG], [], "which no other row has: a header?"),
+        ([("kind", "text"), *LONG], [], "which no other row has: a header?"),
+        ([(f"{i} w", label) for i, (label, _) in enumerate(LONG)], [], "20 classes for 20 training documents"),
+        (LONG, ["--columns", "label,text"], "not one column 'label' in its first line"),
+        (LONG, ["--columns", "1,3"], "20 broken rows:\n  line 1: 2 fields: column 3 is asked for"),
         ([("3", "a"), ("4", "b")], ["--classes", "names", "--skip-broken"], "has no documents of the classes 1, 2"),
         ([("1", "a"), ("1", "b")], [], "all training documents are of the class '1'"),
         ([], [], "has no labelled documents"),
