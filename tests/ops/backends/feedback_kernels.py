@@ -4,7 +4,6 @@
 """
 
 import itertools
-import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,13 +15,12 @@ from torch import Tensor
 
 from fairseq_rkm import CELLS, RKM
 from fairseq_rkm.experiments.sweep_measurement import products_in
+from ops.backends.triton_interpreter import DEVICE, INTERPRETED
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Whether Triton's kernels run in its interpreter, on a CPU: a few small problems, in minutes."""
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FEEDBACK = [name for name, cell in CELLS.items() if cell.has_feedback]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SMALL = {"steps": 3, "batch": 3, "sizes": (2, 5)} if INTERPRETED else {"steps": 7, "batch": 5, "sizes": (6, 37)}
+"""Of most problems. The interpreter takes seconds for one."""
 
 Case = tuple[Any, ...]
 

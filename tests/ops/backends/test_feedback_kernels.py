@@ -12,7 +12,8 @@ from helpers import assert_close, training_losses
 
 from fairseq_rkm import RKM, RKMError
 from fairseq_rkm.experiments.sweep_measurement import products_in
-from ops.backends.feedback_kernels import DTYPES, FEEDBACK, INTERPRETED, KERNELS, SMALL, each, outcomes
+from ops.backends.feedback_kernels import DTYPES, FEEDBACK, KERNELS, SMALL, each, outcomes
+from ops.backends.triton_interpreter import INTERPRETED
 from ops.test_backends import MISSING, check_missing_numbers_stay_where_they_are, clear_bound, compare
 from ops.test_higher_derivatives import VARIANTS, compare_derivatives
 

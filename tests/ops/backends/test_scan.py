@@ -1,11 +1,6 @@
 """The scan against the reference: on a GPU, or on CPU under Triton's interpreter (which the last test here starts)."""
 
-import importlib.util
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +11,7 @@ from hypothesis import strategies as st
 
 from fairseq_rkm import CELLS, RKM, RKMError
 from fairseq_rkm.ops import Weights, recurrence
+from ops.backends.triton_interpreter import DEVICE, HAS_GPU, INTERPRETED, run_interpreted
 from ops.test_backends import (
     check_missing_numbers_stay_where_they_are,
     clear_bound,
@@ -27,9 +23,6 @@ from ops.test_higher_derivatives import VARIANTS, compare_derivatives
 from ops.test_kernel_candidates import bound_of, of_kernels
 from ops.test_operators import check_operator
 
-HAS_GPU = torch.cuda.is_available()
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if HAS_GPU else "cpu"
 TF32 = product_type(torch.float32, DEVICE) == "tf32"
 
 
@@ -292,14 +285,4 @@ def test_on_cpu_it_is_refused_by_name():
 
 @pytest.mark.slow
 def test_all_of_the_above_under_the_interpreter():
-    if HAS_GPU or INTERPRETED:
-        pytest.skip("they run in this process")
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("Triton is not installed")
-    command = [sys.executable, "-m", "pytest", "-v", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    result = subprocess.run(
-        command, cwd=Path(__file__).parents[3], env=environment, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stdout[-4000:]
-    assert " passed" in result.stdout
+    run_interpreted("test_scan.py")

@@ -3,12 +3,7 @@
 The last test here runs that rest in Triton's interpreter.
 """
 
-import importlib.util
-import os
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +12,8 @@ from helpers import assert_close
 from fairseq_rkm import RKM
 from fairseq_rkm.ops.backends.stepwise import step_loop
 from fairseq_rkm.ops.backends.stepwise.step_loop import STRETCHES
-from ops.backends.feedback_kernels import DEVICE, INTERPRETED, outcomes
+from ops.backends.feedback_kernels import outcomes
+from ops.backends.triton_interpreter import run_interpreted
 
 
 @pytest.mark.gpu
@@ -109,15 +105,4 @@ def test_products_take_tf32_as_cudnn_does_and_leave_pytorch_s_setting(monkeypatc
 
 @pytest.mark.slow
 def test_its_rows_of_the_table_under_the_interpreter():
-    if DEVICE == "cuda" or INTERPRETED:
-        pytest.skip("they run in this process")
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("Triton is not installed")
-    tests = Path(__file__).with_name("test_feedback_kernels.py")
-    command = [sys.executable, "-m", "pytest", "-v", str(tests), "-k", "stepwise"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    result = subprocess.run(
-        command, cwd=Path(__file__).parents[3], env=environment, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stdout[-4000:]
-    assert " passed" in result.stdout
+    run_interpreted("test_feedback_kernels.py", "-k", "stepwise")
