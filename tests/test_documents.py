@@ -160,10 +160,18 @@ def test_the_examples_of_episodes_are_right():
     assert scope["memories"].shape == (16, 128, 64)
 
 
+def anchors(document: Path) -> set[str]:
+    """The names by which links find a document's headings."""
+    headings = re.findall(r"^#+ (.*)$", document.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_links_lead_to_files(document):
-    for target in re.findall(r"\]\(([^)#]+)", document.read_text()):
-        assert target.startswith("http") or (document.parent / target).exists(), target
+def test_links_lead_to_files_and_headings(document):
+    for target, heading in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", document.read_text()):
+        file = document.parent / target if target else document
+        assert target.startswith("http") or file.exists(), target
+        assert not heading or target.startswith("http") or heading in anchors(file), (target, heading)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
