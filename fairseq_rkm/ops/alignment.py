@@ -39,12 +39,13 @@ def clear_and_align_rows(workspace: Tensor, *matrices: Tensor) -> list[Tensor]:
 def _align_rows(matrices: Sequence[Tensor], workspace: Tensor | None) -> list[Tensor]:
     columns = (GPU_BYTES if matrices[0].is_cuda else CPU_BYTES) // matrices[0].element_size()
     padding = [-m.size(-1) % columns for m in matrices]
-    one_launch = any(padding) and matrices[0].is_cuda and nvrtc.available() is None
-    if workspace is not None and not one_launch:
-        workspace.fill_(-1)
     if not any(padding):
+        if workspace is not None:
+            workspace.fill_(-1)
         return list(matrices)
-    if not one_launch:
+    if not matrices[0].is_cuda or nvrtc.available() is not None:
+        if workspace is not None:
+            workspace.fill_(-1)
         return [F.pad(m, (0, p)) if p else m for m, p in zip(matrices, padding, strict=True)]
     results = [m.new_empty(*m.shape[:-1], m.size(-1) + p) if p else m for m, p in zip(matrices, padding, strict=True)]
     copies = [(m, r, m.size(-1)) for m, r, p in zip(matrices, results, padding, strict=True) if p]

@@ -121,6 +121,9 @@ def project(inputs: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | N
     """
     if inputs.is_cuda:  # on a CPU only the result needs alignment
         inputs, weight = align(inputs, weight)
+    size = inputs.size(2)
+    if weight.size(1) == size and out is None and bias is None:
+        return torch.mm(inputs.view(-1, size), weight.t()).view(inputs.size(0), inputs.size(1), weight.size(0))
     (newest, taps), *older = _taps(inputs, weight)
     result = torch.mm(newest, taps.t(), out=out) if bias is None else torch.addmm(bias, newest, taps.t(), out=out)
     for window, taps in older:
@@ -135,7 +138,7 @@ def project_backward(
     """Gradients of :func:`project` with respect to its inputs and its weight.
 
     Args:
-        grad: ``(T, B, G)``, contiguous.
+        grad: ``(T, B, G)`` or ``(T * B, G)``, contiguous.
         inputs: as in :func:`project`.
         weight: as in :func:`project`.
         need_inputs: whether to compute the first result.
@@ -144,10 +147,10 @@ def project_backward(
     Returns:
         The gradients of inputs and weight, of their shapes; None for one that is not needed.
     """
-    flat = grad.flatten(0, 1)
-    if inputs.size(2) == weight.size(1):
-        whole = inputs.view(-1, inputs.size(2))
-        return (flat @ weight).view_as(inputs) if need_inputs else None, flat.t() @ whole if need_weight else None
+    flat, size = grad.view(-1, grad.size(-1)), inputs.size(2)
+    if weight.size(1) == size:
+        grad_inputs = torch.mm(flat, weight).view(inputs.shape) if need_inputs else None
+        return grad_inputs, torch.mm(flat.t(), inputs.view(-1, size)) if need_weight else None
     grad_inputs = torch.zeros_like(inputs) if need_inputs else None
     if grad_inputs is not None:
         add_input_gradients(grad, weight, grad_inputs)

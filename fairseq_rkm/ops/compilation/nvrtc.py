@@ -73,18 +73,27 @@ class Kernel:
         # Triton asks so too; torch.cuda.current_stream would make an object at each call.
         call.configuration.stream = torch._C._cuda_getCurrentRawStream(self.device)
         if torch._C._cuda_getDevice() == self.device:
-            _check(_driver().cuLaunchKernelEx(call.reference, self.function, call.pointers, None))
-            return
-        with torch.cuda.device(self.device):
-            _check(_driver().cuLaunchKernelEx(call.reference, self.function, call.pointers, None))
+            status = _driver().cuLaunchKernelEx(call.reference, self.function, call.pointers, None)
+        else:
+            with torch.cuda.device(self.device):
+                status = _driver().cuLaunchKernelEx(call.reference, self.function, call.pointers, None)
+        if status:
+            _check(status)
 
     def _call(self, blocks: int, threads: int, arguments: int) -> "_Call":
         """This thread's buffers for a launch of this size."""
         calls: dict = self._calls.__dict__
         key = blocks, threads, arguments
-        if key not in calls:
-            calls[key] = _Call(self._configuration(blocks, threads), arguments)
-        return calls[key]
+        call: _Call | None = calls.get(key)
+        if call is None:
+            call = calls[key] = _Call(self._configuration(blocks, threads), arguments)
+        return call
+
+
+def addresses(stack: Tensor) -> list[int]:
+    """Where each part along the first dimension of a contiguous tensor lies, for a kernel that takes them apart."""
+    first, step = stack.data_ptr(), stack.nbytes // len(stack)
+    return [first + i * step for i in range(len(stack))]
 
 
 class _Call:

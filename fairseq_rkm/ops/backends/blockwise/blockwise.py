@@ -80,11 +80,12 @@ def forward(
 ) -> Results:
     """The forward pass of :data:`PASSES`."""
     gates = project(inputs, weights.input, None)
-    steps, batch, size = gates.size(0), gates.size(1), gates.size(2) // len(cell.gates)
-    hiddens = gates.new_empty(steps + 1, batch, size)
-    memories = gates.new_empty(steps + 1, batch, size, dtype=torch.float32)
-    last_hidden, last_memory = gates.new_empty(batch, size), memories.new_empty(batch, size)
-    given = (weights.bias, weights.recurrent, hidden, memory, last_hidden, last_memory, hiddens, memories)
+    steps, batch, width = gates.shape
+    size = width // len(cell.gates)
+    hiddens = gates.new_empty((steps + 1, batch, size))
+    memories = gates.new_empty((steps + 1, batch, size), dtype=torch.float32)
+    last_hidden, last_memory = gates.new_empty((batch, size)), memories.new_empty((batch, size))
+    given = weights.bias, weights.recurrent, hidden, memory, last_hidden, last_memory, hiddens, memories
     _launch("forward", cell, weights, keep, gates, given, memories)
     output = hiddens[1:] if keep is None else hiddens[1:].masked_fill(~keep.unsqueeze(-1), 0)
     return Results(output, last_hidden, last_memory, (gates, hiddens, memories))
@@ -93,17 +94,19 @@ def forward(
 def backward(saved: Saved, grads: Gradients, needs: Sequence[bool]) -> Gradients:
     """The backward pass of :data:`PASSES`."""
     cell, weights, (gates, hiddens, memories) = saved.cell, saved.weights, saved.own
-    grad_output = None if grads[0] is None else grads[0].contiguous()
-    last = [None if g is None else g.float().contiguous() for g in grads[1:]]
-    first_hidden, first_memory = torch.empty_like(memories[0]), torch.empty_like(memories[0])
+    grad_output, grad_hidden, grad_memory = grads
+    grad_output = None if grad_output is None else grad_output.contiguous()
+    last = [None if g is None else g.float().contiguous() for g in (grad_hidden, grad_memory)]
+    _, batch, size = memories.shape
+    first = memories.new_empty((2, batch, size))
     grad_gates = torch.empty_like(gates)
-    given = (weights.recurrent, memories, grad_output, *last, first_hidden, first_memory, grad_gates)
+    given = weights.recurrent, memories, grad_output, *last, *nvrtc.addresses(first), grad_gates
     _launch("backward", cell, weights, saved.keep, gates, given, memories)
     need_inputs, need_hidden, need_memory, *need_weights = needs
     grad_inputs, *rest = parameter_gradients(
         cell, weights, saved.inputs, hiddens, memories, gates, grad_gates, {}, (need_inputs, *need_weights)
     )
-    initial = first_hidden.to(hiddens.dtype) if need_hidden else None, first_memory if need_memory else None
+    initial = first[0].to(hiddens.dtype) if need_hidden else None, first[1] if need_memory else None
     return grad_inputs, *initial, *rest
 
 
@@ -144,17 +147,24 @@ def _held(cell: Cell, size: int, rows: int) -> int:
 
 def _launch(
     direction: str, cell: Cell, weights: Weights, keep: Tensor | None, gates: Tensor,
-    given: tuple[Tensor | None, ...], memories: Tensor,
+    given: tuple[Tensor | int | None, ...], memories: Tensor,
 ) -> None:  # fmt: skip
     """Launch a kernel over the rows of the batch."""
-    steps, batch, size = memories.size(0) - 1, memories.size(1), memories.size(2)
-    device = gates.device.index
-    rows = _rows_for(cell, size, batch, device)
+    steps, batch, size = memories.shape
     scale_f = memories.new_ones(size) * weights.sigma_f if cell.forget_is_constant else None
     scale_i = memories.new_ones(1) * weights.sigma_i if cell.input_is_constant else None
     real = None if keep is None else keep.contiguous().view(torch.uint8)
-    kernel = _kernel(direction, cell, size, gates.dtype, rows, keep is not None, device)
-    kernel.launch(-(-batch // rows), _threads(cell, size), gates, *given, real, scale_f, scale_i, steps, batch)
+    kernel, blocks, threads = _prepare(direction, cell, size, batch, gates.dtype, keep is not None, gates.get_device())
+    kernel.launch(blocks, threads, gates, *given, real, scale_f, scale_i, steps - 1, batch)
+
+
+@functools.cache
+def _prepare(
+    direction: str, cell: Cell, size: int, batch: int, dtype: torch.dtype, mask: bool, device: int
+) -> tuple[nvrtc.Kernel, int, int]:
+    """A compiled kernel, the blocks of its launch and the threads of a block."""
+    rows = _rows_for(cell, size, batch, device)
+    return _kernel(direction, cell, size, dtype, rows, mask, device), -(-batch // rows), _threads(cell, size)
 
 
 @functools.cache

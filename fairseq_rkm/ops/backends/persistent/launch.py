@@ -32,45 +32,68 @@ class States(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """The backward launch's gradients: the gates', the initial state's, and each row's share of the parameters'."""
+    """The backward launch's gradients: the gates', the initial state's, and each row's share of the parameters'.
+
+    ``first`` holds those of the initial hidden state and memory, ``(2, B, d)``.
+    """
 
     gates: Tensor
-    hidden: Tensor
-    memory: Tensor
+    first: Tensor
     gain: Tensor | None
     shift: Tensor | None
     scale_i: Tensor | None
     scale_f: Tensor | None
 
 
+class Launch(NamedTuple):
+    """All of a launch that a problem's sizes decide.
+
+    Attributes:
+        kernel: the compiled kernel.
+        blocks: the blocks of a launch.
+        threads: the threads of a block.
+        words: the 32-bit words of workspace of a launch.
+        rows: the rows of a group.
+        starts: the first row of each launch.
+    """
+
+    kernel: nvrtc.Kernel
+    blocks: int
+    threads: int
+    words: int
+    rows: int
+    starts: tuple[int, ...]
+
+
 class Launches:
     """The two kernels, set up for a problem."""
 
     def __init__(self, problem: Problem, weights: Weights, keep: Tensor | None) -> None:
-        plan = plan_for(problem)
-        if plan is None or weights.recurrent is None:
+        if weights.recurrent is None:
             raise TypeError("a problem that was refused")
-        self.problem, self.plan, self.weights = problem, plan, weights
-        self.recurrent, self.device = weights.recurrent.contiguous(), weights.recurrent.device
+        self.problem, self.weights = problem, weights
+        self.recurrent = weights.recurrent.contiguous()
         self.keep = None if keep is None else keep.contiguous().view(torch.uint8)
-        self.scale_f = self._scale(weights.sigma_f, problem.size) if problem.cell.forget_is_constant else None
-        self.scale_i = self._scale(weights.sigma_i, 1) if problem.cell.input_is_constant else None
+        cell = problem.cell
+        self.scale_f = self._scale(weights.sigma_f, problem.size) if cell.forget_is_constant else None
+        self.scale_i = self._scale(weights.sigma_i, 1) if cell.input_is_constant else None
 
     def _scale(self, value: Tensor | float, count: int) -> Tensor:
-        return torch.ones(count, device=self.device) * value
+        return torch.ones(count, device=self.recurrent.device) * value
 
     def workspace(self, direction: str, batch: int) -> Tensor:
         """Memory for the values that a kernel's blocks publish; clear it (``clear_and_align``) before the launch."""
-        _, _, words = prepare(self.problem, self.keep is not None, direction)
-        return torch.empty(self.plan.launches(batch), words, dtype=torch.int32, device=self.device)
+        launch = prepare(self.problem, batch, self.keep is not None, direction)
+        return self.recurrent.new_empty((len(launch.starts), launch.words), dtype=torch.int32)
 
     def forward(self, gates: Tensor, hidden: Tensor | None, memory: Tensor | None, workspace: Tensor) -> States:
         """Turn ``W X``, without the bias, into activated gates, in place; None is an initial state of zeros."""
-        steps, batch, size = *gates.shape[:2], self.problem.size
-        hiddens = gates.new_empty(steps + 1, batch, size)
-        memories = gates.new_empty(steps + 1, batch, size, dtype=torch.float32)
-        last_hidden, last_memory = gates.new_empty(batch, size), memories.new_empty(batch, size)
-        moments = memories.new_empty(steps, batch, 2) if self.problem.norm else None
+        steps, batch, _ = gates.shape
+        size = self.problem.size
+        hiddens = gates.new_empty((steps + 1, batch, size))
+        memories = gates.new_empty((steps + 1, batch, size), dtype=torch.float32)
+        last_hidden, last_memory = gates.new_empty((batch, size)), memories.new_empty((batch, size))
+        moments = memories.new_empty((steps, batch, 2)) if self.problem.norm else None
         first = (None if h is None else h.contiguous() for h in (hidden, memory))
         bias = None if self.weights.bias is None else self.weights.bias.contiguous()
         given = (bias, self.recurrent, *first, last_hidden, last_memory, hiddens, memories)
@@ -85,38 +108,46 @@ class Launches:
         """The gradients of all but weights and inputs; None for a given gradient stands for zeros."""
         grad_output = None if grad_output is None else grad_output.contiguous()
         last = [None if g is None else g.float().contiguous() for g in (grad_hidden, grad_memory)]
-        first = [torch.empty_like(memory[0]) for _ in range(2)]
+        _, batch, size = memory.shape
+        first = memory.new_empty((2, batch, size))
         grad_gates = torch.empty_like(gates)
         wanted = (self.problem.norm, self.problem.norm, self.scale_i is not None, self.scale_f is not None)
-        shares = [torch.empty_like(first[0]) if want else None for want in wanted]
-        given = (self.recurrent, memory, grad_output, *last, *first, grad_gates)
+        shares = [memory.new_empty((batch, size)) if want else None for want in wanted]
+        given = (self.recurrent, memory, grad_output, *last, *nvrtc.addresses(first), grad_gates)
         norm = (self.weights.norm_weight, self.weights.norm_bias, moments, *shares)
         self._launch("backward", gates, given, norm, workspace)
-        return Gradients(grad_gates, first[0], first[1], *shares)
+        return Gradients(grad_gates, first, *shares)
 
     def _launch(
-        self, direction: str, gates: Tensor, given: tuple[Tensor | None, ...], norm: tuple[Tensor | None, ...],
+        self, direction: str, gates: Tensor, given: tuple[Tensor | int | None, ...], norm: tuple[Tensor | None, ...],
         workspace: Tensor,
     ) -> None:  # fmt: skip
         """Run a kernel on each part of the batch."""
-        plan = self.plan
-        kernel, threads, _ = prepare(self.problem, self.keep is not None, direction)
         steps, batch, _ = gates.shape
-        rows = plan.rows_for(batch)
-        for i in range(workspace.size(0)):
-            part = workspace if workspace.size(0) == 1 else workspace[i]
-            kernel.launch(
-                plan.blocks, threads, gates, *given, part, self.keep, *norm, self.scale_f, self.scale_i, steps,
-                i * plan.groups * rows, rows, batch,
+        launch = prepare(self.problem, batch, self.keep is not None, direction)
+        alone = len(launch.starts) == 1
+        for i, start in enumerate(launch.starts):
+            part = workspace if alone else workspace[i]
+            launch.kernel.launch(
+                launch.blocks, launch.threads, gates, *given, part, self.keep, *norm, self.scale_f, self.scale_i, steps,
+                start, launch.rows, batch,
             )  # fmt: skip
 
 
 @functools.cache
-def prepare(problem: Problem, mask: bool, direction: str) -> tuple[nvrtc.Kernel, int, int]:
-    """A compiled kernel, the threads of a block, and the 32-bit words of workspace of a launch."""
+def prepare(problem: Problem, batch: int, mask: bool, direction: str) -> Launch:
+    """A pass over a batch, which the problem may hold rounded up."""
     plan = plan_for(problem)
     if plan is None:
         raise TypeError("a problem that was refused")
+    kernel, threads, words = _compiled(problem, plan, mask, direction)
+    rows = plan.rows_for(batch)
+    starts = tuple(i * plan.groups * rows for i in range(plan.launches(batch)))
+    return Launch(kernel, plan.blocks, threads, words, rows, starts)
+
+
+def _compiled(problem: Problem, plan: Plan, mask: bool, direction: str) -> tuple[nvrtc.Kernel, int, int]:
+    """A compiled kernel, the threads of a block, and the 32-bit words of workspace of a launch."""
     launch = plan.forward if direction == "forward" else plan.backward
     macros = _macros(problem, plan, launch, mask, direction == "backward")
     kernel = nvrtc.compile_kernel(SOURCE, KERNELS[direction], macros, launch.shared, problem.device, launch.cluster)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fairseq_rkm.ops.alignment import clear_and_align
+from fairseq_rkm.ops.backends.persistent.launch import Gradients as KernelGradients
 from fairseq_rkm.ops.backends.persistent.launch import Launches
 from fairseq_rkm.ops.backends.persistent.plan import Problem, plan_for
 from fairseq_rkm.ops.batch_rounding import likely, round_up
@@ -72,15 +73,20 @@ def backward(saved: Saved, grads: Gradients, needs: Sequence[bool]) -> Gradients
     operands = clear_and_align(workspace, *product_operands(weights, inputs, hidden, need_weights[1]))
     grad_output, grad_hidden, grad_memory = grads
     grad = launches.backward(gates, memory, moments, grad_output, grad_hidden, grad_memory, workspace)
-    # The kernel writes each row's share; their sum is the gradient.
-    shares = {"norm_weight": grad.gain, "norm_bias": grad.shift, "sigma_f": grad.scale_f}
-    known = {name: None if share is None else share.sum(0) for name, share in shares.items()}
-    known["sigma_i"] = None if grad.scale_i is None else grad.scale_i.sum()
+    known = _summed(grad) if grad.gain is not None or grad.scale_i is not None or grad.scale_f is not None else {}
     grad_inputs, *rest = parameter_gradients(
         cell, weights, inputs, hidden, memory, gates, grad.gates, known, (need_inputs, *need_weights), operands
     )
-    first_hidden = grad.hidden.to(hidden.dtype) if need_hidden else None
-    return grad_inputs, first_hidden, grad.memory if need_memory else None, *rest
+    first_hidden = grad.first[0].to(hidden.dtype) if need_hidden else None
+    return grad_inputs, first_hidden, grad.first[1] if need_memory else None, *rest
+
+
+def _summed(grad: KernelGradients) -> dict[str, Tensor | None]:
+    """The parameters' gradients by field: the kernel writes each row's share."""
+    shares = {"norm_weight": grad.gain, "norm_bias": grad.shift, "sigma_f": grad.scale_f}
+    known = {name: None if share is None else share.sum(0) for name, share in shares.items()}
+    known["sigma_i"] = None if grad.scale_i is None else grad.scale_i.sum()
+    return known
 
 
 def own(extent: Extent) -> tuple[Sketch | None, ...]:
