@@ -18,7 +18,7 @@ from fairseq_rkm.ops.backends import batched, blockwise, native, persistent, sca
 from fairseq_rkm.ops.cells import Cell
 from fairseq_rkm.ops.higher_derivatives import REFERENCE, zeros_for_none
 from fairseq_rkm.ops.operators import Operator
-from fairseq_rkm.ops.plain_tensors import ORDINARY, are_plain, obstacle
+from fairseq_rkm.ops.plain_tensors import are_plain, obstacle
 from fairseq_rkm.ops.problem_checks import check, laid_out
 from fairseq_rkm.ops.weights import Weights
 
@@ -114,29 +114,8 @@ def pick(name: str, cell: Cell, inputs: Tensor, weights: Weights, obstacle: str 
     return BACKENDS[name]
 
 
-_CHOSEN: dict[tuple[Any, ...], Backend] = {}
-"""What :func:`_fastest` chose on GPUs, where asking all backends takes a twentieth of a small layer's host time."""
-MOST_CHOSEN = 4096
-
-
 def _fastest(cell: Cell, inputs: Tensor, weights: Weights) -> Backend:
     """The first automatic backend that takes a problem; of neighbours with estimates, the one with the lowest."""
-    if not inputs.is_cuda or type(inputs) not in ORDINARY or not inputs.numel():
-        return _ask(cell, inputs, weights)
-    kind = (
-        cell.key, inputs.size(1), inputs.dtype, inputs.device.index, weights.input.size(0), weights.recurrent is None,
-        weights.norm_weight is None, torch.backends.cudnn.allow_tf32,
-    )  # fmt: skip
-    chosen = _CHOSEN.get(kind)
-    if chosen is None:
-        if len(_CHOSEN) >= MOST_CHOSEN:
-            _CHOSEN.clear()
-        chosen = _CHOSEN[kind] = _ask(cell, inputs, weights)
-    return chosen
-
-
-def _ask(cell: Cell, inputs: Tensor, weights: Weights) -> Backend:
-    """As :func:`_fastest`, by asking the backends."""
     best, lowest = None, math.inf
     for backend in BACKENDS.values():
         if best is not None and backend.step_time is None:
@@ -179,6 +158,8 @@ def recurrence(
         RKMError: inputs, weights, state and mask differ in device or dtype; a shape does not fit; numbers are not
             floating-point ones; or the backend refuses.
     """
+    if not torch.compiler.is_compiling() and are_plain(inputs, hidden, memory, keep, *weights.tensors()):
+        return _run_plain(backend, cell, inputs, weights, size, hidden, memory, keep)
     if backend == "auto" and exported_loop.is_recording():
         return exported_loop.recurrence(cell, inputs, weights, size, hidden, memory, keep)
     if not torch.jit.is_tracing():  # tracing warns of each comparison
@@ -188,6 +169,70 @@ def recurrence(
         # tensors, and finds the chosen backend's operator.
         return _COMPILED(backend, *operators.arguments(cell, inputs, weights, hidden, memory, keep))
     return _choose_and_run(backend, cell, inputs, weights, hidden, memory, keep)
+
+
+_PROVEN: dict[tuple[Any, ...], Backend] = {}
+"""The backends of problems that passed all checks, by all that checks and choice depend on.
+
+Checks, and the question to all backends, take a tenth of a small layer's host time.
+"""
+MOST_PROVEN = 4096
+
+
+def _run_plain(
+    backend: str, cell: Cell, inputs: Tensor, weights: Weights, size: int, hidden: Tensor | None,
+    memory: Tensor | None, keep: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """As :func:`recurrence`, for plain tensors that nothing follows; checks are made once for each kind of problem."""
+    kind = _kind(backend, cell, inputs, weights, size, hidden, memory, keep)
+    chosen = _PROVEN.get(kind)
+    if chosen is None:
+        check(cell, inputs, weights, size, hidden, memory, keep)
+        chosen = pick(backend, cell, inputs, weights)
+        if len(_PROVEN) >= MOST_PROVEN:
+            _PROVEN.clear()
+        _PROVEN[kind] = chosen
+    if not _is_laid_out(inputs, weights, hidden, memory):
+        inputs, weights, hidden, memory = laid_out(inputs, weights, hidden, memory)
+    if chosen is BACKENDS["reference"]:
+        hidden, memory = zeros_for_none(cell, inputs, weights, hidden, memory)
+        return reference.recurrence(cell, inputs, weights, hidden, memory, keep)
+    return eager.run(chosen.operator, cell, inputs, weights, hidden, memory, keep)
+
+
+def _kind(
+    backend: str, cell: Cell, inputs: Tensor, weights: Weights, size: int, hidden: Tensor | None,
+    memory: Tensor | None, keep: Tensor | None,
+) -> tuple[Any, ...]:  # fmt: skip
+    """All that :func:`check` and :func:`pick` look at. Of the number of steps they see none, one and more."""
+    length, batch, features = inputs.shape
+    steps = length - weights.input.size(-1) // features + 1
+    return (
+        str(backend), cell.key, size, min(steps, 2), batch, features, inputs.dtype, inputs.device,
+        torch.backends.cudnn.allow_tf32 if inputs.is_cuda else None,
+        keep is None or (keep.shape == (steps, batch), keep.dtype, keep.device),
+        *[
+            tensor if tensor is None or isinstance(tensor, float) else (tensor.shape, tensor.dtype, tensor.device)
+            for tensor in (hidden, memory, *weights)
+        ],
+    )  # fmt: skip
+
+
+def _is_laid_out(inputs: Tensor, weights: Weights, hidden: Tensor | None, memory: Tensor | None) -> bool:
+    """Whether it is seen at once that :func:`laid_out` would change nothing."""
+    dtype = inputs.dtype
+    if hidden is not None and not (hidden.dtype is dtype and hidden.is_contiguous()):
+        return False
+    wide = dtype if dtype.itemsize >= torch.float32.itemsize else torch.float32
+    if memory is not None and not (memory.dtype is wide and memory.is_contiguous()):
+        return False
+    for matrix in (inputs, *weights[:3]):
+        if matrix is not None and not matrix.is_contiguous():
+            return False
+    for field in weights[3:]:
+        if isinstance(field, Tensor) and not (field.dtype is wide and field.is_contiguous()):
+            return False
+    return True
 
 
 def _choose_and_run(

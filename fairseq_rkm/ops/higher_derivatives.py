@@ -21,16 +21,16 @@ from fairseq_rkm.ops.weights import Weights, memory_dtype
 def save(ctx: Any, saved: Saved) -> None:
     """Keep a recurrence's tensors for autograd's backward pass."""
     weights = saved.weights
-    ctx.cell, ctx.numbers = saved.cell, weights.numbers()
+    ctx.cell, ctx.numbers = saved.cell, [field if isinstance(field, float) else None for field in weights]
     ctx.save_for_backward(saved.keep, saved.inputs, saved.hidden, saved.memory, *weights.tensors(), *saved.own)
 
 
 def load(ctx: Any) -> Saved:
     """Undo :func:`save`; call it once: ``torch.utils.checkpoint`` gives saved tensors out a single time."""
     keep, inputs, hidden, memory, *tensors = ctx.saved_tensors
-    count = len(Weights._fields)
-    weights = Weights(*tensors[:count])._replace(**ctx.numbers)
-    return Saved(ctx.cell, keep, inputs, hidden, memory, weights, tensors[count:])
+    count = len(ctx.numbers)
+    fields = [tensor if number is None else number for number, tensor in zip(ctx.numbers, tensors, strict=False)]
+    return Saved(ctx.cell, keep, inputs, hidden, memory, Weights(*fields), tensors[count:])
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:

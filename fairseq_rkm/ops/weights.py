@@ -48,10 +48,6 @@ class Weights(NamedTuple):
             *(v.to(wide).contiguous() if isinstance(v, Tensor) else v for v in others),
         )
 
-    def numbers(self) -> dict[str, float]:
-        """The fields that are plain numbers."""
-        return {name: value for name, value in zip(self._fields, self, strict=True) if isinstance(value, float)}
-
     def tensors(self) -> list[Tensor | None]:
         """The fields in order, for autograd to save; None stands for a plain number."""
         return [None if isinstance(value, float) else value for value in self]

@@ -34,37 +34,84 @@ def test_mixed_dtypes_and_devices_are_refused():
         RKM(2, 2)(torch.zeros(1, 1, 2, device="meta"))
 
 
-def test_choices_on_gpus_are_remembered_for_all_that_they_depend_on(monkeypatch):
-    """With stand-ins for tensors on a GPU: whatever backends look at makes another question."""
-    asked = []
-    monkeypatch.setattr(dispatch, "_CHOSEN", {})
-    monkeypatch.setattr(dispatch, "MOST_CHOSEN", 20)
-    monkeypatch.setattr(dispatch, "ORDINARY", (SimpleNamespace,))
-    monkeypatch.setattr(dispatch, "_ask", lambda *problem: asked.append(problem) or object())
+@pytest.fixture
+def asked(monkeypatch):
+    """The problems that were checked, while nothing is remembered from before."""
+    problems = []
+    check = dispatch.check
+    monkeypatch.setattr(dispatch, "_PROVEN", {})
+    monkeypatch.setattr(dispatch, "MOST_PROVEN", 40)
+    monkeypatch.setattr(dispatch, "check", lambda *problem: problems.append(problem) or check(*problem))
+    return problems
 
-    def inputs(batch=3, dtype=torch.float32, index=0, numel=1):
-        device = SimpleNamespace(index=index)
-        return SimpleNamespace(
-            is_cuda=True, dtype=dtype, device=device, size=lambda _: batch, numel=lambda: numel
-        )  # fmt: skip
 
-    plain = Weights(torch.zeros(16, 3), torch.zeros(16, 4))
-    normed = plain._replace(norm_weight=torch.ones(4), norm_bias=torch.ones(4))
-    cell = CELLS["rkm_lstm"]
+def problem(cell="rkm_lstm", steps=2, batch=3, size=4, features=3, dtype=torch.float32, backend="auto", **others):
+    """The arguments of ``recurrence``; ``others``: state, mask, and the weights' optional fields."""
+    cell, wide = CELLS[cell] if isinstance(cell, str) else cell, torch.promote_types(dtype, torch.float32)
+    recurrent = torch.zeros(len(cell.recurrent_gates) * size, size, dtype=dtype) if cell.has_feedback else None
+    weights = Weights(torch.zeros(len(cell.gates) * size, features, dtype=dtype), recurrent)
+    if others.pop("norm", False):
+        weights = weights._replace(norm_weight=torch.ones(size, dtype=wide), norm_bias=torch.zeros(size, dtype=wide))
+    weights = weights._replace(**{name: others.pop(name) for name in Weights._fields if name in others})
+    given = {"hidden": None, "memory": None, "keep": None, **others}
+    return cell, torch.zeros(steps, batch, features, dtype=dtype), weights, size, *given.values(), backend
+
+
+def test_checks_and_choices_are_remembered_for_all_that_they_depend_on(asked):
+    keep = torch.ones(2, 3, dtype=torch.bool)
     problems = [
-        (cell, inputs(), plain), (cell, inputs(batch=4), plain), (cell, inputs(dtype=torch.float16), plain),
-        (cell, inputs(index=1), plain), (cell, inputs(), normed), (cell.clipped(1), inputs(), plain),
-        (cell, inputs(), Weights(torch.zeros(32, 3), torch.zeros(32, 8))), (CELLS["lstm"], inputs(), plain),
-        (cell.without_feedback(), inputs(), plain._replace(recurrent=None)),
+        problem(), problem(batch=4), problem(steps=1), problem(steps=0), problem(size=5), problem(features=2),
+        problem(dtype=torch.float64), problem("lstm"), problem(CELLS["rkm_lstm"].clipped(1)), problem(norm=True),
+        problem(CELLS["rkm_lstm"].without_feedback()), problem(bias=torch.zeros(16)), problem(keep=keep),
+        problem(hidden=torch.zeros(3, 4)), problem(memory=torch.zeros(3, 4)), problem(backend="batched"),
+        problem(memory=torch.zeros(3, 4).double()), problem("linear_kernel", sigma_f=torch.zeros(4)),
+        problem("linear_kernel", sigma_f=0.3), problem("linear_kernel", sigma_i=0.3),
     ]  # fmt: skip
-    first = [dispatch._fastest(*problem) for problem in problems]
-    assert len(set(map(id, first))) == len(asked) == len(problems)
-    assert [dispatch._fastest(*problem) for problem in problems] == first
+    first = [dispatch.recurrence(*each) for each in problems]
     assert len(asked) == len(problems)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not torch.backends.cudnn.allow_tf32)
-    assert dispatch._fastest(*problems[0]) is not first[0]
-    empty = (cell, inputs(numel=0), plain)
-    assert dispatch._fastest(*empty) is not dispatch._fastest(*empty)
-    for batch in range(100, 150):
-        dispatch._fastest(cell, inputs(batch=batch), plain)
-    assert len(dispatch._CHOSEN) <= 20
+    again = [dispatch.recurrence(*each) for each in problems]
+    assert len(asked) == len(problems)
+    for results in zip(first, again, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    dispatch.recurrence(*problem(steps=7))
+    assert len(asked) == len(problems)
+    for batch in range(100, 180):
+        dispatch.recurrence(*problem(batch=batch))
+    assert len(dispatch._PROVEN) <= 40
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        ({"bias": torch.zeros(15)}, "biases must be of shape"),
+        ({"bias": torch.zeros(16).double()}, r"torch\.float32 but the biases torch\.float64"),
+        ({"recurrent": torch.zeros(16, 5)}, "recurrent weights must be of shape"),
+        ({"hidden": torch.zeros(2, 4)}, "hidden state must be of shape"),
+        ({"memory": torch.zeros(3, 4, dtype=torch.int64)}, "memory must be floating-point"),
+        ({"keep": torch.ones(3, 3, dtype=torch.bool)}, "mask must be of shape"),
+        ({"keep": torch.ones(2, 3)}, "but the mask torch.float32"),
+        ({"size": 5, "recurrent": torch.zeros(16, 4)}, "recurrent weights must be of shape"),
+        ({"backend": "gpu"}, "unknown backend"),
+        ({"backend": ["auto"]}, "unknown backend"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_refused_after_what_does(asked, others, message):
+    fitting = {"bias": torch.zeros(16), "hidden": torch.zeros(3, 4), "keep": torch.ones(2, 3, dtype=torch.bool)}
+    for _ in range(2):
+        dispatch.recurrence(*problem(**fitting))
+        with pytest.raises(RKMError, match=message):
+            dispatch.recurrence(*problem(**{**fitting, **others}))
+    assert len(asked) == 3
+
+
+def test_tf32_is_another_choice_on_gpus(monkeypatch):
+    cell, x, weights, *_ = problem()
+    on_gpu = SimpleNamespace(is_cuda=True, shape=x.shape, dtype=x.dtype, device=torch.device("cuda", 0))
+    kinds = set()
+    for allowed in (False, True):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+        for device in ("cuda:0", "cuda:1"):
+            on_gpu.device = torch.device(device)
+            kinds.add(dispatch._kind("auto", cell, on_gpu, weights, 4, None, None, None))
+    assert len(kinds) == 4
