@@ -14,6 +14,7 @@ from fairseq_rkm.errors import RKMError
 from fairseq_rkm.modules.lstm_exchange import ExchangeWithLSTM
 from fairseq_rkm.modules.parameters import settle_loaded as _settle  # noqa: F401 - pickles of earlier versions name it
 from fairseq_rkm.modules.per_sample_gradients import SLOT, watch
+from fairseq_rkm.modules.plain_calls import run_layer
 from fairseq_rkm.modules.projections import Projection
 from fairseq_rkm.modules.sequences import Batch, Packed, layout_of
 from fairseq_rkm.modules.side_by_side import run_side_by_side
@@ -185,6 +186,8 @@ class RKM(ExchangeWithLSTM):
         """
         if not return_memory and padding_mask is None and reset is None and input is None and hx is None:
             taken = take_step(self, x, state)
+            if taken is None:
+                taken = run_layer(self, x, state)
             if taken is not None:
                 return taken
         given = _one_of("x", x, "input", input)

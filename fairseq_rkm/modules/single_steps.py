@@ -26,7 +26,7 @@ def take_step(rkm: RKMParameters, x: Any, state: Any) -> tuple[Tensor, RKMState]
         return None
     if type(x) is not Tensor or x.dim() != 3 or type(state) not in (RKMState, tuple):
         return None
-    if x.size(1 if rkm.batch_first else 0) != 1 or len(state) != 2 or not _is_simple(rkm):
+    if x.size(1 if rkm.batch_first else 0) != 1 or len(state) != 2 or rkm.backend != "auto" or not is_simple(rkm):
         return None
     hidden, memory = state
     if type(hidden) is not Tensor or type(memory) is not Tensor or not (x.is_cuda or x.is_cpu):
@@ -44,8 +44,8 @@ def take_step(rkm: RKMParameters, x: Any, state: Any) -> tuple[Tensor, RKMState]
         return None
     if rkm.layer_norm and kind is not wide:  # normalised in float32
         return None
-    layers = [_layer(rkm, number) for number in range(rkm.num_layers)]
-    tensors = [x, hidden, memory, *(tensor for weights in layers for tensor in weights[:5] if tensor is not None)]
+    layers = [layer_weights(rkm, number) for number in range(rkm.num_layers)]
+    tensors = [x, hidden, memory, *(tensor for weights in layers for tensor in weights.present())]
     if len(tensors) != 3 + len(layers) * len(rkm._kinds) or not _are_alike(tensors, x):
         return None
     output, states = x.view(rows, x.size(2)), []
@@ -58,9 +58,9 @@ def take_step(rkm: RKMParameters, x: Any, state: Any) -> tuple[Tensor, RKMState]
     return output.view(rows, 1, -1) if rkm.batch_first else output, RKMState(hidden, memory)
 
 
-def _is_simple(rkm: RKMParameters) -> bool:
-    """Whether a step is a step: one direction, n = 1, and nothing that training, tools or a named backend change."""
-    if rkm.bidirectional or rkm.ngram > 1 or rkm.proj_size or rkm.learn_sigma or rkm.backend != "auto":
+def is_simple(rkm: RKMParameters) -> bool:
+    """Whether a step is a step: one direction, n = 1, and nothing that training or tools change."""
+    if rkm.bidirectional or rkm.ngram > 1 or rkm.proj_size or rkm.learn_sigma:
         return False
     if not rkm._cell.kernel.is_linear:
         return False
@@ -69,7 +69,7 @@ def _is_simple(rkm: RKMParameters) -> bool:
     return not (rkm.training and (rkm.weight_dropout or (rkm.num_layers > 1 and rkm.dropout.p)))
 
 
-def _layer(rkm: RKMParameters, number: int) -> Weights:
+def layer_weights(rkm: RKMParameters, number: int) -> Weights:
     """A layer's weights; None stands for one that is absent or computed."""
     own, cell = rkm._parameters, rkm._cell
     return Weights(

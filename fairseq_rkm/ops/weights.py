@@ -48,6 +48,10 @@ class Weights(NamedTuple):
             *(v.to(wide).contiguous() if isinstance(v, Tensor) else v for v in others),
         )
 
+    def present(self) -> list[Tensor]:
+        """The matrices, the bias and the layer norm's weights that there are."""
+        return [weight for weight in self[:5] if weight is not None]
+
     def tensors(self) -> list[Tensor | None]:
         """The fields in order, for autograd to save; None stands for a plain number."""
         return [None if isinstance(value, float) else value for value in self]
