@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from fairseq_rkm.ops.backends.persistent.plan import KernelPlan, Plan, Problem, plan_for
+from fairseq_rkm.ops.batch_rounding import round_up
+from fairseq_rkm.ops.cells import Cell
 from fairseq_rkm.ops.compilation import nvrtc
 from fairseq_rkm.ops.compilation.cell_macros import cell_macros
 from fairseq_rkm.ops.weights import LAYER_NORM_EPS, Weights
@@ -65,40 +67,49 @@ class Launch(NamedTuple):
     starts: tuple[int, ...]
 
 
-class Launches:
-    """The two kernels, set up for a problem."""
+class PassLaunch:
+    """One of the two kernels, set up for a recurrence on a GPU.
 
-    def __init__(self, problem: Problem, weights: Weights, keep: Tensor | None) -> None:
+    Args:
+        direction: ``"forward"`` or ``"backward"``.
+        cell: the cell.
+        inputs: extended inputs.
+        weights: the weights.
+        keep: ``(T, B)`` bool, True at real steps; None if all are.
+    """
+
+    def __init__(self, direction: str, cell: Cell, inputs: Tensor, weights: Weights, keep: Tensor | None) -> None:
         if weights.recurrent is None:
             raise TypeError("a problem that was refused")
-        self.problem, self.weights = problem, weights
-        self.recurrent = weights.recurrent.contiguous()
+        self.weights, self.recurrent = weights, weights.recurrent.contiguous()
+        self.size, self.norm = self.recurrent.size(1), weights.norm_weight is not None
         self.keep = None if keep is None else keep.contiguous().view(torch.uint8)
-        cell = problem.cell
-        self.scale_f = self._scale(weights.sigma_f, problem.size) if cell.forget_is_constant else None
+        self.scale_f = self._scale(weights.sigma_f, self.size) if cell.forget_is_constant else None
         self.scale_i = self._scale(weights.sigma_i, 1) if cell.input_is_constant else None
+        self.launch = prepare(
+            direction, cell, self.size, inputs.size(1), inputs.dtype, self.norm, keep is not None, inputs.device.index
+        )
 
     def _scale(self, value: Tensor | float, count: int) -> Tensor:
         return torch.ones(count, device=self.recurrent.device) * value
 
-    def workspace(self, direction: str, batch: int) -> Tensor:
-        """Memory for the values that a kernel's blocks publish; clear it (``clear_and_align``) before the launch."""
-        launch = prepare(self.problem, batch, self.keep is not None, direction)
-        return self.recurrent.new_empty((len(launch.starts), launch.words), dtype=torch.int32)
+    def workspace(self) -> Tensor:
+        """Memory for the values that the kernel's blocks publish; clear it (``clear_and_align``) before the launch."""
+        return self.recurrent.new_empty((len(self.launch.starts), self.launch.words), dtype=torch.int32)
 
     def forward(self, gates: Tensor, hidden: Tensor | None, memory: Tensor | None, workspace: Tensor) -> States:
         """Turn ``W X``, without the bias, into activated gates, in place; None is an initial state of zeros."""
         steps, batch, _ = gates.shape
-        size = self.problem.size
+        size = self.size
         hiddens = gates.new_empty((steps + 1, batch, size))
         memories = gates.new_empty((steps + 1, batch, size), dtype=torch.float32)
         last_hidden, last_memory = gates.new_empty((batch, size)), memories.new_empty((batch, size))
-        moments = memories.new_empty((steps, batch, 2)) if self.problem.norm else None
+        moments = memories.new_empty((steps, batch, 2)) if self.norm else None
         first = (None if h is None else h.contiguous() for h in (hidden, memory))
         bias = None if self.weights.bias is None else self.weights.bias.contiguous()
         given = (bias, self.recurrent, *first, last_hidden, last_memory, hiddens, memories)
         norm = (self.weights.norm_weight, self.weights.norm_bias, moments)
-        self._launch("forward", gates, given, norm, workspace)
+        self._run(gates, given, norm, workspace)
         return States(hiddens, memories, last_hidden, last_memory, moments)
 
     def backward(
@@ -111,20 +122,18 @@ class Launches:
         _, batch, size = memory.shape
         first = memory.new_empty((2, batch, size))
         grad_gates = torch.empty_like(gates)
-        wanted = (self.problem.norm, self.problem.norm, self.scale_i is not None, self.scale_f is not None)
+        wanted = (self.norm, self.norm, self.scale_i is not None, self.scale_f is not None)
         shares = [memory.new_empty((batch, size)) if want else None for want in wanted]
         given = (self.recurrent, memory, grad_output, *last, *nvrtc.addresses(first), grad_gates)
         norm = (self.weights.norm_weight, self.weights.norm_bias, moments, *shares)
-        self._launch("backward", gates, given, norm, workspace)
+        self._run(gates, given, norm, workspace)
         return Gradients(grad_gates, first, *shares)
 
-    def _launch(
-        self, direction: str, gates: Tensor, given: tuple[Tensor | int | None, ...], norm: tuple[Tensor | None, ...],
-        workspace: Tensor,
-    ) -> None:  # fmt: skip
-        """Run a kernel on each part of the batch."""
-        steps, batch, _ = gates.shape
-        launch = prepare(self.problem, batch, self.keep is not None, direction)
+    def _run(
+        self, gates: Tensor, given: tuple[Tensor | int | None, ...], norm: tuple[Tensor | None, ...], workspace: Tensor
+    ) -> None:
+        """Run the kernel on each part of the batch."""
+        (steps, batch, _), launch = gates.shape, self.launch
         alone = len(launch.starts) == 1
         for i, start in enumerate(launch.starts):
             part = workspace if alone else workspace[i]
@@ -135,8 +144,11 @@ class Launches:
 
 
 @functools.cache
-def prepare(problem: Problem, batch: int, mask: bool, direction: str) -> Launch:
-    """A pass over a batch, which the problem may hold rounded up."""
+def prepare(
+    direction: str, cell: Cell, size: int, batch: int, dtype: torch.dtype, norm: bool, mask: bool, device: int
+) -> Launch:
+    """All of a launch that sizes and dtypes decide."""
+    problem = Problem(cell, size, round_up(batch), dtype, norm, device)
     plan = plan_for(problem)
     if plan is None:
         raise TypeError("a problem that was refused")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fairseq_rkm.ops.alignment import clear_and_align
 from fairseq_rkm.ops.backends.persistent.launch import Gradients as KernelGradients
-from fairseq_rkm.ops.backends.persistent.launch import Launches
+from fairseq_rkm.ops.backends.persistent.launch import PassLaunch
 from fairseq_rkm.ops.backends.persistent.plan import Problem, plan_for
 from fairseq_rkm.ops.batch_rounding import likely, round_up
 from fairseq_rkm.ops.cells import Cell
@@ -55,11 +55,11 @@ def forward(
     cell: Cell, inputs: Tensor, weights: Weights, hidden: Tensor | None, memory: Tensor | None, keep: Tensor | None
 ) -> Results:
     """The forward pass of :data:`PASSES`."""
-    launches = Launches(Problem.of(cell, inputs, weights), weights, keep)
-    workspace = launches.workspace("forward", inputs.size(1))
+    launch = PassLaunch("forward", cell, inputs, weights, keep)
+    workspace = launch.workspace()
     given, weight = clear_and_align(workspace, inputs, weights.input)
     gates = project(given, weight, None)
-    run = launches.forward(gates, hidden, memory, workspace)
+    run = launch.forward(gates, hidden, memory, workspace)
     output = run.hiddens[1:] if keep is None else run.hiddens[1:].masked_fill(~keep.unsqueeze(-1), 0)
     return Results(output, run.last_hidden, run.last_memory, (gates, run.hiddens, run.memories, run.moments))
 
@@ -68,11 +68,11 @@ def backward(saved: Saved, grads: Gradients, needs: Sequence[bool]) -> Gradients
     """The backward pass of :data:`PASSES`."""
     cell, inputs, weights, (gates, hidden, memory, moments) = saved.cell, saved.inputs, saved.weights, saved.own
     need_inputs, need_hidden, need_memory, *need_weights = needs
-    launches = Launches(Problem.of(cell, inputs, weights), weights, saved.keep)
-    workspace = launches.workspace("backward", inputs.size(1))
+    launch = PassLaunch("backward", cell, inputs, weights, saved.keep)
+    workspace = launch.workspace()
     operands = clear_and_align(workspace, *product_operands(weights, inputs, hidden, need_weights[1]))
     grad_output, grad_hidden, grad_memory = grads
-    grad = launches.backward(gates, memory, moments, grad_output, grad_hidden, grad_memory, workspace)
+    grad = launch.backward(gates, memory, moments, grad_output, grad_hidden, grad_memory, workspace)
     known = _summed(grad) if grad.gain is not None or grad.scale_i is not None or grad.scale_f is not None else {}
     grad_inputs, *rest = parameter_gradients(
         cell, weights, inputs, hidden, memory, gates, grad.gates, known, (need_inputs, *need_weights), operands
