@@ -357,7 +357,7 @@ class RKMParameters(nn.Module):
 
     def _weights(self, name: str, dtype: torch.dtype | None) -> Weights:
         """The tensors of one layer and direction; matrices and biases in autocast's ``dtype``, if there is one."""
-        own: dict[str, Tensor] = {kind: getattr(self, f"{kind}_{name}") for kind in self._kinds}
+        own = self._own(name)
         if dtype is not None:
             own.update((kind, own[kind].to(dtype)) for kind in ("weight_ih", "weight_hh", "bias") if kind in own)
         if self.weight_dropout:
@@ -373,6 +373,14 @@ class RKMParameters(nn.Module):
             sigma_f=torch.sigmoid(own["sigma_f_logit"]) if "sigma_f_logit" in own else self.sigma_f2,
             **self._kernel_tensors(name, own),
         )
+
+    def _own(self, name: str) -> dict[str, Tensor]:
+        """The parameters of one layer and direction by kind; parametrizations compute some, as attributes."""
+        if torch.compiler.is_compiling():
+            return {kind: getattr(self, f"{kind}_{name}") for kind in self._kinds}
+        held: dict[str, Any] = self._parameters  # at a tenth of an attribute's time
+        own = {kind: held.get(f"{kind}_{name}") for kind in self._kinds}
+        return {k: getattr(self, f"{k}_{name}") if tensor is None else tensor for k, tensor in own.items()}
 
     def _kernel_tensors(self, place: str, own: dict[str, Tensor]) -> dict[str, Tensor]:
         """The s and b of the candidate's kernel, ``(d,)`` each; empty for a kernel without."""

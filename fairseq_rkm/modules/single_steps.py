@@ -4,6 +4,7 @@
 change.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -24,14 +25,15 @@ def take_step(rkm: RKMParameters, x: Any, state: Any) -> tuple[Tensor, RKMState]
     """
     if torch.is_grad_enabled() or torch.jit.is_tracing():  # a trace would warn of each comparison below
         return None
-    if type(x) is not Tensor or x.dim() != 3 or type(state) not in (RKMState, tuple):
+    if type(x) is not Tensor or type(state) not in (RKMState, tuple) or len(shape := x.shape) != 3 or len(state) != 2:
         return None
-    if x.size(1 if rkm.batch_first else 0) != 1 or len(state) != 2 or rkm.backend != "auto" or not is_simple(rkm):
+    steps, rows = (shape[1], shape[0]) if rkm.batch_first else shape[:2]
+    if steps != 1 or not rows or shape[2] != rkm.input_size or rkm.backend != "auto" or not is_simple(rkm):
         return None
     hidden, memory = state
     if type(hidden) is not Tensor or type(memory) is not Tensor or not (x.is_cuda or x.is_cpu):
         return None
-    rows, kind = x.size(0 if rkm.batch_first else 1), x.dtype
+    kind = x.dtype
     wide = kind if kind.itemsize >= torch.float32.itemsize else torch.float32
     if (
         hidden.dtype is not kind
@@ -39,8 +41,8 @@ def take_step(rkm: RKMParameters, x: Any, state: Any) -> tuple[Tensor, RKMState]
         or torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu")
     ):
         return None
-    shape = rkm.num_layers, rows, rkm.hidden_size
-    if not rows or x.size(2) != rkm.input_size or hidden.shape != shape or memory.shape != shape:
+    of_state = rkm.num_layers, rows, rkm.hidden_size
+    if hidden.shape != of_state or memory.shape != of_state:
         return None
     if rkm.layer_norm and kind is not wide:  # normalised in float32
         return None
@@ -48,11 +50,12 @@ def take_step(rkm: RKMParameters, x: Any, state: Any) -> tuple[Tensor, RKMState]
     tensors = [x, hidden, memory, *(tensor for weights in layers for tensor in weights.present())]
     if len(tensors) != 3 + len(layers) * len(rkm._kinds) or not _are_alike(tensors, x):
         return None
-    output, states = x.view(rows, x.size(2)), []
+    output, states = x.view(rows, shape[2]), []
     for number, weights in enumerate(layers):
         alone = slice(number, number + 1)
         before = (hidden, memory) if len(layers) == 1 else (hidden[alone], memory[alone])
-        output, *after = single_step(rkm._cell, output.view(rows, -1), weights, *before)
+        output = output if output.dim() == 2 else output[0]
+        output, *after = single_step(rkm._cell, output, weights, *before)
         states.append(after)
     hidden, memory = states[0] if len(states) == 1 else map(torch.cat, zip(*states, strict=True))
     return output.view(rows, 1, -1) if rkm.batch_first else output, RKMState(hidden, memory)
@@ -69,15 +72,22 @@ def is_simple(rkm: RKMParameters) -> bool:
     return not (rkm.training and (rkm.weight_dropout or (rkm.num_layers > 1 and rkm.dropout.p)))
 
 
+@functools.cache
+def _names(number: int) -> tuple[str, ...]:
+    """The names of a layer's parameters, as the first fields of :class:`Weights`."""
+    return tuple(f"{kind}_l{number}" for kind in ("weight_ih", "weight_hh", "bias", "norm_weight", "norm_bias"))
+
+
 def layer_weights(rkm: RKMParameters, number: int) -> Weights:
     """A layer's weights; None stands for one that is absent or computed."""
-    own, cell = rkm._parameters, rkm._cell
+    cell = rkm._cell
+    matrix, recurrent, bias, gain, shift = map(rkm._parameters.get, _names(number))
     return Weights(
-        own.get(f"weight_ih_l{number}"),  # type: ignore[arg-type]
-        own.get(f"weight_hh_l{number}"),
-        own.get(f"bias_l{number}"),
-        own.get(f"norm_weight_l{number}"),
-        own.get(f"norm_bias_l{number}"),
+        matrix,  # type: ignore[arg-type]
+        recurrent,
+        bias,
+        gain,
+        shift,
         rkm.sigma_i2 if cell.input_is_constant else 0.0,
         rkm.sigma_f2 if cell.forget_is_constant else 0.0,
     )
@@ -86,7 +96,10 @@ def layer_weights(rkm: RKMParameters, number: int) -> Weights:
 def _are_alike(tensors: list[Tensor], x: Tensor) -> bool:
     """Whether all are plain and contiguous, on the device of ``x`` and, but for the memory, of its dtype."""
     place, kind = x.get_device(), x.dtype
-    for number, tensor in enumerate(tensors):
-        if tensor.get_device() != place or not tensor.is_contiguous() or (number > 2 and tensor.dtype is not kind):
+    for tensor in tensors:
+        if tensor.get_device() != place or not tensor.is_contiguous():
+            return False
+    for tensor in tensors[3:]:
+        if tensor.dtype is not kind:
             return False
     return are_plain(*tensors)

@@ -31,18 +31,21 @@ def single_step(
         hidden: ``(1, B, d)``, contiguous, of the dtype of ``x``.
         memory: ``(1, B, d)``, contiguous, of the memory's dtype.
     """
-    size = memory.size(2)
-    gates = F.linear(x, weights.input, weights.bias)
+    _, batch, size = memory.shape
+    fused = x.is_cuda and weights.norm_weight is None and x.dtype != torch.float64 and nvrtc.available() is None
+    # The kernel adds the bias: for a single row cuBLAS would need another launch.
+    gates = F.linear(x, weights.input, None if fused else weights.bias)
     if weights.recurrent is not None:
         whole = len(cell.recurrent_gates) == len(cell.gates)
         fed = gates if whole else gates[:, recurrent_slice(cell, size)]
-        fed.addmm_(hidden.view(-1, size), weights.recurrent.t())
-    if not x.is_cuda or weights.norm_weight is not None or x.dtype == torch.float64 or nvrtc.available() is not None:
+        fed.addmm_(hidden[0], weights.recurrent.t())
+    if not fused:
         return _by_operators(cell, gates.to(memory.dtype), weights, hidden, memory)
     output, after, kept = torch.empty_like(hidden), torch.empty_like(hidden), torch.empty_like(memory)
-    count = memory.numel()
+    count = batch * size
     kernel = _kernel(cell, x.dtype, weights.sigma_i, weights.sigma_f, x.device.index)
-    kernel.launch(-(-count // BLOCK_THREADS), BLOCK_THREADS, gates, memory, output, after, kept, size, count)
+    given = gates, weights.bias, memory, output, after, kept
+    kernel.launch(-(-count // BLOCK_THREADS), BLOCK_THREADS, *given, size, count)
     return output, after, kept
 
 

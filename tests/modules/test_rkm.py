@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fairseq_rkm import CELLS, RKM, RKMError, RKMState
+from fairseq_rkm.modules import plain_calls
 from fairseq_rkm.modules import rkm as rkm_module
 from fairseq_rkm.ops import BACKENDS
 
@@ -298,7 +299,8 @@ def test_weight_dropout_reaches_the_recurrent_weights_and_these_alone(backend, m
     rkm = RKM(3, 20, weight_dropout=0.5, backend=backend)
     used = []
     run = rkm_module.recurrence
-    monkeypatch.setattr(rkm_module, "recurrence", lambda *args: used.append(args[2]) or run(*args))
+    for way in (rkm_module, plain_calls):
+        monkeypatch.setattr(way, "recurrence", lambda *args: used.append(args[2]) or run(*args))
     rkm(torch.randn(9, 2, 3))[0].sum().backward()
     (weights,) = used
     dropped = weights.recurrent.eq(0)
@@ -316,7 +318,8 @@ def test_without_feedback_weight_dropout_reaches_the_inputs_weights(arguments, m
     rkm = RKM(20, 3, weight_dropout=0.5, **arguments)
     used = []
     run = rkm_module.recurrence
-    monkeypatch.setattr(rkm_module, "recurrence", lambda *args: used.append(args[2]) or run(*args))
+    for way in (rkm_module, plain_calls):
+        monkeypatch.setattr(way, "recurrence", lambda *args: used.append(args[2]) or run(*args))
     for _ in range(2):
         rkm(torch.randn(9, 2, 20))
     dropped = used[0].input.eq(0)
