@@ -85,10 +85,18 @@ def clear_and_align(workspace: Tensor, inputs: Tensor, weight: Tensor, *others: 
 def _align(matrices: Sequence[Tensor], workspace: Tensor | None) -> list[Tensor]:
     inputs, weight, *others = matrices
     size = inputs.size(-1)
+    if workspace is None and _are_aligned(matrices):
+        return list(matrices)
     if weight.size(1) == size:
         return _align_rows(matrices, workspace)
     inputs, weight, *others = _align_rows((inputs, weight.unflatten(1, (-1, size)), *others), workspace)
     return [inputs, weight.flatten(1), *others]
+
+
+def _are_aligned(matrices: Sequence[Tensor]) -> bool:
+    """Whether rows are aligned; with those of the inputs, so is each input's part of their weight."""
+    columns = (GPU_BYTES if matrices[0].is_cuda else CPU_BYTES) // matrices[0].element_size()
+    return not any(matrix.size(-1) % columns for matrix in matrices)
 
 
 def _launch(name: str, copies: list[tuple[Tensor, Tensor, int]], *more: Tensor | int | None) -> None:

@@ -115,3 +115,16 @@ def test_tf32_is_another_choice_on_gpus(monkeypatch):
             on_gpu.device = torch.device(device)
             kinds.add(dispatch._kind("auto", cell, on_gpu, weights, 4, None, None, None))
     assert len(kinds) == 4
+
+
+@pytest.mark.parametrize("backend", ["batched", "auto", "reference"])
+@pytest.mark.parametrize("cell", ["rkm_lstm", "rkm_cifg", "gated_cnn", "linear_kernel"])
+def test_a_scale_that_the_cell_does_not_read_has_no_gradient(cell, backend):
+    scales = {"sigma_i": torch.tensor(0.3, requires_grad=True), "sigma_f": torch.full((4,), 0.7, requires_grad=True)}
+    given = problem(cell, steps=3, backend=backend, memory=torch.randn(3, 4), **scales)
+    for tensor in (given[1], given[2].input):
+        tensor.normal_()
+    output, _, _ = dispatch.recurrence(*given)
+    grads = torch.autograd.grad(output.sum() + 0 * sum(s.sum() for s in scales.values()), list(scales.values()))
+    read = CELLS[cell].input_is_constant, CELLS[cell].forget_is_constant
+    assert [bool(grad.any()) for grad in grads] == list(read)
