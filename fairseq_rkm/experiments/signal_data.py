@@ -15,6 +15,7 @@ from pathlib import Path
 
 from fairseq_rkm.data.signals import (
     SPLITS,
+    WHITEN,
     Duration,
     Parts,
     Recordings,
@@ -26,6 +27,7 @@ from fairseq_rkm.data.signals import (
     resampled,
     scales,
     split_recordings,
+    whitened,
     window_starts,
     write_split,
 )
@@ -56,6 +58,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--out", type=Path, required=True, metavar="DATA", help="folder to write; must not be there yet")
     add("--rate", type=float, help="samples a second, where the files do not tell")
     add("--resample", metavar="RATE", help="to this many samples a second: 125, or 125Hz")
+    add(
+        "--whiten",
+        choices=WHITEN,
+        help="filter channels until the mean spectrum of each group, or of each recording, is flat; needs no classes",
+    )
     add("--window", help="length of a window: 2s, 500ms, or 250 for steps (default: whole recordings)")
     add("--stride", help="from one window to the next (default: --window)")
     add("--drop-channels", nargs="+", default=[], metavar="CHANNEL", help="names or numbers (from 1) to leave out")
@@ -108,8 +115,9 @@ def prepare(args: argparse.Namespace) -> None:
     stride = Duration.parse(args.stride, "--stride").steps(rate) if args.stride else window or 1
     mean, deviation = scales(parts["train"])
     preparation = SignalPreparation(
-        classes, train.channels, mean.tolist(), deviation.tolist(), rate, bool(args.resample), window, stride, dropped
-    )
+        classes, train.channels, mean.tolist(), deviation.tolist(), rate, bool(args.resample), window, stride, dropped,
+        args.whiten,
+    )  # fmt: skip
     write(args.out, parts, preparation)
 
 
@@ -133,7 +141,9 @@ def read_all(
     if dropped:
         recordings = without_channels(recordings, dropped)
     check_finite(recordings)
-    return resampled(recordings, parse_rate(args.resample)) if args.resample else recordings, dropped
+    if args.resample:
+        recordings = resampled(recordings, parse_rate(args.resample))
+    return whitened(recordings, args.whiten) if args.whiten else recordings, dropped
 
 
 def parse_rate(text: str) -> float:

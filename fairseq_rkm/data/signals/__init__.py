@@ -6,10 +6,11 @@ from fairseq_rkm.data.signals.signal_dataset import SignalDataset
 from fairseq_rkm.data.signals.signal_files import read_signals
 from fairseq_rkm.data.signals.signal_store import open_split, write_split
 from fairseq_rkm.data.signals.splits import SPLITS, Parts, check_groups, leave_one_group_out, split_recordings
+from fairseq_rkm.data.signals.whitening import WHITEN, whitened
 from fairseq_rkm.data.signals.windows import Duration, resampled, scales, window_starts
 
 __all__ = [
-    "SIGNALS_FILE", "SPLITS", "Duration", "Parts", "Recordings", "SignalDataset", "SignalPreparation", "check_finite",
-    "check_groups", "joined", "leave_one_group_out", "open_split", "read_signals", "resampled", "scales",
-    "split_recordings", "window_starts", "write_split",
+    "SIGNALS_FILE", "SPLITS", "WHITEN", "Duration", "Parts", "Recordings", "SignalDataset", "SignalPreparation",
+    "check_finite", "check_groups", "joined", "leave_one_group_out", "open_split", "read_signals", "resampled",
+    "scales", "split_recordings", "whitened", "window_starts", "write_split",
 ]  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fairseq_rkm.data.signals.recordings import Recordings, check_finite, check_same
+from fairseq_rkm.data.signals.whitening import WHITEN, whitened
 from fairseq_rkm.data.signals.windows import resampled
 from fairseq_rkm.errors import RKMError
 
@@ -29,6 +30,7 @@ class SignalPreparation:
         window: steps of a window; None takes recordings whole.
         stride: steps from one window to the next.
         dropped: numbers from 0 of the source's channels that are left out.
+        whiten: one of :data:`~fairseq_rkm.data.signals.whitening.WHITEN`, or None to leave spectra as they are.
     """
 
     classes: list[str]
@@ -40,6 +42,7 @@ class SignalPreparation:
     window: int | None = None
     stride: int = 1
     dropped: list[int] | None = None
+    whiten: str | None = None
 
     @property
     def width(self) -> int:
@@ -47,17 +50,19 @@ class SignalPreparation:
         return len(self.mean)
 
     def fitted(self, recordings: Recordings) -> Recordings:
-        """Recordings with this model's channels and rate, in their own units.
+        """Recordings with this model's channels, rate and whitening.
 
         Raises:
-            RKMError: they have other channels or another rate, or values are missing.
+            RKMError: they have other channels or another rate, values are missing, or they cannot be whitened.
         """
         if self.dropped and recordings.width == self.width + len(self.dropped):
             recordings = without_channels(recordings, self.dropped)
         check_same(recordings, self.width, self.channels, None if self.resample else self.rate, "the model")
         check_finite(recordings)
         other = recordings.rate is not None and self.rate is not None and not np.isclose(recordings.rate, self.rate)
-        return resampled(recordings, self.rate) if self.resample and other and self.rate else recordings
+        if self.resample and other and self.rate:
+            recordings = resampled(recordings, self.rate)
+        return whitened(recordings, self.whiten) if self.whiten else recordings
 
     def standardized(self, signal: np.ndarray) -> np.ndarray:
         """A recording, ``(time, channels)``, in standard deviations from the mean, float32."""
@@ -86,6 +91,8 @@ class SignalPreparation:
         except ValueError as error:
             raise RKMError(f"{path} is not JSON: {error}") from None
         keys = [field.name for field in fields(cls)]
+        if isinstance(values, dict):
+            values.setdefault("whiten", None)  # files from before there was whitening
         if not isinstance(values, dict) or set(values) != set(keys):
             raise RKMError(f"{path} must have the keys {', '.join(keys)}")
         fault = _fault(values)
@@ -110,6 +117,8 @@ def _fault(values: dict[str, Any]) -> str | None:
     steps = [values["stride"]] if values["window"] is None else [values["stride"], values["window"]]
     if not isinstance(values["resample"], bool) or not all(type(step) is int and step > 0 for step in steps):
         return "resample must be true or false, window null or a number of steps, and stride a number of steps"
+    if values["whiten"] not in {None, *WHITEN}:
+        return f"whiten must be null or one of {', '.join(WHITEN)}"
     return None
 
 

@@ -76,6 +76,10 @@ class Recordings:
             names=[self.names[i] for i in rows],
         )  # fmt: skip
 
+    def with_signals(self, signals: list[np.ndarray], rate: float | None = None) -> "Recordings":
+        """The same recordings with other values, and perhaps at another rate."""
+        return replace(self, signals=signals, rate=self.rate if rate is None else rate)
+
     def known_labels(self) -> list[str]:
         """The classes.
 

@@ -82,9 +82,7 @@ def resampled(recordings: Recordings, rate: float) -> Recordings:
         )
         for signal in recordings.signals
     ]
-    return Recordings(
-        recordings.source, signals, recordings.labels, recordings.groups, recordings.channels, rate, recordings.names
-    )
+    return recordings.with_signals(signals, rate)
 
 
 def window_starts(recordings: Recordings, window: int | None, stride: int) -> list[list[int]]:

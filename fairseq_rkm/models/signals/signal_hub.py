@@ -60,7 +60,9 @@ class SignalHubInterface(nn.Module):
         """The model's device."""
         return next(self.model.parameters()).device
 
-    def predict(self, signals: Any, batch_size: int = 64, rate: float | None = None) -> list[Prediction]:
+    def predict(
+        self, signals: Any, batch_size: int = 64, rate: float | None = None, groups: Sequence[Any] | None = None
+    ) -> list[Prediction]:  # fmt: skip
         """The likeliest class of each recording.
 
         Args:
@@ -68,20 +70,24 @@ class SignalHubInterface(nn.Module):
                 of the training data; or :class:`~fairseq_rkm.data.signals.Recordings`.
             batch_size: the most windows at a time; the results do not depend on it.
             rate: the array's samples a second; None is the training data's.
+            groups: each recording's group, a person say, where signals are whitened by group.
 
         Raises:
-            RKMError: other channels, another sampling rate, missing values, or a recording shorter than a window.
+            RKMError: other channels, another sampling rate, missing values, a recording shorter than a window, or no
+                groups where they are needed.
         """
-        probabilities, numbers = self.probabilities(signals, batch_size, rate).max(dim=1)
+        probabilities, numbers = self.probabilities(signals, batch_size, rate, groups).max(dim=1)
         pairs = zip(numbers.tolist(), probabilities.tolist(), strict=True)
         return [Prediction(self.classes[k], probability) for k, probability in pairs]
 
-    def probabilities(self, signals: Any, batch_size: int = 64, rate: float | None = None) -> Tensor:
+    def probabilities(
+        self, signals: Any, batch_size: int = 64, rate: float | None = None, groups: Sequence[Any] | None = None
+    ) -> Tensor:  # fmt: skip
         """The classes' probabilities of recordings, ``(recordings, classes)`` float32 on the CPU.
 
         The arguments and errors are those of :meth:`predict`.
         """
-        recordings = _recordings(signals, rate)
+        recordings = _recordings(signals, rate, groups)
         if recordings is None:
             return torch.empty(0, len(self.classes))
         windows = self.windows(recordings, batch_size)
@@ -90,11 +96,13 @@ class SignalHubInterface(nn.Module):
         total.index_add_(0, numbers, windows.probabilities.double())
         return (total / numbers.bincount(minlength=len(recordings)).unsqueeze(1)).float()
 
-    def windows(self, signals: Any, batch_size: int = 64, rate: float | None = None) -> WindowProbabilities:
+    def windows(
+        self, signals: Any, batch_size: int = 64, rate: float | None = None, groups: Sequence[Any] | None = None
+    ) -> WindowProbabilities:  # fmt: skip
         """The classes' probabilities of each window. The arguments and errors are those of :meth:`predict`."""
         if batch_size < 1:
             raise RKMError(f"the batch size must be at least 1, not {batch_size}")
-        recordings = _recordings(signals, rate)
+        recordings = _recordings(signals, rate, groups)
         if recordings is None:
             none = np.empty(0, dtype=np.int64)
             return WindowProbabilities(none, none, torch.empty(0, len(self.classes)))
@@ -156,7 +164,7 @@ class SignalHubInterface(nn.Module):
         return self.model(source, mask, classification_head_name=head)[0]
 
 
-def _recordings(signals: Any, rate: float | None) -> Recordings | None:
+def _recordings(signals: Any, rate: float | None, groups: Sequence[Any] | None) -> Recordings | None:
     """Recordings from what a user gives; None for none at all."""
     if isinstance(signals, Recordings):
         return signals
@@ -168,7 +176,7 @@ def _recordings(signals: Any, rate: float | None) -> Recordings | None:
         signals = [one.detach().cpu().numpy() if isinstance(one, Tensor) else one for one in signals]
     if isinstance(signals, np.ndarray) and signals.dtype == object:
         signals = list(signals)
-    return from_arrays("the array", signals, rate=rate) if len(signals) > 0 else None
+    return from_arrays("the array", signals, group=groups, rate=rate) if len(signals) > 0 else None
 
 
 def load_signal_classifier(

@@ -76,7 +76,7 @@ def test_damaged_splits_are_refused(folder):
 
 
 def test_the_preparation_is_read_as_it_was_written(tmp_path):
-    written = SignalPreparation(["a", "b"], ["Cz"], [1.5], [0.1], 125.0, True, 250, 125, [3])
+    written = SignalPreparation(["a", "b"], ["Cz"], [1.5], [0.1], 125.0, True, 250, 125, [3], "group")
     written.save(tmp_path)
     assert SignalPreparation.load(tmp_path) == written
     text = (tmp_path / "signals.json").read_text()
@@ -88,11 +88,16 @@ def test_the_preparation_is_read_as_it_was_written(tmp_path):
         ("0.1", "0.0", "the latter above 0"),
         ("0.1", "NaN", "must be numbers"),
         ('"Cz"', '"Cz", "Pz"', "or a name for each number of mean"),
+        ('"group"', '"people"', "whiten must be null or one of group, recording"),
         ('"window": 250', '"window": -1', "window null or a number of steps"),
     ):
         (tmp_path / "signals.json").write_text(text.replace(before, after, 1))
         with pytest.raises(RKMError, match=sentence):
             SignalPreparation.load(tmp_path)
+    earlier = text.replace(',\n  "whiten": "group"', "")
+    (tmp_path / "signals.json").write_text(earlier)
+    assert "whiten" not in earlier
+    assert SignalPreparation.load(tmp_path).whiten is None
     (tmp_path / "signals.json").unlink()
     with pytest.raises(RKMError, match=r"no .*signals\.json: it names the classes and channels"):
         SignalPreparation.load(tmp_path)
