@@ -110,6 +110,7 @@ OURS: dict[str, dict[str, Range | str]] = {
         "dropout_weights": PROBABILITY,
         "dropout_channels": PROBABILITY,
         "noise": Range(0, 1000),
+        "pooling_parts": Range(1, 1000),
         "time_masks": Range(0, 1000),
         "time_mask_steps": Range(1, 10**6),
         "encoder_dropout_in": PROBABILITY,

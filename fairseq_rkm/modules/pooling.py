@@ -64,6 +64,25 @@ def log_power(output: Tensor, padding_mask: Tensor) -> Tensor:
     return (centred.square().sum(0) / count + LEAST_POWER).log().to(output.dtype)
 
 
+def outside_parts(padding_mask: Tensor, parts: int) -> list[Tensor]:
+    """Divide each sequence's real steps into equal parts, one after the other.
+
+    >>> [mask.tolist() for mask in outside_parts(torch.tensor([[False, False, False, True]]), 2)]
+    [[[False, False, True, True]], [[True, True, False, True]]]
+
+    Args:
+        padding_mask: ``(B, T)`` bool, True at padding, on either side.
+        parts: their number. Where there are fewer steps than parts, some parts are empty.
+
+    Returns:
+        For each part a mask as ``padding_mask``, True at padding and at the steps of other parts.
+    """
+    real = ~padding_mask
+    position, length = real.cumsum(1) - 1, real.sum(1, keepdim=True)
+    part = position * parts // length.clamp(min=1)
+    return [padding_mask | (part != number) for number in range(parts)]
+
+
 class AttentionPooling(nn.Module):
     """Reduce outputs to their mean under learned weights, which sum to 1 over a sequence's real steps.
 

@@ -17,7 +17,7 @@ from fairseq_rkm.errors import RKMError
 from fairseq_rkm.models.fitting_task import check_task
 from fairseq_rkm.models.recurrence_options import NGRAM_PADDING_CHOICES, RKMOptions, build_rkm
 from fairseq_rkm.models.signals.signal_augmentation import SignalAugmentation
-from fairseq_rkm.modules import POOLINGS, RKM, AttentionPooling, log_power, pool
+from fairseq_rkm.modules import POOLINGS, RKM, AttentionPooling, log_power, outside_parts, pool
 from fairseq_rkm.modules.dropout import check_probability
 
 SCALES, RATE = "scales_version", "rate_version"
@@ -47,6 +47,9 @@ class RKMSignalClassifierConfig(RKMOptions):
     encoder_bidirectional: bool = field(default=False, metadata={"help": "run each layer in both directions"})
     pooling: ChoiceEnum(list(SIGNAL_POOLINGS)) = field(
         default="mean", metadata={"help": "how a window's outputs become one vector; power: the log of their variance"}
+    )
+    pooling_parts: int = field(
+        default=1, metadata={"help": "equal parts of a window to pool each; their vectors tell when something happened"}
     )
     classifier_hidden_size: int = field(
         default=64, metadata={"help": "units in the classifier's hidden layer; 0: no hidden layer"}
@@ -99,14 +102,12 @@ class RKMSignalClassifier(BaseFairseqModel):
             cfg, preparation.width, cfg.encoder_hidden_size, CentredRKM, num_layers=cfg.encoder_layers,
             bidirectional=cfg.encoder_bidirectional, dropout=cfg.dropout_hidden, weight_dropout=cfg.dropout_weights,
         )  # fmt: skip
-        self.pooling = str(cfg.pooling)
-        self.attention = AttentionPooling(self.features) if self.pooling == "attention" else None
-        self.classification_heads = nn.ModuleDict()
-
-    @property
-    def features(self) -> int:
+        self.pooling, self.parts = str(cfg.pooling), cfg.pooling_parts
+        outputs = self.rkm.hidden_size * (2 if self.rkm.bidirectional else 1)
+        self.features = self.parts * outputs
         """The size of a pooled window."""
-        return self.rkm.hidden_size * (2 if self.rkm.bidirectional else 1)
+        self.attention = AttentionPooling(outputs) if self.pooling == "attention" else None
+        self.classification_heads = nn.ModuleDict()
 
     def register_classification_head(self, name: str, num_classes: int, **_kwargs: Any) -> None:
         """Add a classifier under a name; the task calls this with the data's number of classes."""
@@ -133,8 +134,8 @@ class RKMSignalClassifier(BaseFairseqModel):
             classification_head_name: the head to use.
 
         Returns:
-            Logits, ``(B, classes)``, or without a head pooled outputs, ``(B, d * directions)``; and fairseq's extras,
-            an empty dictionary.
+            Logits, ``(B, classes)``, or without a head pooled outputs, ``(B, parts * d * directions)``; and fairseq's
+            extras, an empty dictionary.
         """
         features = self.extract_features(source, padding_mask)
         if classification_head_name is None:
@@ -142,17 +143,23 @@ class RKMSignalClassifier(BaseFairseqModel):
         return self.classification_heads[classification_head_name](features), {}
 
     def extract_features(self, source: Tensor, padding_mask: Optional[Tensor] = None) -> Tensor:
-        """The recurrence's pooled outputs, one vector a window, ``(B, d * directions)``."""
+        """The recurrence's pooled outputs, one vector a window, ``(B, parts * d * directions)``."""
         weight: Any = self.rkm.weight_ih_l0
         x = self.augmentation(source.to(weight.dtype).transpose(0, 1))
         output, state = self.rkm(x, padding_mask=padding_mask)
         if padding_mask is None:
             padding_mask = torch.zeros_like(source[..., 0], dtype=torch.bool)
+        if self.parts == 1:
+            return self._pooled(output, state.hidden, padding_mask)
+        others = outside_parts(padding_mask, self.parts)
+        return torch.cat([self._pooled(output, state.hidden, mask) for mask in others], dim=1)
+
+    def _pooled(self, output: Tensor, hidden: Tensor, padding_mask: Tensor) -> Tensor:
         if self.attention is not None:
             return self.attention(output, padding_mask)
         if self.pooling == "power":
             return log_power(output, padding_mask)
-        return pool(self.pooling, output, state.hidden, padding_mask)
+        return pool(self.pooling, output, hidden, padding_mask)
 
     def filters(self, layer: int = 0) -> Tensor:
         """The learned filters of a layer's gates in its forward direction.
@@ -210,9 +217,11 @@ def wanted_signal_classifier() -> Wanted:
 
 def check_flags(cfg: RKMSignalClassifierConfig) -> None:
     """Raise RKMError for impossible flags, before anything is built."""
-    for name in ("encoder_hidden_size", "encoder_layers", "time_mask_steps"):
+    for name in ("encoder_hidden_size", "encoder_layers", "pooling_parts", "time_mask_steps"):
         if getattr(cfg, name) < 1:
             raise RKMError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(cfg, name)}")
+    if cfg.pooling_parts > 1 and str(cfg.pooling) == "last":
+        raise RKMError("--pooling last takes the last state alone, and has no --pooling-parts")
     for name in ("classifier_hidden_size", "noise", "time_masks"):
         if not getattr(cfg, name) >= 0:
             raise RKMError(f"--{name.replace('_', '-')} must be at least 0, not {getattr(cfg, name)}")

@@ -50,7 +50,12 @@ def test_neither_padding_nor_the_batch_changes_a_window_s_logits(
 ):
     torch.manual_seed(0)
     model = classifier(
-        pooling=pooling, encoder_bidirectional=bidirectional, ngram=ngram, ngram_padding=padding, encoder_layers=2
+        pooling=pooling,
+        pooling_parts=1 if pooling == "last" else 1 + bidirectional,
+        encoder_bidirectional=bidirectional,
+        ngram=ngram,
+        ngram_padding=padding,
+        encoder_layers=2,
     )
     windows = [torch.randn(length, 2, dtype=torch.float64) for length in lengths]
     width = max(lengths) + extra
@@ -198,3 +203,27 @@ def test_a_checkpoint_of_other_signals_is_refused(changes, message):
         other.load_state_dict(trained.state_dict(), strict=True)
     again = classifier()
     again.load_state_dict(trained.state_dict(), strict=True)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max", "attention", "power"])
+def test_parts_of_a_window_are_pooled_each_by_itself(pooling):
+    torch.manual_seed(0)
+    model, whole = (classifier(pooling=pooling, pooling_parts=parts, ngram=1, cell="cnn") for parts in (3, 1))
+    whole.load_state_dict({**whole.state_dict(), **{k: v for k, v in model.state_dict().items() if "head" not in k}})
+    source = torch.randn(2, 14, 2, dtype=torch.float64)
+    mask = torch.zeros(2, 14, dtype=torch.bool)
+    mask[1, :5] = True
+    found = model.extract_features(source, mask)
+    assert found.shape == (2, 18)
+    cuts = ([0, 5, 10, 14], [5, 8, 11, 14])
+    for row, cut in enumerate(cuts):
+        for part in range(3):
+            alone = whole.extract_features(source[row : row + 1, cut[part] : cut[part + 1]])
+            assert_close(found[row, 6 * part : 6 * part + 6], alone[0], f"window {row}, part {part}")
+
+
+def test_windows_of_fewer_steps_than_parts_and_the_last_state_s_parts():
+    model = classifier(pooling_parts=4)
+    assert model.extract_features(torch.randn(1, 2, 2, dtype=torch.float64)).isfinite().all()
+    with pytest.raises(RKMError, match="--pooling last takes the last state alone"):
+        build(pooling="last", pooling_parts=2)
