@@ -1,15 +1,16 @@
-"""Train the folds of an experiment side by side: one batched model, whose parameters have a dimension of folds.
+"""Train the folds of an experiment side by side.
 
-``torch.func`` maps one model over the folds' parameters. Each fold has its own windows, means and scales, batches,
-dropout, gradient norm and first weights, so that its result is the one that it has alone. A single fold runs by the
-fast kernels in place of a map.
+Each fold has its own windows, means and scales, batches, dropout, gradient norm and first weights, so that its result
+is the one that it has alone. On a GPU folds are branches of one CUDA graph, each by the fast kernels, where these leave
+room for each other. Elsewhere ``torch.func`` maps one model over the folds' parameters, which have a dimension of
+folds; a single fold runs by the fast kernels in place of a map.
 """
 
 import copy
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +22,10 @@ from torch.nn import functional as F
 from fairseq_rkm.data.signals import Recordings, scales, window_starts
 from fairseq_rkm.data.signals.splits import ordered
 from fairseq_rkm.errors import RKMError
+from fairseq_rkm.experiments.signal_branches import Branches
+from fairseq_rkm.modules import RKM
+from fairseq_rkm.ops import resolve_cell
+from fairseq_rkm.ops.dispatch import leaves_room
 
 HEAD = "sentence_classification_head"
 EVALUATED_AT_A_TIME = 256
@@ -145,27 +150,48 @@ def train_folds(
         device: where.
         told: called with the update's number, the number of updates and the mean loss, some 50 times.
     """
-    run = _Run(build, windows, folds, training, seed, device)
+    held = replace(
+        windows, values=windows.values.to(device), labels=windows.labels.to(device), lengths=windows.lengths.to(device)
+    )
+    apart = device.type == "cuda" and _leaves_room(build())
+    groups = [[fold] for fold in folds] if apart else [list(folds)]
+    mean_size = sum(len(fold.train) for fold in folds) / len(folds)
+    updates = training.epochs * max(1, round(mean_size / training.batch_size))
+    runs = [_Run(build, held, group, training, updates, seed, device) for group in groups]
+    step = Branches([run.step for run in runs], device) if apart else runs[0].step
     losses, start = [], time.monotonic()
-    for number in range(run.updates):
-        losses.append(run.update(number))
-        if told and (number + 1) % max(1, run.updates // 50) == 0:
-            told(number + 1, run.updates, float(losses[-1].mean()))
+    for number in range(updates):
+        for run in runs:
+            run.feed(number)
+        losses.append(step())
+        if told and (number + 1) % max(1, updates // 50) == 0:
+            told(number + 1, updates, float(losses[-1].mean()))
     taken = torch.stack(losses).cpu() if losses else torch.empty(0, len(folds))
     seconds = time.monotonic() - start
-    return Outcome(run.test(), run.models(), taken, seconds)
+    probabilities = [found for run in runs for found in run.test()]
+    return Outcome(probabilities, [model for run in runs for model in run.models()], taken, seconds)
+
+
+def _leaves_room(model: nn.Module) -> bool:
+    """Whether a model leaves most of a GPU idle, so that others may run beside it."""
+    rkm = getattr(model, "rkm", None)
+    if not isinstance(rkm, RKM):
+        return False
+    cell, dtype = resolve_cell(rkm.cell, rkm.feedback), next(rkm.parameters()).dtype
+    alone = rkm.kernel == "linear" and leaves_room(rkm.backend, cell, rkm.hidden_size, dtype, rkm.layer_norm)
+    return alone or not rkm.feedback
 
 
 class _Run:
-    """The state of :func:`train_folds`."""
+    """The state of :func:`train_folds` for folds of one model."""
 
     def __init__(
-        self, build: Callable[[], nn.Module], windows: Windows, folds: Sequence[Fold], training: Training, seed: int,
-        device: torch.device,
+        self, build: Callable[[], nn.Module], windows: Windows, folds: Sequence[Fold], training: Training, updates: int,
+        seed: int, device: torch.device,
     ) -> None:  # fmt: skip
-        self.windows, self.folds, self.training, self.device = windows, folds, training, device
-        self.values, self.labels = windows.values.to(device), windows.labels.to(device)
-        self.lengths = windows.lengths.to(device)
+        self.folds, self.training, self.updates, self.device = folds, training, updates, device
+        self.values, self.labels, self.lengths = windows.values, windows.labels, windows.lengths
+        self.padded = windows.padded
         seeds = [first_seed(seed, fold.name) for fold in folds]
         models = [self._model(build, one) for one in seeds]
         self.base = copy.deepcopy(models[0])
@@ -174,29 +200,36 @@ class _Run:
             torch.tensor(np.stack([getattr(fold, name) for fold in folds]), dtype=torch.float32, device=device)
             for name in ("mean", "deviation")
         )
-        mean_size = sum(len(fold.train) for fold in folds) / len(folds)
-        self.updates = training.epochs * max(1, round(mean_size / training.batch_size))
         self.draws = [_in_turn(fold.train, one, training.batch_size) for fold, one in zip(folds, seeds, strict=True)]
+        on_gpu = device.type == "cuda"
+        # A graph reads these where they are.
+        self.rows = torch.zeros(len(folds), training.batch_size, dtype=torch.int64, device=device)
+        self.lr = torch.tensor(training.lr, device=device) if on_gpu else None
         self.optimizer = torch.optim.AdamW(
-            list(self.parameters.values()),
-            training.lr,
-            weight_decay=training.weight_decay,
-            fused=device.type == "cuda" or None,
-        )
+            list(self.parameters.values()), training.lr if self.lr is None else self.lr,
+            weight_decay=training.weight_decay, fused=on_gpu or None, capturable=on_gpu,
+        )  # fmt: skip
         torch.manual_seed(first_seed(seed, "dropout of " + folds[0].name))
 
     def _model(self, build: Callable[[], nn.Module], seed: int) -> nn.Module:
         torch.manual_seed(seed)
         return build().to(self.device)
 
-    def update(self, number: int) -> Tensor:
-        """One update of all folds; their losses, ``(folds,)``."""
-        rows = torch.from_numpy(np.stack([next(draw) for draw in self.draws])).to(self.device)
+    def feed(self, number: int) -> None:
+        """Draw the batches of an update, counted from 0, and set its learning rate."""
+        self.rows.copy_(torch.from_numpy(np.stack([next(draw) for draw in self.draws])))
+        lr = self.training.lr * (1 - number / self.updates)
+        if self.lr is not None:
+            self.lr.fill_(lr)
+            return
         for group in self.optimizer.param_groups:
-            group["lr"] = self.training.lr * (1 - number / self.updates)
+            group["lr"] = lr
+
+    def step(self) -> Tensor:
+        """One update of all folds; their losses, ``(folds,)``."""
         self.base.train()
-        logits = self._logits(rows)
-        losses = F.cross_entropy(logits.transpose(1, 2), self.labels[rows], reduction="none").mean(1)
+        logits = self._logits(self.rows)
+        losses = F.cross_entropy(logits.transpose(1, 2), self.labels[self.rows], reduction="none").mean(1)
         self.optimizer.zero_grad()
         losses.sum().backward()  # no fold's parameters are in another's loss
         self._clip()
@@ -213,10 +246,12 @@ class _Run:
 
     def _logits(self, rows: Tensor) -> Tensor:
         """``(folds, B, classes)`` for the windows ``rows`` ``(folds, B)``."""
-        longest = int(self.lengths[rows].max()) if self.windows.padded else self.values.size(1)
+        # A GPU would have to be waited for.
+        trims = self.padded and self.device.type == "cpu"
+        longest = int(self.lengths[rows].max()) if trims else self.values.size(1)
         x = (self.values[rows, :longest] - self.mean[:, None, None]) / self.deviation[:, None, None]
         mask = None
-        if self.windows.padded:
+        if self.padded:
             mask = torch.arange(longest, device=self.device) >= self.lengths[rows].unsqueeze(-1)
         if len(self.folds) == 1:
             parameters, buffers = (
