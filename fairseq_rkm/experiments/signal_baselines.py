@@ -90,7 +90,7 @@ def dtw(windows: Windows, folds: list[Fold], _rate: float | None) -> list[Tensor
         raise RKMError("1-NN DTW is in aeon, which is not installed: pip install aeon") from None
     return _with_aeon(
         windows, folds,
-        lambda _seed: KNeighborsTimeSeriesClassifier(1, distance="dtw", distance_params={"window": 0.1}),
+        lambda _seed: KNeighborsTimeSeriesClassifier(distance="dtw", distance_params={"window": 0.1}, n_neighbors=1),
     )  # fmt: skip
 
 

@@ -7,6 +7,8 @@ from fairseq_rkm.ops import CELLS
 PAPER_CELLS = [cell for cell in CELLS if cell != "ran"]
 BASELINES = ["band_power", "minirocket", "dtw", "torch_lstm"]
 WITHOUT_EPOCHS = ["band_power", "minirocket", "dtw"]
+WITHOUT_CHANCE = ["band_power", "dtw"]
+"""Baselines that draw nothing: one fold of an archive's set stands for all seeds."""
 SET_TITLES = {
     "eeg": "EEG, mental arithmetic", "seglearn": "Exercises (seglearn)", "SelfRegulationSCP1": "SelfRegulationSCP1",
     "SelfRegulationSCP2": "SelfRegulationSCP2", "FingerMovements": "FingerMovements",

@@ -4,6 +4,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -20,8 +21,8 @@ from fairseq_rkm.experiments.circumstances import circumstances, portable
 from fairseq_rkm.experiments.result_files import write_json
 from fairseq_rkm.experiments.signal_baselines import BASELINE_FUNCTIONS, PlainLSTM
 from fairseq_rkm.experiments.signal_folds import HEAD, Fold, Training, Windows, fold_of, train_folds, windows_of
-from fairseq_rkm.experiments.signal_jobs import BASELINES, RESULT, WITHOUT_EPOCHS, Job
-from fairseq_rkm.experiments.signal_sets import SETS
+from fairseq_rkm.experiments.signal_jobs import BASELINES, RESULT, WITHOUT_CHANCE, WITHOUT_EPOCHS, Job
+from fairseq_rkm.experiments.signal_sets import SETS, SignalSet, read_set
 
 
 class Experiment(NamedTuple):
@@ -42,34 +43,33 @@ class Experiment(NamedTuple):
     channels: list[str]
 
 
-def load(dataset: str, data: Path, seeds: list[int] | None = None, groups: int | None = None) -> Experiment:
-    """Read a data set and divide it.
+def set_of(args: argparse.Namespace, dataset: str) -> SignalSet:
+    """A data set with the settings of ``--recipes``."""
+    return SETS[dataset].changed(args.changes.get(dataset, {}))
 
-    Args:
-        dataset: a key of :data:`SETS`.
-        data: the folder of data.
-        seeds: of an archive's set; None takes the set's own.
-        groups: leave out only the first groups; None leaves out each.
+
+def load(args: argparse.Namespace, dataset: str) -> Experiment:
+    """Read a data set and divide it.
 
     Raises:
         RKMError: the data cannot be used.
     """
-    chosen = SETS[dataset]
-    train, test = chosen.read(data)
-    together = train if test is None else joined([train, test])
-    steps = round(chosen.window * (train.rate or 1)) if chosen.window else None
+    chosen, seeds, groups = set_of(args, dataset), args.seeds, args.groups
+    train, test = read_set(dataset, chosen, args.data)
+    together = chosen.prepared(train if test is None else joined([train, test]))
+    steps = round(chosen.window * (together.rate or 1)) if chosen.window else None
     windows = windows_of(together, steps, steps or 1)
     channels = together.channels or [str(number + 1) for number in range(together.width)]
     if test is None:
         divisions = list(leave_one_group_out(together))[:groups]
         folds = [fold_of(name, together, windows, *rows) for name, *rows in divisions]
-        return Experiment(windows, folds, True, train.rate, channels)
+        return Experiment(windows, folds, True, together.rate, channels)
     if set(test.known_labels()) - set(train.known_labels()):
         raise RKMError(f"{test.source} has classes that {train.source} lacks")
     rows = range(len(train)), range(len(train), len(together))
     one = fold_of("", together, windows, *rows)
     folds = [one._replace(name=str(seed)) for seed in seeds or chosen.seeds]
-    return Experiment(windows, folds, False, train.rate, channels)
+    return Experiment(windows, folds, False, together.rate, channels)
 
 
 def run_job(args: argparse.Namespace, job: Job) -> None:
@@ -80,8 +80,8 @@ def run_job(args: argparse.Namespace, job: Job) -> None:
     fairseq_rkm.register()
     folder = args.out / job.name
     folder.mkdir(parents=True, exist_ok=True)
-    experiment = load(job.dataset, args.data, args.seeds, args.groups)
-    folds = experiment.folds[:1] if job.model in WITHOUT_EPOCHS and not experiment.by_group else experiment.folds
+    experiment = load(args, job.dataset)
+    folds = experiment.folds[:1] if job.model in WITHOUT_CHANCE and not experiment.by_group else experiment.folds
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
     size = 1 if job.model == "torch_lstm" else args.folds_at_once or (len(folds) if device.type == "cuda" else 1)
     if job.model in WITHOUT_EPOCHS:
@@ -137,8 +137,10 @@ def _tell(name: str, folds: list[Fold]) -> Callable[[int, int, float], None]:
 
 def training_of(args: argparse.Namespace, job: Job) -> Training:
     """The recipe of a data set, changed by the command's flags."""
-    chosen = SETS[job.dataset]
-    return Training(args.epochs or chosen.epochs, args.lr or chosen.lr, args.batch_size or chosen.batch_size)
+    chosen = set_of(args, job.dataset)
+    return Training(
+        args.epochs or chosen.epochs, args.lr or chosen.lr, args.batch_size or chosen.batch_size, chosen.weight_decay
+    )
 
 
 def builder(args: argparse.Namespace, job: Job, experiment: Experiment) -> Callable[[], nn.Module]:
@@ -149,7 +151,7 @@ def builder(args: argparse.Namespace, job: Job, experiment: Experiment) -> Calla
     if job.model == "torch_lstm":
         return lambda: PlainLSTM(width, len(classes))
     preparation = SignalPreparation(classes, None, [0.0] * width, [1.0] * width, experiment.rate)
-    flags = {**SETS[job.dataset].flags, **args.model_flags, "cell": job.model, "ngram": job.ngram}
+    flags = {**set_of(args, job.dataset).flags, **args.model_flags, "cell": job.model, "ngram": job.ngram}
     cfg: Any = OmegaConf.merge(OmegaConf.structured(RKMSignalClassifierConfig), OmegaConf.create(flags))
 
     def build() -> nn.Module:
@@ -197,6 +199,12 @@ def recording_votes(windows: Windows, fold: Fold, probabilities: torch.Tensor) -
     return len(numbers), int((total.argmax(1) == labels).sum())
 
 
+def recipe_of(args: argparse.Namespace, job: Job) -> dict[str, Any]:
+    """The settings of a row that are no flags of the model."""
+    chosen, training = set_of(args, job.dataset), asdict(training_of(args, job))
+    return {**{name: getattr(chosen, name) for name in ("rate", "resample", "whiten", "window")}, **training}
+
+
 def result_of(args: argparse.Namespace, job: Job, experiment: Experiment, parts: list[dict]) -> dict[str, Any]:
     """The row's result, as ``result.json`` holds it."""
     return {
@@ -205,7 +213,8 @@ def result_of(args: argparse.Namespace, job: Job, experiment: Experiment, parts:
         "folds": [fold for part in parts for fold in part["folds"]],
         "weights": parts[0]["weights"], "epochs": parts[0]["epochs"],
         "seconds": sum(part["seconds"] for part in parts),
-        "flags": {**SETS[job.dataset].flags, **args.model_flags},
+        "flags": {**set_of(args, job.dataset).flags, **args.model_flags},
+        "recipe": recipe_of(args, job),
         "command": portable(["examples/signals/table.py", *args.given], DATA=args.data, OUT=args.out),
         "circumstances": circumstances(),
     }  # fmt: skip

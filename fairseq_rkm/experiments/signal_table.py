@@ -11,6 +11,7 @@ again after an interruption: finished rows and groups of folds are skipped.
 
 import argparse
 import itertools
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -42,9 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     deadline = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
     jobs = plan(args)
     try:
-        args.model_flags = model_flags(args.model)
+        args.model_flags, args.changes = model_flags(args.model), changes(args.recipes)
         for name in dict.fromkeys(job.dataset for job in jobs):
-            signal_run.load(name, args.data)
+            signal_run.load(args, name)
     except RKMError as error:
         sys.exit(f"table: error: {error}")
     tasks = [task_pool.Task(job.name, signal_run.run_job, (args, job)) for job in jobs]
@@ -69,6 +70,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--epochs", type=int, help="default: the set's own")
     add("--lr", type=float, help="default: the set's own")
     add("--batch-size", type=int, help="windows; default: the set's own")
+    add("--recipes", type=Path, metavar="FILE", help="settings of the sets, as signal_choice writes them")
     add("--model", nargs="+", default=[], metavar="KEY=VALUE", help="the model's configuration: encoder_hidden_size=32")
     add("--jobs", type=int, default=1, help="rows at a time, over all GPUs (default: 1)")
     add("--minutes", type=float, help="stop after so many; the same command goes on")
@@ -104,6 +106,25 @@ def model_flags(pairs: Sequence[str]) -> dict[str, Any]:
             )
         found[key] = yaml.safe_load(value)
     return found
+
+
+def changes(path: Path | None) -> dict[str, dict[str, Any]]:
+    """Read the settings of sets from a file of JSON: ``{"eeg": {"epochs": 9, "flags": {"noise": 0.5}}}``.
+
+    Raises:
+        RKMError: it cannot be read, or it names an unknown set.
+    """
+    if path is None:
+        return {}
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RKMError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(held, dict) or not all(
+        name in SET_TITLES and isinstance(one, dict) for name, one in held.items()
+    ):
+        raise RKMError(f"{path} must hold settings by the name of a set, {', '.join(SET_TITLES)}")
+    return held
 
 
 def plan(args: argparse.Namespace) -> list[Job]:

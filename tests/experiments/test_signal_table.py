@@ -10,11 +10,13 @@ from signal_samples import waves
 
 from fairseq_rkm import RKMError
 from fairseq_rkm.data.signals.array_files import from_arrays
-from fairseq_rkm.experiments import report, signal_run, signal_sets, signal_table
+from fairseq_rkm.experiments import report, signal_choice, signal_run, signal_sets, signal_table
 from fairseq_rkm.experiments.signal_baselines import log_band_powers
+from fairseq_rkm.experiments.signal_candidates import CANDIDATES
 from fairseq_rkm.experiments.signal_jobs import GROUPED, RESULT, SET_TITLES, Job
 from fairseq_rkm.experiments.signal_pictures import spectrum, strongest
 from fairseq_rkm.experiments.signal_report import balanced_accuracy, interval_over_people, outcome, rows_of, wilson
+from fairseq_rkm.models.signals import RKMSignalClassifierConfig
 
 
 def small(seed=0, people=True):
@@ -35,7 +37,7 @@ def sets(monkeypatch):
 def arguments(out, *more):
     given = ["--out", str(out), "--cpu", "--model", "encoder_hidden_size=6", *map(str, more)]
     args = signal_table.parse(given)
-    args.model_flags = signal_table.model_flags(args.model)
+    args.model_flags, args.changes = signal_table.model_flags(args.model), signal_table.changes(args.recipes)
     return args
 
 
@@ -167,6 +169,60 @@ def test_the_plan_and_its_flags(tmp_path, capsys):
         with pytest.raises(RKMError, match="--model takes KEY=VALUE of rkm_signal_classifier"):
             signal_table.model_flags([pair])
     assert signal_table.model_flags(["pooling=max", "dropout=0.5"]) == {"pooling": "max", "dropout": 0.5}
+
+
+def test_recipes_change_the_settings_of_sets(sets, tmp_path):
+    path = tmp_path / "recipes.json"
+    path.write_text(json.dumps({"eeg": {"whiten": "group", "window": 3.0, "epochs": 3, "flags": {"dropout": 0.0}}}))
+    signal_sets.write(from_arrays("here", **waves(6, steps=600, people=3)), tmp_path / "eeg.npz")
+    args = arguments(tmp_path, "--recipes", path, "--data", tmp_path)
+    experiment = signal_run.load(args, "eeg")
+    assert experiment.windows.values.shape == (12, 300, 3)
+    assert 0.4 < experiment.windows.values.std() < 1.2, "whitened"
+    signal_run.run_job(args, Job("eeg", "cnn", 3, 1))
+    result = json.loads((tmp_path / "eeg" / "cnn-3gram-seed1" / RESULT).read_text())
+    assert (result["epochs"], result["flags"]["dropout"], result["flags"]["encoder_hidden_size"]) == (3, 0.0, 6)
+    assert (result["recipe"]["whiten"], result["recipe"]["window"], result["recipe"]["lr"]) == ("group", 3.0, 0.01)
+    for text, sentence in (
+        ("{", "cannot be read as JSON"),
+        ('{"mice": {}}', "must hold settings by the name of a set"),
+        ('{"eeg": {"speed": 1}}', "and not speed"),
+    ):
+        path.write_text(text)
+        with pytest.raises(RKMError, match=sentence):
+            signal_run.load(arguments(tmp_path, "--recipes", path), "eeg")
+
+
+def test_recipes_are_chosen_without_test_parts_and_without_half_of_the_people(sets, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(signal_choice, "SETS", signal_run.SETS)
+    weak, strong = ({"epochs": epochs, "flags": {"encoder_hidden_size": 6}} for epochs in (1, 30))
+    monkeypatch.setattr(signal_choice, "CANDIDATES", {"eeg": [weak, strong], "BasicMotions": [strong]})
+    signal_sets.write(from_arrays("here", **waves(24, people=4)), tmp_path / "eeg.npz")
+    signal_choice.main(["--data", str(tmp_path), "--out", str(tmp_path), "--datasets", "eeg", "BasicMotions",
+                        "--ngram", "12", "--cpu"])  # fmt: skip
+    assert json.loads((tmp_path / "recipes.json").read_text()) == {"eeg": strong, "BasicMotions": strong}
+    found = json.loads((tmp_path / "choice.json").read_text())["candidates"]
+    assert [row["windows"] for row in found["eeg"]] == [24, 24], "12 recordings of two of the four people"
+    assert [row["windows"] for row in found["BasicMotions"]] == [24], "the training part alone"
+    assert found["eeg"][0]["accuracy"] < found["eeg"][1]["accuracy"]
+    assert signal_table.changes(tmp_path / "recipes.json")["eeg"] == strong
+
+
+def test_inner_parts_share_no_person_and_have_all_classes():
+    experiment = signal_choice.inner(small(), 0.5)
+    people = np.array(small().groups)[experiment.windows.recordings]
+    assert [set(people[fold.test]) for fold in experiment.folds] == [{"p0"}, {"p1"}, {"p2"}]
+    archive = signal_choice.inner(small(people=False), None)
+    tested = np.concatenate([fold.test for fold in archive.folds])
+    assert sorted(tested) == list(range(24))
+    assert all(len(set(archive.windows.labels[torch.from_numpy(fold.test)].tolist())) == 2 for fold in archive.folds)
+
+
+def test_every_candidate_is_a_recipe_of_its_set():
+    for name, candidates in CANDIDATES.items():
+        for recipe in candidates:
+            changed = signal_sets.SETS[name].changed(recipe)
+            RKMSignalClassifierConfig(**changed.flags)
 
 
 def test_missing_data_end_in_a_sentence(tmp_path):
