@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = []
     try:
         for dataset in args.datasets:
-            experiment = load(dataset, args.data, [1], args.groups)
+            experiment = load(args, dataset)
             for row in rows_of(dataset, experiment, args):
                 rows.append(row)
                 print(
@@ -70,6 +70,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--poolings", nargs="+", choices=POOLINGS, default=["mean"], help="default: mean")
     add("--device", default="cpu", help="where the matrices are computed (default: cpu)")
     add("--out", type=Path, help="a JSON file for the results")
+    # One seed: there is nothing random. The table's recipes are for what is trained.
+    parser.set_defaults(seeds=[1], changes={})
     args = parser.parse_args(arguments)
     if args.groups is not None and args.groups < 1:
         parser.error(f"--groups must be at least 1, not {args.groups}")
