@@ -48,7 +48,7 @@ def take_step(rkm: RKMParameters, x: Any, state: Any) -> tuple[Tensor, RKMState]
         return None
     layers = [layer_weights(rkm, number) for number in range(rkm.num_layers)]
     tensors = [x, hidden, memory, *(tensor for weights in layers for tensor in weights.present())]
-    if len(tensors) != 3 + len(layers) * len(rkm._kinds) or not _are_alike(tensors, x):
+    if len(tensors) != 3 + len(layers) * len(rkm._kinds) or not _are_alike(tensors, x) or not _fit(rkm, layers):
         return None
     output, states = x.view(rows, shape[2]), []
     for number, weights in enumerate(layers):
@@ -91,6 +91,22 @@ def layer_weights(rkm: RKMParameters, number: int) -> Weights:
         rkm.sigma_i2 if cell.input_is_constant else 0.0,
         rkm.sigma_f2 if cell.forget_is_constant else 0.0,
     )
+
+
+def _fit(rkm: RKMParameters, layers: list[Weights]) -> bool:
+    """Whether the weights have the shapes that a kernel reads; PyTorch would broadcast some others."""
+    cell, size, features = rkm._cell, rkm.hidden_size, rkm.input_size
+    width = len(cell.gates) * size
+    of_recurrent = len(cell.recurrent_gates) * size, size
+    for matrix, recurrent, bias, gain, shift, *_ in layers:
+        if matrix.shape != (width, features) or (recurrent is not None and recurrent.shape != of_recurrent):
+            return False
+        if bias is not None and bias.shape != (width,):
+            return False
+        if gain is not None and shift is not None and not gain.shape == shift.shape == (size,):
+            return False
+        features = size
+    return True
 
 
 def _are_alike(tensors: list[Tensor], x: Tensor) -> bool:

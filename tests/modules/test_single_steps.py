@@ -134,6 +134,27 @@ def test_what_does_not_fit_is_refused_as_ever():
                 rkm(x, given)
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("bias", (1,), "biases must be of shape"), ("bias", (15,), "biases must be of shape"),
+        ("weight_ih", (20, 4), "weights must be of shape"), ("weight_ih", (16, 5), "weights must be of shape"),
+        ("weight_hh", (16, 5), "recurrent weights must be of shape"), ("norm_weight", (1,), "gain must be of shape"),
+        ("norm_bias", (1,), "bias must be of shape"),
+    ],
+)  # fmt: skip
+def test_weights_of_another_shape_are_refused_as_ever(layers, name, shape, message):
+    for feedback in [None, *([] if name == "weight_hh" else [False])]:
+        rkm = RKM(4, 4, layers, feedback=feedback, layer_norm=name.startswith("norm"))
+        state = rkm.initial_state(2)
+        with torch.no_grad():
+            rkm(torch.randn(1, 2, 4), state)
+            setattr(rkm, f"{name}_l{layers - 1}", nn.Parameter(torch.zeros(shape)))
+            with pytest.raises(RKMError, match=message):
+                rkm(torch.randn(1, 2, 4), state)
+
+
 def test_inference_mode_and_modules_around_it(ways):
     class Around(nn.Module):
         def __init__(self):
