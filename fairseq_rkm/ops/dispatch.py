@@ -209,13 +209,23 @@ def _kind(
     steps = length - weights.input.size(-1) // features + 1
     return (
         str(backend), cell.key, size, min(steps, 2), batch, features, inputs.dtype, inputs.device,
-        torch.backends.cudnn.allow_tf32 if inputs.is_cuda else None,
+        _tf32(inputs),
         keep is None or (keep.shape == (steps, batch), keep.dtype, keep.device),
         *[
             tensor if tensor is None or isinstance(tensor, float) else (tensor.shape, tensor.dtype, tensor.device)
             for tensor in (hidden, memory, *weights)
         ],
     )  # fmt: skip
+
+
+def _tf32(inputs: Tensor) -> bool | None:
+    """Whether products may be TF32; None where no backend asks, and where PyTorch has several answers."""
+    if not inputs.is_cuda or inputs.dtype is not torch.float32:
+        return None
+    try:
+        return torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # convolutions and recurrent layers differ; a backend that asks says so
+        return None
 
 
 def _is_laid_out(inputs: Tensor, weights: Weights, hidden: Tensor | None, memory: Tensor | None) -> bool:
