@@ -1,13 +1,19 @@
 """``examples/signals/prepare.py``, in this process."""
 
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from omegaconf import OmegaConf
 from signal_samples import waves, write_npz
 
-from fairseq_rkm.data.signals import SignalPreparation, open_split
+from fairseq_rkm import RKMError
+from fairseq_rkm.data.signals import SignalPreparation, open_split, read_signals
 from fairseq_rkm.experiments import signal_data
+from fairseq_rkm.models.signals import RKMSignalClassifier, RKMSignalClassifierConfig
+from fairseq_rkm.models.signals.signal_hub import SignalHubInterface
 
 
 def prepare(*arguments: object) -> None:
@@ -62,6 +68,33 @@ def test_a_group_left_out(train, tmp_path, capsys):
     assert open_split(tmp_path / "data", "test", 3, 2).lengths.tolist() == [50] * 10
 
 
+def test_predictions_are_whitened_as_the_prepared_parts_are(tmp_path):
+    source = write_npz(tmp_path / "long.npz", **waves(16, steps=300))
+    prepare("--train", source, "--leave-out", "p2", "--whiten", "group", "--window", "1s", "--out", tmp_path / "data")
+    preparation = SignalPreparation.load(tmp_path / "data")
+    assert preparation.whiten == "group"
+    test = read_signals(source)
+    held = test.subset([i for i, group in enumerate(test.groups) if group == "p2"])
+    wanted = open_split(tmp_path / "data", "test", 3, 2)
+    found = [preparation.standardized(signal) for signal in preparation.fitted(held).signals]
+    assert np.allclose(np.concatenate(found), wanted.values, atol=1e-5)
+
+    model = RKMSignalClassifier.build_model(
+        OmegaConf.structured(RKMSignalClassifierConfig(ngram=3)), SimpleNamespace(preparation=preparation)
+    )
+    model.register_classification_head("head", 2)
+    task = SimpleNamespace(preparation=preparation, cfg=SimpleNamespace(classification_head_name="head"))
+    hub = SignalHubInterface(task, model)
+    x = [signal.T for signal in held.signals]
+    windows = hub.windows(x, groups=held.groups)
+    pieces = [torch.from_numpy(wanted.values[at : at + n].copy())
+              for at, n in zip(wanted.starts, wanted.lengths, strict=True)]  # fmt: skip
+    assert torch.allclose(windows.probabilities, hub.classified(pieces), atol=1e-5)
+    assert [one.label for one in hub.predict(x, groups=["p2"] * 4)] == [one.label for one in hub.predict(held)]
+    with pytest.raises(RKMError, match="the array has no groups, and signals are whitened by group"):
+        hub.predict(x)
+
+
 def test_random_parts_and_dropped_channels(train, tmp_path, capsys):
     prepare("--train", train, "--drop-channels", "Cz", 3, "--out", tmp_path / "data")
     captured = capsys.readouterr()
@@ -89,6 +122,7 @@ def changed(path, **changes):
         ({}, ["--window", "2s"], "recording 1 has 100 steps, fewer than a window of 200 steps"),
         ({}, ["--rate", 50], "has 100 samples a second, not --rate 50"),
         ({}, ["--stride", 5], "--stride is from one window to the next"),
+        ({}, ["--whiten", "group"], "recording 1 has 100 steps, and whitening needs 256"),
         ({}, ["--resample", "x"], "--resample takes samples a second"),
         ({}, ["--drop-channels", "Fz"], "has no channel 'Fz'; its channels are Cz, Pz, Oz"),
         ({}, ["--drop-channels", 1, 2, 3], "no channel is left"),

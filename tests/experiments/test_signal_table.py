@@ -141,6 +141,15 @@ def test_log_band_powers_tell_the_frequency():
     assert np.isfinite(log_band_powers(windows, None)).all()
 
 
+@pytest.mark.parametrize("model", ["dtw", "minirocket"])
+def test_baselines_of_aeon_tell_two_frequencies(model, sets, tmp_path):
+    pytest.importorskip("aeon", reason="of the extra signals")
+    signal_run.run_job(arguments(tmp_path), Job("BasicMotions", model, 1, 0))
+    folds = json.loads((tmp_path / "BasicMotions" / model / RESULT).read_text())["folds"]
+    assert [fold["name"] for fold in folds] == (["1"] if model == "dtw" else ["1", "2"])
+    assert min(np.trace(fold["confusion"]) for fold in folds) >= (14 if model == "dtw" else 23)
+
+
 def test_the_spectrum_of_a_filter_peaks_at_its_frequency():
     times = np.arange(40) / 125
     frequencies, decibels = spectrum(np.cos(2 * np.pi * 20 * times), 125.0)
