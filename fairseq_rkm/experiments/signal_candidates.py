@@ -41,6 +41,9 @@ CANDIDATES: dict[str, list[Recipe]] = {
                 weight_decay=0.1),
     ],
     "SelfRegulationSCP1": [
+        _recipe(_parts(4, 32, 0.3, memory_clip="none"), resample=2.0, epochs=40, **_SLOW),
+        _recipe(_parts(4, 32, 0.3, memory_clip="none"), resample=4.0, epochs=40, **_SLOW),
+        _recipe(_parts(4, 32, 0.3), resample=4.0, epochs=15, **_SLOW),
         _recipe(_parts(4, 16, 1.0, dropout=0.5), resample=16.0, epochs=40, **_SLOW),
         _recipe(_parts(4, 16, 1.0, dropout=0.5, memory_clip="none"), resample=16.0, epochs=40, **_SLOW),
         _recipe(_parts(4, 32, 0.5, memory_clip="none"), resample=32.0, epochs=30, **_SLOW),
@@ -49,6 +52,7 @@ CANDIDATES: dict[str, list[Recipe]] = {
         _recipe(_parts(4, 64, 2.0, dropout=0.5), resample=16.0, epochs=60, **_SLOW),
     ],
     "SelfRegulationSCP2": [
+        _recipe(_parts(4, 32, 0.3), resample=4.0, epochs=15, **_SLOW),
         _recipe(_parts(4, 16, 1.0, dropout=0.5), resample=16.0, epochs=20, **_SLOW),
         _recipe(_parts(4, 8, 0.3), resample=16.0, epochs=20, lr=0.01, batch_size=16, weight_decay=1.0),
         _recipe(_parts(8, 32, 0.5, dropout=0.5), resample=32.0, epochs=20, **_SLOW),
@@ -56,6 +60,7 @@ CANDIDATES: dict[str, list[Recipe]] = {
         _recipe(_parts(1, 32, 0.5, encoder_bidirectional=True), resample=16.0, epochs=20, **_SLOW),
     ],
     "FingerMovements": [
+        _recipe(_parts(4, 32, 1.0), resample=25.0, epochs=10, lr=0.002, batch_size=16, weight_decay=1.0),
         _recipe(_parts(5, 16, 1.0, dropout=0.5), epochs=20, **_SLOW),
         _recipe(_parts(5, 8, 0.5), epochs=15, lr=0.01, batch_size=16, weight_decay=1.0),
         _recipe(_parts(5, 32, 2.0, dropout=0.5), epochs=40, **_SLOW),
