@@ -73,9 +73,10 @@ def read_results(folders: Iterable[Path]) -> list[dict[str, Any]]:
     """Read every ``result.json`` in and below folders; ``speed`` holds the ``speed.json`` beside it, or None.
 
     Raises:
-        SystemExit: a file is damaged.
+        SystemExit: a file is damaged, or two are of one row and seed: a report would take them for several seeds.
     """
     results = []
+    places: dict[tuple, Path] = {}
     for path in sorted({path for folder in folders for path in folder.rglob("result.json")}):
         speed = path.with_name("speed.json")
         try:
@@ -88,6 +89,12 @@ def read_results(folders: Iterable[Path]) -> list[dict[str, Any]]:
                 result["speed"] = json.loads(speed.read_text(encoding="utf-8")) if speed.is_file() else None
         except (ValueError, TypeError) as error:
             raise SystemExit(f"report: {path.parent} has a damaged result or speed file: {error}") from error
+        row = tuple(result.get(name) for name in ("dataset", "model", "ngram", "seed"))
+        if places.setdefault(row, path.parent) != path.parent and "bleu" not in result:
+            raise SystemExit(
+                f"report: {places[row]} and {path.parent} are of one row and seed: make a report of each, or of "
+                "runs that differ in their kernel a table by scripts/kernel_tables.py"
+            )
         results.append(result)
     return results
 
