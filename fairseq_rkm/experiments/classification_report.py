@@ -7,6 +7,7 @@ from typing import Any
 
 from fairseq_rkm.experiments.fairseq_log import parse_line, time_of
 from fairseq_rkm.experiments.result_files import draw, pyplot, write_json, write_results
+from fairseq_rkm.ops import CELLS
 
 PAPER: dict[str, dict[str, tuple[float, float]]] = {
     "agnews": {
@@ -28,10 +29,9 @@ PAPER: dict[str, dict[str, tuple[float, float]]] = {
 """Accuracies in per cent of Table 2 (Liang et al. 2019), 1-gram and 3-gram, on the full training sets."""
 
 TITLES = {
-    "agnews": "AG News", "dbpedia": "DBpedia", "yelp_full": "Yelp Full", "lstm": "LSTM", "rkm_lstm": "RKM-LSTM",
-    "rkm_cifg": "RKM-CIFG", "linear_kernel_gated": "Linear Kernel w/ o_t", "linear_kernel": "Linear Kernel",
-    "gated_cnn": "Gated CNN", "cnn": "CNN", "ran": "RAN", "torch_lstm": "torch.nn.LSTM, plain",
-    "logistic_regression": "TF-IDF, logistic regression",
+    "agnews": "AG News", "dbpedia": "DBpedia", "yelp_full": "Yelp Full",
+    **{name: cell.title for name, cell in CELLS.items()},
+    "torch_lstm": "torch.nn.LSTM, plain", "logistic_regression": "TF-IDF, logistic regression",
 }  # fmt: skip
 
 

@@ -2,9 +2,6 @@
 
 from dataclasses import dataclass
 
-from fairseq_rkm.ops import CELLS
-
-PAPER_CELLS = [cell for cell in CELLS if cell != "ran"]
 BASELINES = ["band_power", "minirocket", "dtw", "torch_lstm"]
 WITHOUT_EPOCHS = ["band_power", "minirocket", "dtw"]
 WITHOUT_CHANCE = ["band_power", "dtw"]

@@ -20,10 +20,10 @@ from typing import Any
 
 from fairseq_rkm.errors import RKMError
 from fairseq_rkm.experiments import task_pool
+from fairseq_rkm.experiments.classification_jobs import PAPER_CELLS
 from fairseq_rkm.experiments.signal_jobs import (
     BASELINES,
     GROUPED,
-    PAPER_CELLS,
     RESULT,
     SET_TITLES,
     WITHOUT_EPOCHS,

@@ -3,6 +3,8 @@ import json
 import pytest
 
 from fairseq_rkm.experiments import classification_report, report
+from fairseq_rkm.experiments.classification_jobs import PAPER_CELLS
+from fairseq_rkm.ops import CELLS
 
 ABOUT = {"hardware": "a machine", "torch": "2", "python": "3", "commit": "abc", "threads": 1}
 
@@ -28,6 +30,12 @@ def results(tmp_path):
     write(tmp_path, "logistic_regression", 1, 1, [[9, 1], [1, 9]], curve=[])
     write(tmp_path, "cnn", 3, 1, [[1, 0], [0, 1]], dataset="of_mine")
     return tmp_path
+
+
+def test_every_cell_has_its_title_and_the_paper_s_table_has_the_paper_s_cells():
+    assert {name: classification_report.TITLES[name] for name in CELLS} == {n: c.title for n, c in CELLS.items()}
+    for dataset in classification_report.PAPER.values():
+        assert list(dataset) == PAPER_CELLS
 
 
 def test_tables_beside_the_paper_s(results):
