@@ -1,4 +1,4 @@
-"""The commands of the README and of the manual of signals in their order, as a reader types them, on small data."""
+"""The commands of the README and of manuals in their order, as a reader types them, on small data."""
 
 import csv
 import os
@@ -13,14 +13,15 @@ from signal_samples import waves, write_npz
 from cli.conftest import ROOT, write_text
 from cli.test_document_classification import news
 
-README, SIGNALS = ((ROOT / name).read_text() for name in ("README.md", "docs/signals.md"))
+NAMES = ("README.md", "docs/signals.md", "docs/language_models.md", "docs/classification.md")
+README, SIGNALS, LANGUAGE, DOCUMENTS = ((ROOT / name).read_text() for name in NAMES)
 COMMANDS = ("preprocess", "train", "eval_lm", "generate", "interactive", "validate")
 
 
-def section(title: str, document: str = README) -> str:
-    """The bash commands below a heading."""
+def section(title: str, document: str = README, language: str = "bash") -> str:
+    """The commands below a heading, of the shell or of Python."""
     (text,) = (part for part in document.split("\n## ") if part.startswith(title))
-    return "\n".join(re.findall(r"```bash\n(.*?)```", text, re.S))
+    return "\n".join(re.findall(rf"```{language}\n(.*?)```", text, re.S))
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +83,23 @@ def test_a_classifier_of_one_s_own_signals(checkout):
 
 def test_a_language_model_on_text_of_one_s_own(language_model):
     assert float(re.search(r"Perplexity: ([\d.]+)", language_model)[1]) < 40
+
+
+@pytest.mark.usefixtures("language_model")
+def test_the_manual_s_generation_goes_on_with_the_readme_s_model(checkout):
+    commands = section("Generate text", LANGUAGE).replace("the following example", "w1 w2 none")
+    (checkout / "generate.py").write_text(section("Generate text", LANGUAGE, "python"))
+    printed = type_in(checkout, f"{commands}\npython -W ignore generate.py")
+    assert re.search(r"^w1 w2 <unk>( (w\d+|</s>))+$", printed, re.M)
+
+
+@pytest.mark.usefixtures("classifier")
+def test_the_manual_s_prediction_goes_on_with_the_readme_s_model(checkout):
+    (checkout / "texts.txt").write_text("Stocks fell\nA match\n")
+    (checkout / "predict.py").write_text(section("Predict", DOCUMENTS, "python"))
+    commands = section("Predict", DOCUMENTS)
+    printed = type_in(checkout, f"{commands}\ncat classes.tsv\npython -W ignore predict.py")
+    assert len(re.findall(r"^[123]\t0\.\d{4}$", printed, re.M)) == 2
 
 
 def test_a_classifier_of_one_s_own_documents(classifier):
