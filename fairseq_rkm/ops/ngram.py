@@ -38,6 +38,18 @@ def steps_ahead(ngram: int, padding: str) -> int:
     return ngram // 2 if padding == "same" else 0
 
 
+def is_empty(inputs: Tensor, weight: Tensor) -> bool:
+    """Whether a problem has no step or no sequence.
+
+    The n - 1 inputs before the first step are no steps.
+
+    Args:
+        inputs: extended inputs, ``(T + n - 1, B, m)``.
+        weight: ``(G, n m)``.
+    """
+    return not inputs.numel() or inputs.size(0) < weight.size(1) // inputs.size(2)
+
+
 def windows(inputs: Tensor, ngram: int, ahead: int = 0, reset: Tensor | None = None) -> Tensor:
     """All windows, written out; none reaches across a reset. They are inputs of a recurrence with n = 1.
 

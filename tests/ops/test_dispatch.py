@@ -2,9 +2,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import DEVICES
 
 from fairseq_rkm import CELLS, RKM, RKMError
 from fairseq_rkm.ops import BACKENDS, Weights, dispatch
+from fairseq_rkm.ops.ngram import is_empty
 
 SIZES = {"inputs": torch.zeros(2, 1, 3), "weights": Weights(torch.zeros(16, 3), torch.zeros(16, 4))}
 
@@ -16,6 +18,30 @@ def test_auto_takes_the_first_that_takes_the_problem_and_never_the_reference(mon
     assert not BACKENDS["reference"].automatic
     with pytest.raises(RKMError, match="backend 'picky' cannot run this: it is Monday"):
         dispatch.pick("picky", CELLS["lstm"], **SIZES)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("feedback", [None, False])
+@pytest.mark.parametrize("ngram", [1, 3])
+def test_without_a_step_the_state_stays(device, cell, feedback, ngram):
+    """An n-gram's inputs before the first step are no steps."""
+    rnn = RKM(2, 4, cell=cell, feedback=feedback, ngram=ngram, device=device, dtype=torch.float64)
+    output, state = rnn(torch.randn(5, 3, 2, device=device, dtype=torch.float64))
+    torch.full((1000,), torch.nan, device=device, dtype=torch.float64)  # its memory is given out again
+    output, after = rnn(torch.zeros(0, 3, 2, device=device, dtype=torch.float64), state)
+    assert output.shape == (0, 3, 4)
+    for before, now in zip(state, after, strict=True):
+        assert torch.equal(before, now)
+
+
+@pytest.mark.parametrize("name", ["native", "scan", "persistent", "blockwise", "stepwise"])
+def test_inputs_before_the_first_step_are_no_steps(name):
+    context, weights = torch.zeros(1, 1, 3), Weights(torch.zeros(16, 6), torch.zeros(16, 4))
+    for inputs in (context, context[:0], context[:, :0]):
+        assert is_empty(inputs, weights.input)
+        assert BACKENDS[name].refuses(CELLS["rkm_lstm"], inputs, weights)
+    assert not is_empty(torch.zeros(2, 1, 3), weights.input)
 
 
 def test_an_unknown_backend_is_refused_when_the_module_is_built():

@@ -1,5 +1,7 @@
 """Candidates through every kernel, in every cell and by every backend that has them."""
 
+import gc
+
 import pytest
 import torch
 from helpers import forward_and_gradients, random_mask, randomized
@@ -32,6 +34,22 @@ def bound_of(kernel):
 
 of_kernels = pytest.mark.parametrize("kernel", KERNELS, ids=name_of)
 of_cells = pytest.mark.parametrize("cell", CELLS)
+
+
+@of_kernels
+@pytest.mark.parametrize("feedback", [None, False])
+def test_a_call_leaves_nothing_to_the_garbage_collector(kernel, feedback):
+    """Tensors in a circle keep a GPU's memory until Python looks for circles."""
+    rkm = RKM(3, 4, feedback=feedback, **kernel)
+    rkm(torch.randn(5, 2, 3))[0].sum().backward()
+    gc.collect()
+    gc.disable()
+    try:
+        rkm(torch.randn(5, 2, 3))
+        rkm(torch.randn(5, 2, 3))[0].sum().backward()
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
 
 
 @of_kernels

@@ -38,7 +38,7 @@ def build(device, dtype, **flags):
     cfg = OmegaConf.structured(RKMLanguageModelConfig(**{**sizes, **drops, "memory_clip": 1.0, **flags}))
     model = RKMLanguageModel(RKMLanguageModelDecoder(cfg, WORDS, WORDS)).to(device, dtype).train()
     config = OmegaConf.structured(AveragedAdamWConfig(lr=[0.01], max_update=10, task_name=None, average_last=0.5))
-    criterion = CrossEntropyARTARCriterion(Namespace(target_dictionary=WORDS), False, 2.0, 1.0, 0.5, 0.1)
+    criterion = CrossEntropyARTARCriterion(Namespace(target_dictionary=WORDS), False, 2.0, 1.0, 0.5)
     criterion.to(device, dtype).train()
     optimizer = FairseqAveragedAdamW(config, [p for p in (*model.parameters(), criterion.past.bias) if p.requires_grad])
     optimizer.criterion = criterion

@@ -9,7 +9,7 @@ Without feedback a block is the whole sequence. Only the memory's own recurrence
 memory has no loop.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from fairseq_rkm.ops.gate_layout import gate_slices, recurrent_slice
 from fairseq_rkm.ops.gradients import parameter_gradients
 from fairseq_rkm.ops.kernel_candidates import (
     CandidateSlopes,
+    Filters,
     candidate,
     filters_of,
     product_bias,
@@ -113,20 +114,19 @@ class _Forward:
         if weights.norm_weight is not None:
             statistics = (gates.new_empty(steps, batch, 1) for _ in range(2))
             self.norm = _Norm(torch.empty_like(self.memory[1:]), *statistics)
-        self.through: Callable[[slice], Tensor] | None = None
+        self.kernel: tuple[Filters, Tensor] | None = None
 
     def take_kernel(self, inputs: Tensor) -> None:
         """Take candidates through the cell's kernel: the gates hold ``w^T z`` in their place."""
-        size = self.hidden.size(2)
-        filters, windows = filters_of(self.cell, self.weights), squared_windows(inputs, self._ngram(inputs))
+        self.kernel = filters_of(self.cell, self.weights), squared_windows(inputs, self._ngram(inputs))
 
-        def through(block: slice) -> Tensor:
-            squares = windows[block]
-            if sees_hidden(self.cell):
-                squares = squares + squared(self.hidden[block])
-            return candidate(self.cell, self.gates[block][..., :size], filters, squares)
-
-        self.through = through
+    def _through(self, kernel: tuple[Filters, Tensor], block: slice) -> Tensor:
+        """A block's candidates through the cell's kernel."""
+        filters, windows = kernel
+        squares = windows[block]
+        if sees_hidden(self.cell):
+            squares = squares + squared(self.hidden[block])
+        return candidate(self.cell, self.gates[block][..., : self.hidden.size(2)], filters, squares)
 
     def _ngram(self, inputs: Tensor) -> int:
         return self.weights.input.size(1) // inputs.size(2)
@@ -164,8 +164,8 @@ class _Forward:
     def _activate(self, block: slice) -> None:
         size = self.hidden.size(2)
         gates = self.gates[block]
-        if self.through is not None:
-            gates[..., :size] = self.through(block)
+        if self.kernel is not None:
+            gates[..., :size] = self._through(self.kernel, block)
         if self.cell.squash_candidate:
             gates[..., :size].tanh_()
         if len(self.cell.gates) > 1:

@@ -112,11 +112,12 @@ def test_what_it_cannot_take_is_refused_with_a_reason(kernels, arguments, reason
 
 
 @each("kernels", interpreted=False)
-def test_a_sequence_without_steps_is_refused_by_name_and_not_by_auto(kernels):
+@pytest.mark.parametrize("ngram", [1, 2])
+def test_a_sequence_without_steps_is_refused_by_name_and_not_by_auto(kernels, ngram):
     x = torch.zeros(0, 1, 4, device="cuda")
     with pytest.raises(RKMError, match="at least one step"):
-        RKM(4, 4, backend=kernels.name, device="cuda")(x)
-    assert RKM(4, 4, device="cuda")(x)[0].shape == (0, 1, 4)
+        RKM(4, 4, ngram=ngram, backend=kernels.name, device="cuda")(x)
+    assert RKM(4, 4, ngram=ngram, device="cuda")(x)[0].shape == (0, 1, 4)
 
 
 @pytest.mark.parametrize("kernels", KERNELS, ids=lambda kernels: kernels.name)

@@ -17,7 +17,7 @@ from fairseq_rkm.ops.cells import Cell
 from fairseq_rkm.ops.compilation import nvrtc
 from fairseq_rkm.ops.compilation.cell_macros import cell_macros
 from fairseq_rkm.ops.gradients import parameter_gradients
-from fairseq_rkm.ops.ngram import project
+from fairseq_rkm.ops.ngram import is_empty, project
 from fairseq_rkm.ops.passes import Extent, Gradients, Passes, Results, Saved, Sketch
 from fairseq_rkm.ops.weights import Weights
 
@@ -48,7 +48,7 @@ def refuses(cell: Cell, inputs: Tensor, weights: Weights) -> str | None:
         return f"it computes in float32, float16 and bfloat16, not in {inputs.dtype}"
     if weights.norm_weight is not None:
         return "it does not normalise"
-    if not inputs.numel() or not inputs.size(1):
+    if is_empty(inputs, weights.input):
         return "it needs at least one step and one sequence"
     if not torch.cuda.is_available():
         return "there is no GPU here, and the inputs only stand for some on one"

@@ -20,7 +20,7 @@ from fairseq_rkm.ops.compilation.c_compiler import compile_library
 from fairseq_rkm.ops.compilation.cell_macros import cell_macros
 from fairseq_rkm.ops.gate_layout import recurrent_slice
 from fairseq_rkm.ops.gradients import parameter_gradients
-from fairseq_rkm.ops.ngram import project
+from fairseq_rkm.ops.ngram import is_empty, project
 from fairseq_rkm.ops.passes import Extent, Gradients, Passes, Results, Saved, Sketch
 from fairseq_rkm.ops.weights import Weights
 
@@ -76,7 +76,7 @@ def refuses(cell: Cell, inputs: Tensor, weights: Weights) -> str | None:
         return f"it runs on CPUs, and the inputs are on {inputs.device}"
     if inputs.dtype != torch.float32:
         return f"it computes in float32, not in {inputs.dtype}"
-    if not inputs.numel() or not inputs.size(1):
+    if is_empty(inputs, weights.input):
         return "it needs at least one step and one sequence"
     return _missing(_compiled_cell(cell, inputs.size(0) - weights.input.size(1) // inputs.size(2) + 1, weights))
 

@@ -17,7 +17,7 @@ from fairseq_rkm.ops.batch_rounding import likely, round_up
 from fairseq_rkm.ops.cells import Cell
 from fairseq_rkm.ops.compilation import nvrtc
 from fairseq_rkm.ops.gradients import parameter_gradients, product_operands
-from fairseq_rkm.ops.ngram import project
+from fairseq_rkm.ops.ngram import is_empty, project
 from fairseq_rkm.ops.passes import Extent, Gradients, Passes, Results, Saved, Sketch
 from fairseq_rkm.ops.weights import Weights
 
@@ -32,7 +32,7 @@ def refuses(cell: Cell, inputs: Tensor, weights: Weights) -> str | None:
         return f"it computes in float32 (TF32), float16 and bfloat16, not in {inputs.dtype}"
     if inputs.dtype == torch.float32 and not torch.backends.cudnn.allow_tf32:
         return "its float32 products are TF32, which torch.backends.cudnn.allow_tf32 = False rules out"
-    if not inputs.numel() or not inputs.size(1):
+    if is_empty(inputs, weights.input):
         return "it needs at least one step and one sequence"
     if not torch.cuda.is_available():
         return "there is no GPU here, and the inputs only stand for some on one"

@@ -18,7 +18,7 @@ from fairseq_rkm.ops.cells import Cell
 from fairseq_rkm.ops.gate_layout import gate_places
 from fairseq_rkm.ops.gradients import parameter_gradients
 from fairseq_rkm.ops.kernel_candidates import CandidateSlopes, candidate, filters_of, product_bias, squared_windows
-from fairseq_rkm.ops.ngram import last_real_step, project
+from fairseq_rkm.ops.ngram import is_empty, last_real_step, project
 from fairseq_rkm.ops.passes import Extent, Gradients, Passes, Results, Saved, Sketch
 from fairseq_rkm.ops.weights import LAYER_NORM_EPS, Weights, memory_dtype
 
@@ -50,7 +50,7 @@ def refuses(cell: Cell, inputs: Tensor, weights: Weights) -> str | None:
         return "without memory it does not normalise: there is no loop to speed up"
     if weights.norm_weight is not None and weights.norm_weight.numel() > MAX_NORMED:
         return f"it normalises up to {MAX_NORMED} units"
-    if not inputs.numel() or not inputs.size(1):
+    if is_empty(inputs, weights.input):
         return "it needs at least one step and one sequence"
     return None if _has_triton() else "it needs Triton, which is not installed"
 

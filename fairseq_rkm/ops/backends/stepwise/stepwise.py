@@ -17,7 +17,7 @@ from fairseq_rkm.ops.backends.stepwise.step_loop import FEW_STEPS, LOOPS, Kind, 
 from fairseq_rkm.ops.backends.stepwise.step_loop import Sequence as Tensors
 from fairseq_rkm.ops.cells import Cell
 from fairseq_rkm.ops.gradients import parameter_gradients
-from fairseq_rkm.ops.ngram import project
+from fairseq_rkm.ops.ngram import is_empty, project
 from fairseq_rkm.ops.passes import Extent, Gradients, Passes, Results, Saved, Sketch
 from fairseq_rkm.ops.weights import Weights
 
@@ -37,7 +37,7 @@ def refuses(_cell: Cell, inputs: Tensor, weights: Weights) -> str | None:
         return f"it computes in float32, float16 and bfloat16, not in {inputs.dtype}"
     if weights.norm_weight is not None and weights.norm_weight.numel() > MAX_NORMED:
         return f"it normalises up to {MAX_NORMED} units"
-    if not inputs.numel() or not inputs.size(1):
+    if is_empty(inputs, weights.input):
         return "it needs at least one step and one sequence"
     return None if _has_triton() else "it needs Triton, which is not installed"
 
