@@ -101,7 +101,7 @@ def h200(monkeypatch):
 
 @pytest.mark.usefixtures("h200")
 def test_plans_for_an_h200(monkeypatch):
-    def plan(steps=1000, batch=16, layers=2, size=64, dtype=torch.float32, **options):
+    def plan(steps=2000, batch=16, layers=2, size=64, dtype=torch.float32, **options):
         options = {"backend": "auto", "cell": CELL, "mask": False, **options}
         return wavefront_plan.plan_for(x=inputs(steps, batch, dtype), layers=layers, size=size, **options)
 
@@ -110,6 +110,8 @@ def test_plans_for_an_h200(monkeypatch):
     assert plan(layers=20).lanes == wavefront_plan.MOST_LANES
     assert plan(layers=4, size=128, dtype=torch.bfloat16) is not None
     assert plan(steps=10) is None
+    assert plan(steps=1000) is None, "the host would take longer"
+    assert plan(steps=1000, layers=4) is not None
     assert plan(batch=2000) is None, "one layer fills the GPU"
     assert plan(size=63) is None, "its rows are copied for products"
     assert plan(size=132) is None, "no block holds it"
