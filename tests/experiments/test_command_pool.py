@@ -66,9 +66,11 @@ def test_no_process_outlives_the_time_limit_or_its_command(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_ends_all(tmp_path, number):
     text = f"""
+import signal
 import sys
 from pathlib import Path
 from fairseq_rkm.experiments.command_pool import run_commands
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets commands in the background ignore it
 run_commands([[sys.executable, "-c", {CHILD + "child.wait()"!r}]] * 3, Path({str(tmp_path)!r}), 2, 60, print)
 """
     pool = subprocess.Popen(script(text), stderr=subprocess.DEVNULL)

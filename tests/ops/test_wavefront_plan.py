@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fairseq_rkm import CELLS
 from fairseq_rkm.ops import dispatch, wavefront_plan
-from fairseq_rkm.ops.backends.blockwise import blockwise, stretches
+from fairseq_rkm.ops.backends.blockwise import blockwise, blockwise_stretches
 from fairseq_rkm.ops.stretches import Way
 from fairseq_rkm.ops.wavefront_plan import GAIN, NUMBERS, Plan, Times, choose, time_in_order, time_side_by_side
 
@@ -93,10 +93,10 @@ def h200(monkeypatch):
     monkeypatch.setattr(blockwise.nvrtc, "available", lambda: None)
     for name in ("_room", "_rows_for"):
         monkeypatch.setattr(blockwise, name, getattr(blockwise, name).__wrapped__)
-    monkeypatch.setattr(stretches, "_room", blockwise._room)
+    monkeypatch.setattr(blockwise_stretches, "_room", blockwise._room)
     monkeypatch.setattr(dispatch, "pick", lambda *_: dispatch.BACKENDS["blockwise"])
     monkeypatch.setattr(wavefront_plan, "_MADE", {})
-    monkeypatch.setattr(stretches, "LOADED", set())
+    monkeypatch.setattr(blockwise_stretches, "LOADED", set())
 
 
 @pytest.mark.usefixtures("h200")
@@ -106,7 +106,7 @@ def test_plans_for_an_h200(monkeypatch):
         return wavefront_plan.plan_for(x=inputs(steps, batch, dtype), layers=layers, size=size, **options)
 
     assert plan().chunks in NUMBERS
-    assert (plan().rows, plan().lanes, plan().stretches) == (1, 2, stretches.STRETCHES)
+    assert (plan().rows, plan().lanes, plan().stretches) == (1, 2, blockwise_stretches.STRETCHES)
     assert plan(layers=20).lanes == wavefront_plan.MOST_LANES
     assert plan(layers=4, size=128, dtype=torch.bfloat16) is not None
     assert plan(steps=10) is None
@@ -128,6 +128,6 @@ def test_a_graph_takes_only_kernels_that_are_loaded():
 
     assert plan() is None
     for direction in ("forward", "backward"):
-        stretches.LOADED.add((direction, CELL, 64, torch.float32, 2, False, 0))
+        blockwise_stretches.LOADED.add((direction, CELL, 64, torch.float32, 2, False, 0))
     assert plan().rows == 2
     assert plan(mask=True) is None

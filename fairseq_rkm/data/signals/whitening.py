@@ -16,7 +16,7 @@ WHITEN = ("group", "recording")
 """Whose mean spectrum is made flat."""
 TAPS = 129
 """The length of the filters in samples."""
-SEGMENT = 256
+WELCH_SAMPLES = 256
 """The samples of a segment of Welch's estimate of a spectrum."""
 LEAST_SHARE = 1e-4
 """What is added to a spectrum, in shares of its mean, lest the noise of empty bands be made as strong as a signal."""
@@ -30,15 +30,15 @@ def whitened(recordings: Recordings, by: str) -> Recordings:
         by: ``"group"`` makes flat the mean spectrum over all recordings of a group, ``"recording"`` that of each.
 
     Raises:
-        RKMError: the recordings have no groups, one is shorter than :data:`SEGMENT`, or a channel of a group is
+        RKMError: the recordings have no groups, one is shorter than :data:`WELCH_SAMPLES`, or a channel of a group is
             constant.
     """
     signals = list(recordings.signals)
-    short = next((i for i, signal in enumerate(signals) if len(signal) < SEGMENT), None)
+    short = next((i for i, signal in enumerate(signals) if len(signal) < WELCH_SAMPLES), None)
     if short is not None:
         raise RKMError(
             f"{recordings.source}: recording {recordings.names[short]} has {len(signals[short]):,} steps, and "
-            f"whitening needs {SEGMENT:,}: leave it out, or do without --whiten"
+            f"whitening needs {WELCH_SAMPLES:,}: leave it out, or do without --whiten"
         )
     for whose, rows in _sharing(recordings, by):
         constant = [recordings.channel(int(number)) for number in _constant([signals[i] for i in rows])]
@@ -74,10 +74,10 @@ def _constant(signals: list[np.ndarray]) -> np.ndarray:
 
 
 def _power(signal: np.ndarray) -> np.ndarray:
-    """The power of each frequency, ``(SEGMENT / 2 + 1, channels)``, by Welch's method."""
+    """The power of each frequency, ``(WELCH_SAMPLES / 2 + 1, channels)``, by Welch's method."""
     from scipy.signal import welch
 
-    _, power = welch(signal.astype(np.float64), nperseg=SEGMENT, axis=0)
+    _, power = welch(signal.astype(np.float64), nperseg=WELCH_SAMPLES, axis=0)
     return np.asarray(power)
 
 

@@ -6,7 +6,7 @@ from scipy.signal import welch
 
 from fairseq_rkm import RKMError
 from fairseq_rkm.data.signals import Recordings, whitened
-from fairseq_rkm.data.signals.whitening import SEGMENT
+from fairseq_rkm.data.signals.whitening import WELCH_SAMPLES
 
 
 def coloured(draw, strength, slope, steps=4000):
@@ -29,7 +29,7 @@ def people():
 
 
 def power(signal):
-    return welch(signal, nperseg=SEGMENT, axis=0)[1][3:-3]
+    return welch(signal, nperseg=WELCH_SAMPLES, axis=0)[1][3:-3]
 
 
 def test_a_group_s_mean_spectrum_is_flat_and_its_recordings_differences_stay():
@@ -41,7 +41,7 @@ def test_a_group_s_mean_spectrum_is_flat_and_its_recordings_differences_stay():
         mean = np.mean([power(after.signals[i]) for i in rows], axis=0)
         raw = np.mean([power(before.signals[i]) for i in rows], axis=0)
         assert np.log(mean[:, 1]).std() < 0.25 < np.log(raw[:, 1]).std()
-        peak = int(0.1 * SEGMENT) - 3
+        peak = int(0.1 * WELCH_SAMPLES) - 3
         ratios = [power(held.signals[rows[1]])[peak, 0] / power(held.signals[rows[0]])[peak, 0]
                   for held in (before, after)]  # fmt: skip
         assert ratios[1] == pytest.approx(ratios[0], rel=0.1)
@@ -62,7 +62,7 @@ def test_by_recording_each_is_whitened_as_if_it_were_alone():
     ("change", "sentence"),
     [
         (lambda held: replace(held, groups=None), "here has no groups, and signals are whitened by group"),
-        (lambda held: held.with_signals([s[:SEGMENT - i] for i, s in enumerate(held.signals)]),
+        (lambda held: held.with_signals([s[:WELCH_SAMPLES - i] for i, s in enumerate(held.signals)]),
          "recording 2 has 255 steps, and whitening needs 256"),
         (lambda held: held.with_signals([*held.signals[:2], *(s * [1, 0] + 7 for s in held.signals[2:])]),
          "channel 'Pz' of group 'q' is constant"),
