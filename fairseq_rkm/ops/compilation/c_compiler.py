@@ -10,7 +10,9 @@ from pathlib import Path
 
 from fairseq_rkm.ops.compilation.build_cache import built
 
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
+FLAGS = ("-O3", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
+FOR_THIS_PROCESSOR = {"aarch64": "-mcpu=native", "arm64": "-mcpu=native"}
+"""The flag by the machine's name where it is not ``-march=native``, which clang does not know on ARM."""
 
 
 def compile_library(name: str, source: Path, macros: Mapping[str, int | str]) -> ctypes.CDLL:
@@ -27,7 +29,8 @@ def compile_library(name: str, source: Path, macros: Mapping[str, int | str]) ->
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise OSError("no C compiler is installed")
-    command = [compiler, *FLAGS, *(f"-D{macro}={value}" for macro, value in macros.items())]
+    own = FOR_THIS_PROCESSOR.get(platform.machine(), "-march=native")
+    command = [compiler, own, *FLAGS, *(f"-D{macro}={value}" for macro, value in macros.items())]
 
     def build(path: Path) -> None:
         # Temporary files stand beside the result; if this process is killed, they are swept with its folder.
@@ -44,7 +47,7 @@ def compile_library(name: str, source: Path, macros: Mapping[str, int | str]) ->
 
 
 def _processor() -> str:
-    """The processor's description; ``-march=native`` depends on it."""
+    """The processor's description; the machine code depends on it."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
