@@ -26,7 +26,7 @@ class PastDecoder(nn.Module):
         self.bias = nn.Parameter(torch.zeros(words))
 
     def forward(self, log_probs: Tensor, embedding: Tensor, words: Tensor) -> Tensor:
-        """Return the cross entropy of each input word, ``(N,)`` float32, in nats.
+        """Return the cross entropy of each input word, ``(N,)`` of at least float32, in nats.
 
         Args:
             log_probs: the model's predictions, logarithms of probabilities, ``(N, V)``.
@@ -34,4 +34,8 @@ class PastDecoder(nn.Module):
             words: the input words after which they were made, ``(N,)`` int64.
         """
         mean = log_probs.exp().to(embedding.dtype) @ embedding
-        return F.cross_entropy(F.linear(mean, embedding, self.bias).float(), words, reduction="none")
+        # In one pass from 16 bits to float32 and back: a vocabulary's logits are bound by memory.
+        decoded = F.log_softmax(
+            F.linear(mean, embedding, self.bias), -1, dtype=torch.promote_types(mean.dtype, torch.float32)
+        )
+        return F.nll_loss(decoded, words, reduction="none")
