@@ -9,9 +9,9 @@ from cli.conftest import TASK, fairseq, succeed
 
 REGULARISED = [
     "--arch", "rkm_lm_ptb_no_feedback_fast", "--decoder-embed-dim", 8, "--decoder-hidden-size", 12,
-    "--skip-connections", "--tokens-per-sample", 12, "--variable-bptt", "--no-lr-rescaling", "--partial-shuffle",
-    "--overlap", 3, "--criterion", "cross_entropy_ar_tar", "--past-decode", 0.01,
-    "--optimizer", "adamw_average", "--adam-betas", "(0.8, 0.99)", "--weight-decay", 0.1, "--lr", 0.02,
+    "--skip-connections", "--softmaxes", 2, "--dropout-latent", 0.05, "--tokens-per-sample", 12, "--variable-bptt",
+    "--no-lr-rescaling", "--partial-shuffle", "--overlap", 3, "--criterion", "cross_entropy_ar_tar", "--past-decode",
+    0.01, "--optimizer", "adamw_average", "--adam-betas", "(0.8, 0.99)", "--weight-decay", 0.1, "--lr", 0.03,
     "--clip-norm", 0.25,
 ]  # fmt: skip
 ALONE = [

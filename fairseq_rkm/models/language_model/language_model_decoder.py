@@ -13,11 +13,13 @@ from fairseq_rkm.data.dictionary import FINGERPRINT, check_fingerprint, fingerpr
 from fairseq_rkm.errors import RKMError
 from fairseq_rkm.models.language_model.carried_state import CarriedState
 from fairseq_rkm.models.language_model.stream_learner import StreamLearner
+from fairseq_rkm.models.machine_memory import check_machine_memory
 from fairseq_rkm.models.recurrence_options import NO_LIMIT, build_rkm
 from fairseq_rkm.models.word_layers import WORD_DEVIATION, build_embedding, build_softmax
 from fairseq_rkm.modules import RKM, LockedDropout, RKMState, dropped_embedding
 from fairseq_rkm.modules.continuous_cache import CacheMemory, ContinuousCache
 from fairseq_rkm.modules.dropout import check_probability
+from fairseq_rkm.modules.softmax_mixture import SoftmaxMixture
 from fairseq_rkm.ops.exported_loop import is_recording
 from fairseq_rkm.ops.segments import Reset
 
@@ -53,7 +55,8 @@ class RKMLanguageModelDecoder(FairseqIncrementalDecoder):
         self.dropout_output = LockedDropout(cfg.dropout, "--dropout")
         tied = cfg.share_decoder_input_output_embed
         sizes = [cfg.decoder_embed_dim] + [cfg.decoder_hidden_size] * cfg.decoder_layers
-        if tied:
+        self.mixture = build_mixture(cfg, sizes[-1])
+        if tied and self.mixture is None:
             sizes[-1] = cfg.decoder_embed_dim
         if cfg.skip_connections and not any(m == d for m, d in pairwise(sizes)):
             raise RKMError(
@@ -65,7 +68,8 @@ class RKMLanguageModelDecoder(FairseqIncrementalDecoder):
             for (m, d), n in zip(pairwise(sizes), ngrams_by_layer(cfg.ngram, cfg.decoder_layers), strict=True)
         )
         self.adaptive_softmax = self.output_projection = None
-        softmax = build_softmax(cfg, sizes[-1], len(output_dictionary), self.embed_tokens if tied else None)
+        read = sizes[-1] if self.mixture is None else cfg.decoder_embed_dim
+        softmax = build_softmax(cfg, read, len(output_dictionary), self.embed_tokens if tied else None)
         if cfg.adaptive_softmax_cutoff:
             self.adaptive_softmax = softmax
         else:
@@ -98,10 +102,10 @@ class RKMLanguageModelDecoder(FairseqIncrementalDecoder):
             features_only: stop before the softmax.
 
         Returns:
-            Logits, ``(B, T, V)``; a cache makes them log probabilities. An adaptive softmax or ``features_only`` gives
-            features, ``(B, T, d)``. Fairseq's extras follow: ``attn`` is None, and ``features`` and ``raw_features``
-            are the last layer's output, ``(T, B, d)``, after and before its dropout. ``reset`` is None, or
-            ``(T, B)`` bool, True where the state began anew before the step.
+            Logits, ``(B, T, V)``; a mixture of softmaxes, or a cache, gives log probabilities. An adaptive softmax or
+            ``features_only`` gives features, ``(B, T, d)``. Fairseq's extras follow: ``attn`` is None, and ``features``
+            and ``raw_features`` are the last layer's output, ``(T, B, d)``, after and before its dropout. ``reset`` is
+            None, or ``(T, B)`` bool, True where the state began anew before the step.
         """
         if segment is None or self.training or self.learner is None or features_only:
             features, extra = self._features(prev_output_tokens, incremental_state, segment)
@@ -211,8 +215,15 @@ class RKMLanguageModelDecoder(FairseqIncrementalDecoder):
         return x, new_states
 
     def output_layer(self, features: Tensor) -> Tensor:
-        """Logits; an adaptive softmax comes with the loss, and the features stay as they are."""
-        return features if self.output_projection is None else self.output_projection(features)
+        """Logits, or a mixture's log probabilities.
+
+        An adaptive softmax comes with the loss, and the features stay as they are.
+        """
+        if self.output_projection is None:
+            return features
+        return (
+            self.output_projection(features) if self.mixture is None else self.mixture(features, self.output_projection)
+        )
 
     def extract_features(self, prev_output_tokens: Tensor, **kwargs: Any) -> tuple[Tensor, dict]:
         """:meth:`forward` up to the softmax."""
@@ -242,6 +253,24 @@ def _with_start(layer: RKM, state: RKMState) -> RKMState:
         return state
     start = layer.initial_state(state.hidden.size(1))
     return state._replace(hidden=state.hidden + 0 * start.hidden, cell=state.cell + 0 * start.cell)
+
+
+def build_mixture(cfg: Any, features: int) -> Optional[SoftmaxMixture]:
+    """Return the mixture of ``--softmaxes``; None for one softmax.
+
+    Args:
+        cfg: the flags of ``--arch rkm_lm``.
+        features: the size of the last layer.
+
+    Raises:
+        RKMError: a flag is outside its range, or the layer does not fit into this machine's memory.
+    """
+    check_probability("--dropout-latent", cfg.dropout_latent)
+    if cfg.softmaxes == 1:
+        return None
+    what = f"{cfg.softmaxes:,} softmaxes over vectors of size {cfg.decoder_embed_dim:,}"
+    check_machine_memory(features * cfg.softmaxes * cfg.decoder_embed_dim, what)
+    return SoftmaxMixture(features, cfg.decoder_embed_dim, cfg.softmaxes, cfg.dropout_latent)
 
 
 def ngrams_by_layer(ngram: Any, layers: int) -> list[int]:

@@ -119,6 +119,16 @@ class WikiText2NoFeedbackFastConfig(PTBNoFeedbackFastConfig):
     dropout_input: float = 0.5
 
 
+@dataclass
+class PTBMixtureFastConfig(PTBFastConfig):
+    """Penn Treebank with the mixture of 15 softmaxes of Yang et al. (2018): 23.8 M parameters."""
+
+    decoder_embed_dim: int = 280
+    decoder_hidden_size: int = 900
+    softmaxes: int = 15
+    dropout_latent: float = 0.29
+
+
 @register_model("rkm_lm_ptb", dataclass=PTBConfig)
 class PTBLanguageModel(Preset):
     """``--arch rkm_lm_ptb``."""
@@ -152,3 +162,8 @@ class PTBNoFeedbackFastLanguageModel(Preset):
 @register_model("rkm_lm_wikitext2_no_feedback_fast", dataclass=WikiText2NoFeedbackFastConfig)
 class WikiText2NoFeedbackFastLanguageModel(Preset):
     """``--arch rkm_lm_wikitext2_no_feedback_fast``."""
+
+
+@register_model("rkm_lm_ptb_mixture_fast", dataclass=PTBMixtureFastConfig)
+class PTBMixtureFastLanguageModel(Preset):
+    """``--arch rkm_lm_ptb_mixture_fast``."""

@@ -42,6 +42,12 @@ class RKMLanguageModelConfig(SoftmaxOptions, RKMOptions):
     skip_connections: bool = field(
         default=False, metadata={"help": "add each layer's input to its output, where both have one size"}
     )
+    softmaxes: int = field(
+        default=1, metadata={"help": "mix so many softmaxes (Yang et al. 2018); the last layer then keeps its size"}
+    )
+    dropout_latent: float = field(
+        default=0.0, metadata={"help": "on the vectors that a mixture's softmaxes read, one mask for all steps"}
+    )
     reset_at_eos: bool = field(
         default=False,
         metadata={"help": "begin the state anew after each end-of-sentence symbol: every sentence stands alone"},
@@ -96,6 +102,7 @@ def check_flags(cfg: RKMLanguageModelConfig, source_types: int, target_types: in
     """Raise RKMError for flags that exclude each other, before anything is built."""
     if cfg.decoder_layers < 1 or cfg.decoder_embed_dim < 1:
         raise RKMError("--decoder-layers and --decoder-embed-dim must be at least 1")
+    check_mixture(cfg)
     ngrams = ngrams_by_layer(cfg.ngram, cfg.decoder_layers)
     if str(cfg.ngram_padding) == "same" and max(ngrams) > 1:
         raise RKMError("--ngram-padding same looks ahead; a language model needs causal")
@@ -107,9 +114,19 @@ def check_flags(cfg: RKMLanguageModelConfig, source_types: int, target_types: in
                 f"--share-decoder-input-output-embed needs one dictionary, but the input's has {source_types} types "
                 f"and the output's {target_types}"
             )
-        if cfg.decoder_layers == 1 and cfg.decoder_hidden_size != cfg.decoder_embed_dim:
+        if cfg.decoder_layers == cfg.softmaxes == 1 and cfg.decoder_hidden_size != cfg.decoder_embed_dim:
             raise RKMError(
                 "with --share-decoder-input-output-embed a single layer ends at the embedding's size: make --decoder-"
                 f"hidden-size ({cfg.decoder_hidden_size}) and --decoder-embed-dim ({cfg.decoder_embed_dim}) equal"
             )
     check_softmax(cfg)
+
+
+def check_mixture(cfg: RKMLanguageModelConfig) -> None:
+    """Raise RKMError for flags of a mixture of softmaxes that do not go together."""
+    if cfg.softmaxes < 1:
+        raise RKMError(f"--softmaxes must be at least 1, not {cfg.softmaxes}")
+    if cfg.softmaxes > 1 and cfg.adaptive_softmax_cutoff:
+        raise RKMError("--softmaxes and --adaptive-softmax-cutoff exclude each other")
+    if cfg.softmaxes == 1 and cfg.dropout_latent:
+        raise RKMError("--dropout-latent is for a mixture of softmaxes: give --softmaxes, too")

@@ -57,7 +57,7 @@ def by_hand(model, training, text):
     def loss(batch, states, following=None):
         tokens, target = batch["net_input"]["src_tokens"], batch["target"]
         outputs, states = model.run(tokens, states, None, model.resets(tokens))
-        logs = F.log_softmax(model.output_projection(outputs.transpose(0, 1)), -1)
+        logs = F.log_softmax(model.output_layer(outputs.transpose(0, 1)), -1)
         real = target != 1
         if following is not None:  # a stream that ends here does not see its last target as an input
             real[:, -1] &= following["net_input"]["src_tokens"][:, 0] != 1
@@ -85,9 +85,11 @@ def by_hand(model, training, text):
 
 @pytest.mark.parametrize("streams", [1, 3])
 @pytest.mark.parametrize("tied", [False, True])
-def test_dynamic_evaluation_is_a_plain_loop_and_begins_each_text_anew(dictionary, streams, tied):
+@pytest.mark.parametrize("softmaxes", [1, 2])
+def test_dynamic_evaluation_is_a_plain_loop_and_begins_each_text_anew(dictionary, streams, tied, softmaxes):
     """Streams of unlike lengths, whose last segment has padding, included."""
-    model = decoder(dictionary, share_decoder_input_output_embed=tied, reset_at_eos=tied, ngram=2)
+    flags = {"share_decoder_input_output_embed": tied, "reset_at_eos": tied, "ngram": 2, "softmaxes": softmaxes}
+    model = decoder(dictionary, **flags)
     training, text = segments(50, 4, 5), segments(20 * streams + 1, streams, 4)
     expected = by_hand(copy.deepcopy(model), training, text)
     model.use_learner(StreamLearner(model, NUMBERS, lambda: training))

@@ -51,6 +51,14 @@ def test_the_dropouts_and_the_fast_presets():
         assert (fast.decoder_hidden_size, fast.decoder_layers) == (slow.decoder_hidden_size, slow.decoder_layers)
 
 
+def test_the_mixture_has_as_many_weights_as_one_softmax():
+    built = shape(presets.PTBMixtureFastConfig, 10_000, cell="rkm_lstm")
+    assert [layer.hidden_size for layer in built.layers] == [900, 900, 900]
+    assert built.output_projection.weight is built.embed_tokens.weight
+    assert built.mixture.latent.out_features == 15 * 280
+    assert sum(p.numel() for p in built.parameters()) == 23_826_500
+
+
 @pytest.mark.parametrize("config", [presets.PTBNoFeedbackFastConfig, presets.WikiText2NoFeedbackFastConfig])
 def test_without_feedback_there_are_the_qrnn_s_weights(config):
     """Three gates of four layers, 400-1550-1550-1550-400, that see 2, 1, 1 and 1 inputs: 20 million."""

@@ -54,6 +54,33 @@ def test_a_prefix_may_enter_the_incremental_state_at_once(dictionary):
     assert_close(model(tokens[:, :5], incremental_state=incremental)[0][:, 0], full[:, 4])
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_mixture_of_softmaxes_in_all_modes(dictionary, tied):
+    model = decoder(dictionary, softmaxes=3, share_decoder_input_output_embed=tied, decoder_layers=2)
+    assert [layer.hidden_size for layer in model.layers] == [8, 8]
+    tokens = torch.randint(4, 44, (2, 6))
+    full, extra = model(tokens)
+    assert_close(full.exp().sum(-1), torch.ones(2, 6, dtype=torch.float64))
+    assert_close(full, model.mixture(extra["features"].transpose(0, 1), model.output_projection))
+    incremental: dict = {}
+    for t in range(6):
+        assert_close(model(tokens[:, : t + 1], incremental_state=incremental)[0][:, 0], full[:, t])
+    assert_close(torch.cat([model(tokens[:, :2], segment=0)[0], model(tokens[:, 2:], segment=1)[0]], 1), full)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ({"softmaxes": 0}, "--softmaxes must be at least 1, not 0"),
+        ({"softmaxes": 2, "adaptive_softmax_cutoff": "8,16"}, "exclude each other"),
+        ({"dropout_latent": 0.1}, "--dropout-latent is for a mixture of softmaxes: give --softmaxes, too"),
+    ],
+)
+def test_flags_of_a_mixture_that_do_not_go_together(flags, sentence):
+    with pytest.raises(RKMError, match=sentence):
+        check_flags(RKMLanguageModelConfig(criterion_name=None, **flags), 44, 44)
+
+
 @pytest.mark.parametrize("ngram", ["3,1", "[3, 1]", " 3, 1 ", (3, 1)])
 def test_n_grams_of_layers_are_read_as_text_too(ngram):
     assert ngrams_by_layer(ngram, 2) == [3, 1]
