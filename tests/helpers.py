@@ -1,12 +1,14 @@
 """What several tests share: the table of tolerances, and random problems."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from fairseq_rkm import RKM
+from fairseq_rkm.modules import rkm as rkm_module
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 """The parameters of a test that runs on both; see ``conftest.py`` for where there is no GPU."""
@@ -130,3 +132,16 @@ def training_losses(
         losses.append(loss.detach().cpu())
     assert losses[-1] < 0.99 * losses[0]
     return torch.stack(losses)
+
+
+def watch_short_way(monkeypatch: pytest.MonkeyPatch, name: str) -> list[str]:
+    """Write down which way each call of an RKM goes: ``"short"``, by the function of this name, or ``"long"``."""
+    taken_by, gone = getattr(rkm_module, name), []
+
+    def watched(*arguments: Any) -> Any:
+        taken = taken_by(*arguments)
+        gone.append("long" if taken is None else "short")
+        return taken
+
+    monkeypatch.setattr(rkm_module, name, watched)
+    return gone

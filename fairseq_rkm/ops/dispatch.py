@@ -19,7 +19,7 @@ from fairseq_rkm.ops.cells import Cell
 from fairseq_rkm.ops.higher_derivatives import REFERENCE, zeros_for_none
 from fairseq_rkm.ops.operators import Operator
 from fairseq_rkm.ops.plain_tensors import are_plain, obstacle
-from fairseq_rkm.ops.problem_checks import check, laid_out
+from fairseq_rkm.ops.problem_checks import check, check_inputs, laid_out
 from fairseq_rkm.ops.weights import Weights
 
 Refusal = Callable[[Cell, Tensor, Weights], str | None]
@@ -184,6 +184,7 @@ def _run_plain(
     memory: Tensor | None, keep: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As :func:`recurrence`, for plain tensors that nothing follows; checks are made once for each kind of problem."""
+    check_inputs(inputs)
     kind = _kind(backend, cell, inputs, weights, size, hidden, memory, keep)
     chosen = _PROVEN.get(kind)
     if chosen is None:

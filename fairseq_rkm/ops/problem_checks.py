@@ -13,6 +13,7 @@ def check(
     keep: Tensor | None,
 ) -> None:  # fmt: skip
     """Check shapes, dtypes and devices; a wrong shape might be broadcast, or read beyond its end."""
+    check_inputs(inputs)
     device, dtype, (length, batch, features) = inputs.device, inputs.dtype, inputs.shape
     gates, ngram = len(cell.gates) * size, max(1, weights.input.size(-1) // features)
     for what, tensor, shape, wanted in (
@@ -39,6 +40,13 @@ def check(
             raise RKMError(f"the {what} must be of shape {shape} here, not {tuple(tensor.shape)}")
     if not inputs.is_floating_point():
         raise RKMError(f"the inputs must be floating-point numbers, not {dtype}")
+
+
+def check_inputs(inputs: Tensor) -> None:
+    """Check that inputs have time, batch and features, and of the latter at least one."""
+    if inputs.dim() != 3 or not inputs.size(2):
+        shape = tuple(inputs.shape)
+        raise RKMError(f"the inputs must be of shape (T + n - 1, B, m), with m of at least 1, and not {shape}")
 
 
 def laid_out(

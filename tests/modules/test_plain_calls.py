@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import assert_close, forward_and_gradients, randomized
+from helpers import DEVICES, assert_close, forward_and_gradients, randomized, watch_short_way
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
@@ -21,21 +21,12 @@ from fairseq_rkm.ops import BACKENDS, dispatch, eager
 from fairseq_rkm.ops.backends.native import native
 
 compiled = pytest.mark.skipif(native._missing(CELLS["rkm_lstm"]) is not None, reason="needs a C compiler")
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.fixture
 def ways(monkeypatch):
     """Which way each call has gone."""
-    gone = []
-
-    def run_layer(*arguments):
-        taken = plain_calls.run_layer(*arguments)
-        gone.append("long" if taken is None else "short")
-        return taken
-
-    monkeypatch.setattr(module, "run_layer", run_layer)
-    return gone
+    return watch_short_way(monkeypatch, "run_layer")
 
 
 @pytest.mark.parametrize("device", DEVICES)

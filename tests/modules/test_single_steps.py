@@ -4,29 +4,18 @@ import itertools
 
 import pytest
 import torch
-from helpers import assert_close, product_type, randomized
+from helpers import DEVICES, assert_close, product_type, randomized, watch_short_way
 from torch import nn
 from torch.nn.utils import parametrizations
 
 from fairseq_rkm import CELLS, RKM, RKMError, RKMState
 from fairseq_rkm.modules import rkm as module
-from fairseq_rkm.modules import single_steps
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.fixture
 def ways(monkeypatch):
     """Which way each call has gone."""
-    gone = []
-
-    def take_step(*arguments):
-        taken = single_steps.take_step(*arguments)
-        gone.append("long" if taken is None else "short")
-        return taken
-
-    monkeypatch.setattr(module, "take_step", take_step)
-    return gone
+    return watch_short_way(monkeypatch, "take_step")
 
 
 def both(rkm, x, state, monkeypatch):

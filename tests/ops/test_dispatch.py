@@ -35,6 +35,15 @@ def test_without_a_step_the_state_stays(device, cell, feedback, ngram):
         assert torch.equal(before, now)
 
 
+@pytest.mark.parametrize("shape", [(5, 3), (5, 2, 0), (1, 5, 2, 3), ()])
+@pytest.mark.parametrize("plain", [True, False])
+def test_inputs_of_another_shape_are_refused_in_a_sentence(monkeypatch, shape, plain):
+    if not plain:
+        monkeypatch.setattr(dispatch, "are_plain", lambda *_: False)
+    with pytest.raises(RKMError, match=r"must be of shape \(T \+ n - 1, B, m\), with m of at least 1, and not \("):
+        dispatch.recurrence(CELLS["rkm_lstm"], torch.zeros(shape), SIZES["weights"], 4, None, None)
+
+
 @pytest.mark.parametrize("name", ["native", "scan", "persistent", "blockwise", "stepwise"])
 def test_inputs_before_the_first_step_are_no_steps(name):
     context, weights = torch.zeros(1, 1, 3), Weights(torch.zeros(16, 6), torch.zeros(16, 4))

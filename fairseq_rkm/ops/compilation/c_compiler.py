@@ -11,8 +11,8 @@ from pathlib import Path
 from fairseq_rkm.ops.compilation.build_cache import built
 
 FLAGS = ("-O3", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
-FOR_THIS_PROCESSOR = {"aarch64": "-mcpu=native", "arm64": "-mcpu=native"}
-"""The flag by the machine's name where it is not ``-march=native``, which clang does not know on ARM."""
+ARM = "aarch64"
+"""The machine's name there. clang does not know ``-march=native`` on it."""
 
 
 def compile_library(name: str, source: Path, macros: Mapping[str, int | str]) -> ctypes.CDLL:
@@ -29,7 +29,7 @@ def compile_library(name: str, source: Path, macros: Mapping[str, int | str]) ->
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise OSError("no C compiler is installed")
-    own = FOR_THIS_PROCESSOR.get(platform.machine(), "-march=native")
+    own = "-mcpu=native" if platform.machine() == ARM else "-march=native"
     command = [compiler, own, *FLAGS, *(f"-D{macro}={value}" for macro, value in macros.items())]
 
     def build(path: Path) -> None:
