@@ -2,7 +2,7 @@
 
 They differ in what small sets ask for: noise, weight decay, units, parts of a window that are pooled each, and the rate
 of slow signals. ``signal_choice.py`` compares them inside training parts. The first, ``{}``, is the set's own
-(:data:`fairseq_rkm.experiments.signal_sets.SETS`), which was the best of them there.
+(:data:`fairseq_rkm.experiments.signal_sets.SETS`).
 """
 
 from typing import Any

@@ -190,7 +190,7 @@ SETS = {
         flags={"noise": 0.2, "encoder_bidirectional": True},
     ),
 }  # fmt: skip
-"""By name. ``signal_choice.py`` found these settings inside the training parts."""
+"""By name. Settings of the archives' sets were chosen by cross-validation inside their training parts."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
