@@ -17,6 +17,17 @@ from fairseq_rkm import RKMError, register
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+LOG = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {
+        "fairseq": {"format": "%(asctime)s | %(levelname)s | %(name)s | %(message)s", "datefmt": "%Y-%m-%d %H:%M:%S"}
+    },
+    "handlers": {"console": {"class": "logging.StreamHandler", "formatter": "fairseq", "stream": "ext://sys.stdout"}},
+    "root": {"level": os.environ.get("LOGLEVEL", "INFO").upper(), "handlers": ["console"]},
+}
+"""The log of ``common.reset_logging`` (``fairseq.utils.reset_logging``), as ``logging.config`` takes it."""
+
 
 def main() -> None:
     """Run the command line."""
@@ -52,8 +63,25 @@ def train(cfg: "DictConfig") -> float:
 
     settle_user_dir(cfg)
     utils.import_user_module(cfg.common)  # names of the configuration, looked up below, may be another plugin's
+    keep_log_format(cfg)
     best: float = _hydra_main(cfg)
     return best
+
+
+def keep_log_format(cfg: "DictConfig") -> None:
+    """Have ``common.reset_logging`` hold in the processes that fairseq starts for further GPUs.
+
+    fairseq resets the log of this process alone. The process that writes the log of several would have Python's own
+    format, without times, and what reads logs would find nothing in it.
+
+    Args:
+        cfg: a configuration that hydra has composed; changed in place.
+    """
+    from omegaconf import open_dict
+
+    if cfg.common.reset_logging:
+        with open_dict(cfg):
+            cfg.job_logging_cfg = LOG
 
 
 def settle_user_dir(cfg: "DictConfig") -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cli.conftest import ROOT, TASK, fairseq, succeed
+from fairseq_rkm.experiments.language_model_report import read_log
 
 RECIPE = [
     *TASK, "--arch", "rkm_lm_ptb", "--decoder-embed-dim", 8, "--decoder-hidden-size", 12, "--dropout", 0.1,
@@ -91,9 +92,9 @@ def test_a_run_of_replayed_steps_is_the_same_run_and_resumes(data, tmp_path, pre
         assert all(torch.equal(resumed[name], value) for name, value in plain.items())
 
 
-def hydra(config, data, run, *changes):
+def hydra(config, data, run, *changes, program="hydra_train"):
     return succeed(
-        "hydra_train", "--config-dir", ROOT / "examples/language_model/config", "--config-name", config,
+        program, "--config-dir", ROOT / "examples/language_model/config", "--config-name", config,
         f"common.user_dir={ROOT / 'fairseq_rkm'}", f"task.data={data}", f"checkpoint.save_dir={run}",
         f"hydra.run.dir={run / 'hydra'}", "common.cpu=true", "common.log_interval=1", "+model.decoder_embed_dim=8",
         "dataset.batch_size=4", "dataset.batch_size_valid=2", *changes,
@@ -112,6 +113,15 @@ def test_the_fast_configuration_in_bfloat16_saves_the_average_it_validated(data,
     scored = succeed("eval_lm", data, *TASK, "--path", tmp_path / "checkpoint_best.pt", "--batch-size", 2, "--cpu",
                      "--gen-subset", "valid")  # fmt: skip
     assert loss(scored) == pytest.approx(float(result.entries("valid")[-1]["valid_loss"]), rel=5e-3)
+
+
+def test_the_log_of_two_processes_has_times(data, tmp_path):
+    result = hydra("ptb_fast", data, tmp_path, "+model.decoder_hidden_size=12", "optimization.max_update=2",
+                   "lr_scheduler.warmup_updates=1", "distributed_training.distributed_world_size=2",
+                   program="fairseq_rkm.hydra_train")  # fmt: skip
+    training, _, seconds = read_log(result.output)
+    assert [entry["num_updates"] for entry in training] == ["1", "2"]
+    assert seconds > 0
 
 
 def test_the_wikitext103_configuration_trains_with_its_adaptive_softmax(data, tmp_path):
