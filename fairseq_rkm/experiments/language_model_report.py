@@ -64,7 +64,7 @@ class Run:
     parameters: int
     seed: int
     updates: int
-    epochs: float
+    epochs: float | None
     valid_perplexity: float | None
     test_perplexity: float | None
     cached_valid_perplexity: float | None
@@ -105,6 +105,8 @@ def read_run(path: Path) -> Run:
         training, curve, seconds = read_log(log.read_text(encoding="utf-8"))
     except KeyError as error:
         raise SystemExit(f"report: {log} is not a language model's log: it has no {error} in a validation") from error
+    if not training and not curve:
+        raise SystemExit(f"report: {log} has no line of training or validation: train with --log-format json")
     speeds = sorted(float(entry["wps"]) for entry in training[1:])
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     model = state["cfg"]["model"]
@@ -119,8 +121,8 @@ def read_run(path: Path) -> Run:
         weights=sum(n for name, n in shapes.items() if re.search(r"layers\.\d+\.weight_[ih]h", name)),
         parameters=sum(n for name, n in shapes.items() if "fingerprint" not in name),
         seed=int(state["cfg"]["common"]["seed"]),
-        updates=int(training[-1]["num_updates"]) if training else 0,
-        epochs=float(training[-1]["update"]) if training else 0.0,
+        updates=int(training[-1]["num_updates"]) if training else curve[-1].updates,
+        epochs=float(training[-1]["update"]) if training else None,
         valid_perplexity=_evaluation(path / "valid.log")[1] or min((p.perplexity for p in curve), default=None),
         test_perplexity=test,
         cached_valid_perplexity=_evaluation(path / "valid-cache.log")[1],
@@ -233,7 +235,7 @@ def markdown(runs: list[Run]) -> str:
         ("test perplexity", lambda r: _number(r.test_perplexity)),
         ("with cache", lambda r: _number(r.cached_test_perplexity)),
         ("paper, valid / test", lambda r: "{} / {}".format(*r.paper) if r.paper else ""),
-        ("epochs", lambda r: f"{r.epochs:.1f}"),
+        ("epochs", lambda r: "" if r.epochs is None else f"{r.epochs:.1f}"),
         ("time (min:s)", lambda r: _minutes(r.seconds)),
         ("tokens/s", lambda r: _number(r.tokens_per_second, ",.0f")),
         ("seed", lambda r: str(r.seed)),

@@ -107,6 +107,21 @@ def test_the_log_of_a_classifier_is_refused(run, tmp_path):
         report.write([folder], tmp_path / "out")
 
 
+def test_a_log_in_another_format_is_refused(run, tmp_path):
+    folder = run("a")
+    (folder / "train.log").write_text("INFO:train:{}\nepoch 1: valid ppl 9.5\n")
+    with pytest.raises(SystemExit, match=r"train\.log has no line of training or validation: train with --log-format"):
+        report.write([folder], tmp_path / "out")
+
+
+def test_a_run_of_validations_alone_has_their_updates(run, tmp_path):
+    folder = run("a")
+    (folder / "train.log").write_text(line("10:00:10", "valid", epoch=1, valid_ppl=200.0, valid_num_updates=100))
+    found = report.read_run(folder)
+    assert (found.updates, found.epochs, found.seconds) == (100, None, None)
+    assert "None" not in report.write([folder], tmp_path / "out")
+
+
 def test_an_unfinished_run_is_refused(tmp_path):
     with pytest.raises(SystemExit, match=r"train\.log is missing"):
         report.write([tmp_path], tmp_path / "out")
