@@ -87,6 +87,26 @@ def test_threads_and_streams_do_not_disturb_each_other():
         assert all(torch.equal(a, b) for a, b in zip(found[number], results, strict=True))
 
 
+def test_a_product_has_its_precision_while_another_thread_s_has_another():
+    """Else one thread's product could take the other's, and PyTorch keep it for good."""
+    flags = torch.backends.cuda.matmul
+    before, seen, inside = flags.fp32_precision, [], threading.Event()
+
+    def work():
+        with step_loop.products(tf32=False):
+            inside.set()
+            seen.append(flags.fp32_precision)
+
+    thread = threading.Thread(target=work)
+    with step_loop.products(tf32=True):
+        thread.start()
+        assert not inside.wait(0.2)
+        assert flags.fp32_precision == "tf32"
+    thread.join()
+    assert seen == ["ieee"]
+    assert flags.fp32_precision == before
+
+
 @pytest.mark.gpu
 def test_products_take_tf32_as_cudnn_does_and_leave_pytorch_s_setting(monkeypatch):
     rkm = RKM(64, 512, backend="stepwise", device="cuda", memory_clip=1.0)

@@ -230,17 +230,21 @@ def _options(kind: Kind) -> dict[str, Any]:
 
 @contextmanager
 def products(tf32: bool) -> Iterator[None]:
-    """Products of float32 matrices in TF32, as cuDNN's LSTM has them, or in float32, whatever PyTorch's are."""
+    """Products of float32 matrices in TF32, as cuDNN's LSTM has them, or in float32, whatever PyTorch's are.
+
+    PyTorch's setting is the whole process's: a thread waits for another's product.
+    """
     flags = torch.backends.cuda.matmul
     name, value = ("fp32_precision", "tf32" if tf32 else "ieee") if hasattr(flags, "fp32_precision") else (
         "allow_tf32", tf32
     )  # fmt: skip
-    before = getattr(flags, name)
-    setattr(flags, name, value)
-    try:
-        yield
-    finally:
-        setattr(flags, name, before)
+    with _PRECISION:
+        before = getattr(flags, name)
+        setattr(flags, name, value)
+        try:
+            yield
+        finally:
+            setattr(flags, name, before)
 
 
 class _Loops:
@@ -282,6 +286,8 @@ LOOPS = _Loops()
 _STREAMS: dict[tuple[int, int], Any] = {}
 _RECORDING = threading.Lock()
 """Held while a graph is recorded: threads that work on one stream record on one stream, too."""
+_PRECISION = threading.Lock()
+"""Held while PyTorch's precision of products is changed."""
 
 
 def _recording_stream(device: torch.device) -> torch.cuda.Stream:
