@@ -22,6 +22,8 @@ def check(
         ("biases", weights.bias, (gates,), dtype),
         ("layer norm's gain", weights.norm_weight, (size,), None),
         ("layer norm's bias", weights.norm_bias, (size,), None),
+        ("input's scale sigma_i", _read(weights.sigma_i, cell.input_is_constant), (), None),
+        ("memory's scale sigma_f", _read(weights.sigma_f, cell.forget_is_constant), (size,), None),
         ("kernel's scale", weights.kernel_scale, (size,), None),
         ("kernel's offset", weights.kernel_offset, (size,), None),
         ("hidden state", hidden, (batch, size), None),
@@ -40,6 +42,11 @@ def check(
             raise RKMError(f"the {what} must be of shape {shape} here, not {tuple(tensor.shape)}")
     if not inputs.is_floating_point():
         raise RKMError(f"the inputs must be floating-point numbers, not {dtype}")
+
+
+def _read(scale: Tensor | float, is_read: bool) -> Tensor | None:
+    """A constant scale, if it is a tensor and the cell reads it."""
+    return scale if is_read and isinstance(scale, Tensor) else None
 
 
 def check_inputs(inputs: Tensor) -> None:

@@ -140,6 +140,22 @@ def test_what_does_not_fit_is_refused_after_what_does(asked, others, message):
     assert len(asked) == 3
 
 
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [
+        ({"sigma_i": torch.zeros(4)}, r"input's scale sigma_i must be of shape \(\) here, not \(4,\)"),
+        ({"sigma_f": torch.zeros(3, 4)}, r"memory's scale sigma_f must be of shape \(4,\) here, not \(3, 4\)"),
+        ({"sigma_f": torch.zeros(4, dtype=torch.int64)}, "memory's scale sigma_f must be floating-point"),
+    ],
+    ids=str,
+)
+def test_constant_scales_of_another_shape_are_refused_by_cells_that_read_them(scale, message):
+    dispatch.recurrence(*problem("linear_kernel", sigma_i=torch.tensor(0.5), sigma_f=torch.zeros(4)))
+    with pytest.raises(RKMError, match=message):
+        dispatch.recurrence(*problem("linear_kernel", **scale))
+    dispatch.recurrence(*problem(**scale))  # rkm_lstm has gates in their places
+
+
 def test_tf32_is_another_choice_on_gpus(monkeypatch):
     cell, x, weights, *_ = problem()
     on_gpu = SimpleNamespace(is_cuda=True, shape=x.shape, dtype=x.dtype, device=torch.device("cuda", 0))
