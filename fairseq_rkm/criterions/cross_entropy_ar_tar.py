@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fairseq_rkm.criterions.past_decoding import PastDecoder
+from fairseq_rkm.criterions.word_costs import word_costs
 from fairseq_rkm.errors import RKMError
 
 
@@ -61,8 +62,9 @@ class CrossEntropyARTARCriterion(CrossEntropyCriterion):
         fairseq-train ... --arch rkm_lm --criterion cross_entropy_ar_tar --alpha 2 --beta 1
 
     The model's extras must hold ``features`` and ``raw_features``, both ``(T, B, d)``: the output with and without its
-    dropout. ``rkm_lm`` gives them. With an adaptive softmax the cross entropy is the softmax's own. A cluster of it may
-    then have no gradient: several processes need ``--ddp-backend legacy_ddp``.
+    dropout. ``rkm_lm`` gives them. Where it gives ``logits``, ``(B, T, V)``, too, they are not normalised before their
+    costs are known. With an adaptive softmax the cross entropy is the softmax's own. A cluster of it may then have no
+    gradient: several processes need ``--ddp-backend legacy_ddp``.
 
     Raises:
         RKMError: a weight is negative, or the model lacks these extras or a whole softmax.
@@ -93,7 +95,7 @@ class CrossEntropyARTARCriterion(CrossEntropyCriterion):
             RKMError: the model in training does not give its last layer's output.
         """
         output, extra = model(**sample["net_input"])
-        nll, log_probs = self._cross_entropy(model, output, sample, reduce)
+        nll, predicted = self._cross_entropy(model, output, extra, sample, reduce)
         ntokens = sample["ntokens"]
         sample_size = sample["target"].size(0) if self.sentence_avg else ntokens
         logged = {
@@ -112,7 +114,7 @@ class CrossEntropyARTARCriterion(CrossEntropyCriterion):
             ar, tar = self._regularisers(extra, sample)
             parts = {"ar": (self.alpha, ar), "tar": (self.beta, tar)}
             if self.past is not None:
-                parts["past_nll"] = self.past_decode, self._past(self.past, model, log_probs, sample)
+                parts["past_nll"] = self.past_decode, self._past(self.past, model, predicted, sample)
             loss = nll + sample_size * sum(weight * value for weight, value in parts.values())
             # Sums over tokens, so that processes and updates can be added up.
             logged |= {name: ntokens * value.data for name, (_, value) in parts.items()}
@@ -122,33 +124,42 @@ class CrossEntropyARTARCriterion(CrossEntropyCriterion):
         """Load the weights of PDR. A checkpoint of a run without PDR has None: its bias then begins at 0."""
         return super().load_state_dict(self.state_dict() if state_dict is None else state_dict, *args, **kwargs)
 
-    def _cross_entropy(self, model: Any, output: Tensor, sample: dict, reduce: bool) -> tuple[Tensor, Tensor | None]:
-        """Return the cross entropy, and the log probabilities of all words, ``(N, V)``, if the softmax gives them."""
-        softmax = getattr(model.decoder, "adaptive_softmax", None)
+    def _cross_entropy(
+        self, model: Any, output: Tensor, extra: dict[str, Any], sample: dict, reduce: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the cross entropy, and the predicted distributions ``(N, V')`` if the past is to be decoded of them.
+
+        An adaptive softmax has none.
+        """
+        softmax, how = getattr(model.decoder, "adaptive_softmax", None), "sum" if reduce else "none"
         if softmax is None:
+            predict = model.training and self.past is not None
+            target = model.get_targets(sample, (output,)).flatten()
+            if "logits" in extra:
+                return word_costs(extra["logits"].flatten(0, 1), target, self.padding_idx, how, predict)
             log_probs = model.get_normalized_probs((output,), log_probs=True).flatten(0, 1)
-            target, how = model.get_targets(sample, (output,)).flatten(), "sum" if reduce else "none"
-            return F.nll_loss(log_probs, target, ignore_index=self.padding_idx, reduction=how), log_probs
+            nll = F.nll_loss(log_probs, target, ignore_index=self.padding_idx, reduction=how)
+            return nll, log_probs.exp() if predict else None
         # The head's targets are the dictionary's numbers, padding among them. The clusters count from 0.
         ignored = [self.padding_idx, *[-100] * len(softmax.tail)]
         parts = [
-            F.cross_entropy(logits.float(), target, ignore_index=ignore, reduction="sum" if reduce else "none")
+            word_costs(logits, target, ignore, how)[0]
             for logits, target, ignore in zip(*softmax(output, sample["target"].view(-1)), ignored, strict=True)
             if target is not None
         ]
         return torch.stack(parts).sum() if reduce else torch.cat(parts), None
 
-    def _past(self, decoder: PastDecoder, model: Any, log_probs: Tensor | None, sample: dict) -> Tensor:
+    def _past(self, decoder: PastDecoder, model: Any, predicted: Tensor | None, sample: dict) -> Tensor:
         """Return PDR, in nats."""
-        if log_probs is None:
+        if predicted is None:
             raise RKMError("--past-decode is for models with a plain softmax, and this one has an adaptive one")
-        embedding = model.decoder.embed_tokens.weight
-        if len(embedding) != log_probs.size(1):
+        embedding, types = model.decoder.embed_tokens.weight, len(decoder.bias)
+        if len(embedding) != types:
             raise RKMError(
                 f"--past-decode needs one dictionary, but the input's has {len(embedding)} types and the output's "
-                f"{log_probs.size(1)}"
+                f"{types}"
             )
-        costs = decoder(log_probs, embedding, sample["net_input"]["src_tokens"].flatten())
+        costs = decoder(predicted, embedding, sample["net_input"]["src_tokens"].flatten())
         return _mean_where(costs, sample["target"].flatten().ne(self.padding_idx))
 
     def _regularisers(self, extra: dict[str, Any], sample: dict) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fairseq_rkm.criterions.word_costs import word_costs
+
 
 class PastDecoder(nn.Module):
     """Decode the last input word from the predicted distribution.
@@ -25,17 +27,13 @@ class PastDecoder(nn.Module):
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(words))
 
-    def forward(self, log_probs: Tensor, embedding: Tensor, words: Tensor) -> Tensor:
+    def forward(self, predicted: Tensor, embedding: Tensor, words: Tensor) -> Tensor:
         """Return the cross entropy of each input word, ``(N,)`` of at least float32, in nats.
 
         Args:
-            log_probs: the model's predictions, logarithms of probabilities, ``(N, V)``.
+            predicted: the model's distributions, ``(N, V)``.
             embedding: E, ``(V, e)``.
             words: the input words after which they were made, ``(N,)`` int64.
         """
-        mean = log_probs.exp().to(embedding.dtype) @ embedding
-        # In one pass from 16 bits to float32 and back: a vocabulary's logits are bound by memory.
-        decoded = F.log_softmax(
-            F.linear(mean, embedding, self.bias), -1, dtype=torch.promote_types(mean.dtype, torch.float32)
-        )
-        return F.nll_loss(decoded, words, reduction="none")
+        mean = predicted.to(embedding.dtype) @ embedding
+        return word_costs(F.linear(mean, embedding, self.bias), words)[0]

@@ -105,13 +105,16 @@ class RKMLanguageModelDecoder(FairseqIncrementalDecoder):
             Logits, ``(B, T, V)``; a mixture of softmaxes, or a cache, gives log probabilities. An adaptive softmax or
             ``features_only`` gives features, ``(B, T, d)``. Fairseq's extras follow: ``attn`` is None, and ``features``
             and ``raw_features`` are the last layer's output, ``(T, B, d)``, after and before its dropout. ``reset`` is
-            None, or ``(T, B)`` bool, True where the state began anew before the step.
+            None, or ``(T, B)`` bool, True where the state began anew before the step. In training, except with an
+            adaptive softmax, ``logits`` are the logits, too.
         """
         if segment is None or self.training or self.learner is None or features_only:
             features, extra = self._features(prev_output_tokens, incremental_state, segment)
             if features_only:
                 return features, extra
             logits = self.output_layer(features)
+            if self.training and self.adaptive_softmax is None:
+                extra["logits"] = logits
         else:
             self.learner.begin(segment, prev_output_tokens)
             with torch.enable_grad():

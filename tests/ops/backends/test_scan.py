@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fairseq_rkm import CELLS, RKM, RKMError
 from fairseq_rkm.ops import Weights, recurrence
-from ops.backends.triton_interpreter import DEVICE, HAS_GPU, INTERPRETED, run_interpreted
+from ops.backends.triton_interpreter import DEVICE, HAS_GPU, INTERPRETED, run_interpreted, runs
 from ops.test_backends import (
     check_missing_numbers_stay_where_they_are,
     clear_bound,
@@ -45,11 +45,6 @@ def _parallel_scan(monkeypatch):
         return [scan.to_tensor(v, t.dtype) for v, t in zip(values, tensors, strict=True)]
 
     monkeypatch.setattr(ScanOps, "generic_scan", by_doubling)
-
-
-def runs(test):
-    """Decorate a test that needs a GPU or Triton's interpreter (see below)."""
-    return test if INTERPRETED else pytest.mark.gpu(test)
 
 
 @runs

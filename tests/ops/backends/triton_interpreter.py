@@ -16,18 +16,23 @@ DEVICE = "cuda" if HAS_GPU else "cpu"
 """Where Triton's kernels run in this process, if they do."""
 
 
+def runs(test):
+    """Decorate a test that needs a GPU or Triton's interpreter."""
+    return test if INTERPRETED else pytest.mark.gpu(test)
+
+
 def run_interpreted(file: str, *flags: str) -> None:
     """Run a file's tests in a process that interprets; skip where this process runs them itself, or Triton is missing.
 
     Args:
-        file: of ``tests/ops/backends``.
+        file: a path, from ``tests/ops/backends``.
         flags: pytest's, to choose among its tests.
     """
     if HAS_GPU or INTERPRETED:
         pytest.skip("they run in this process")
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
-    command = [sys.executable, "-m", "pytest", "-v", str(Path(__file__).with_name(file)), *flags]
+    command = [sys.executable, "-m", "pytest", "-v", str(Path(__file__).parent / file), *flags]
     result = subprocess.run(
         command, cwd=Path(__file__).parents[3], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True,
         text=True, check=False,
