@@ -62,9 +62,9 @@ class CrossEntropyARTARCriterion(CrossEntropyCriterion):
         fairseq-train ... --arch rkm_lm --criterion cross_entropy_ar_tar --alpha 2 --beta 1
 
     The model's extras must hold ``features`` and ``raw_features``, both ``(T, B, d)``: the output with and without its
-    dropout. ``rkm_lm`` gives them. Where it gives ``logits``, ``(B, T, V)``, too, they are not normalised before their
-    costs are known. With an adaptive softmax the cross entropy is the softmax's own. A cluster of it may then have no
-    gradient: several processes need ``--ddp-backend legacy_ddp``.
+    dropout. ``rkm_lm`` gives them. Where it gives ``logits``, ``(B, T, V')``, too, they are not normalised before their
+    costs are known; columns after the last word's hold -inf. With an adaptive softmax the cross entropy is the
+    softmax's own. A cluster of it may then have no gradient: several processes need ``--ddp-backend legacy_ddp``.
 
     Raises:
         RKMError: a weight is negative, or the model lacks these extras or a whole softmax.

@@ -3,6 +3,8 @@
 The distribution that a model predicts for the next word is to tell the word that was read last.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,9 +33,13 @@ class PastDecoder(nn.Module):
         """Return the cross entropy of each input word, ``(N,)`` of at least float32, in nats.
 
         Args:
-            predicted: the model's distributions, ``(N, V)``.
+            predicted: the model's distributions, ``(N, V')``; columns from V on hold zeros.
             embedding: E, ``(V, e)``.
             words: the input words after which they were made, ``(N,)`` int64.
         """
+        padding = predicted.size(1) - len(embedding)
+        bias: Tensor = self.bias
+        if padding:
+            embedding, bias = F.pad(embedding, (0, 0, 0, padding)), F.pad(bias, (0, padding), value=-math.inf)
         mean = predicted.to(embedding.dtype) @ embedding
-        return word_costs(F.linear(mean, embedding, self.bias), words)[0]
+        return word_costs(F.linear(mean, embedding, bias), words)[0]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fairseq_rkm.modules.dropout import LockedDropout
+from fairseq_rkm.modules.word_logits import word_logits
 
 
 class SoftmaxMixture(nn.Module):
@@ -49,7 +50,7 @@ class SoftmaxMixture(nn.Module):
         """
         latent = torch.tanh(self.latent(features))
         latent = self.dropout(latent.transpose(0, 1)).transpose(0, 1)
-        logits = words(latent.unflatten(-1, (self.number, -1)))
+        logits = word_logits(words, latent.unflatten(-1, (self.number, -1)))[..., : words.out_features]
         wide = torch.promote_types(logits.dtype, torch.float32)
         logits = logits.to(wide)
         # log pi_k and the logarithm of each softmax's sum first, which are small: then one sum over K.

@@ -15,6 +15,8 @@ from criterions.test_cross_entropy_ar_tar import TASK, model, sample
 from fairseq_rkm.criterions import word_costs as subject
 from fairseq_rkm.criterions.cross_entropy_ar_tar import CrossEntropyARTARCriterion
 from fairseq_rkm.criterions.word_costs import word_costs
+from fairseq_rkm.models.language_model import language_model_decoder
+from fairseq_rkm.modules.word_logits import padded_logits
 
 IGNORED = 3
 
@@ -151,6 +153,29 @@ def test_training_by_kernels_is_training_by_pytorch(monkeypatch, flags):
         results.append({"loss": loss.data, **{n: p.grad for n, p in named}, "nll": logged["nll_loss"]})
     for name, value in results[0].items():
         assert_close(value, results[1][name], name, "tf32" if HAS_GPU else None)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("softmaxes", [1, 2])
+def test_further_columns_change_nothing(monkeypatch, tied, softmaxes):
+    sizes = {"share_decoder_input_output_embed": tied, "decoder_hidden_size": 6, "softmaxes": softmaxes}
+    built, batch = model(dropout=0.0, **sizes).double().train(), sample(padded=2)
+    results = []
+    for padding in (0, 8):
+        monkeypatch.setattr(language_model_decoder, "word_logits", lambda *a, n=padding: padded_logits(*a, n))
+        monkeypatch.setattr(
+            "fairseq_rkm.modules.softmax_mixture.word_logits", lambda *a, n=padding: padded_logits(*a, n)
+        )
+        trained, criterion = copy.deepcopy(built), CrossEntropyARTARCriterion(TASK, False, 2.0, 1.0, 0.5).double()
+        output, extra = trained(**batch["net_input"])
+        assert output.shape == (3, 7, 24)
+        assert extra["logits"].size(2) == 24 + (padding if softmaxes == 1 else 0)
+        loss, _, _ = criterion(trained, {**batch, "net_input": {**batch["net_input"], "segment": 0}})
+        loss.backward()
+        named = (*trained.named_parameters(), *criterion.named_parameters())
+        results.append({"loss": loss.data, "output": output.data, **{name: p.grad for name, p in named}})
+    for name, value in results[0].items():
+        assert_close(results[1][name], value, name)
 
 
 def test_rows_that_there_are_not_cost_nothing():

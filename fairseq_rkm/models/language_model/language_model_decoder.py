@@ -20,6 +20,7 @@ from fairseq_rkm.modules import RKM, LockedDropout, RKMState, dropped_embedding
 from fairseq_rkm.modules.continuous_cache import CacheMemory, ContinuousCache
 from fairseq_rkm.modules.dropout import check_probability
 from fairseq_rkm.modules.softmax_mixture import SoftmaxMixture
+from fairseq_rkm.modules.word_logits import word_logits
 from fairseq_rkm.ops.exported_loop import is_recording
 from fairseq_rkm.ops.segments import Reset
 
@@ -68,6 +69,7 @@ class RKMLanguageModelDecoder(FairseqIncrementalDecoder):
             for (m, d), n in zip(pairwise(sizes), ngrams_by_layer(cfg.ngram, cfg.decoder_layers), strict=True)
         )
         self.adaptive_softmax = self.output_projection = None
+        self.types = len(output_dictionary)
         read = sizes[-1] if self.mixture is None else cfg.decoder_embed_dim
         softmax = build_softmax(cfg, read, len(output_dictionary), self.embed_tokens if tied else None)
         if cfg.adaptive_softmax_cutoff:
@@ -106,15 +108,17 @@ class RKMLanguageModelDecoder(FairseqIncrementalDecoder):
             ``features_only`` gives features, ``(B, T, d)``. Fairseq's extras follow: ``attn`` is None, and ``features``
             and ``raw_features`` are the last layer's output, ``(T, B, d)``, after and before its dropout. ``reset`` is
             None, or ``(T, B)`` bool, True where the state began anew before the step. In training, except with an
-            adaptive softmax, ``logits`` are the logits, too.
+            adaptive softmax, ``logits`` are the logits before columns were cut that a GPU has after the last word's
+            (:func:`~fairseq_rkm.modules.word_logits.word_logits`).
         """
         if segment is None or self.training or self.learner is None or features_only:
             features, extra = self._features(prev_output_tokens, incremental_state, segment)
             if features_only:
                 return features, extra
-            logits = self.output_layer(features)
             if self.training and self.adaptive_softmax is None:
-                extra["logits"] = logits
+                extra["logits"] = self._training_logits(features)
+                return extra["logits"][..., : self.types], extra
+            logits = self.output_layer(features)
         else:
             self.learner.begin(segment, prev_output_tokens)
             with torch.enable_grad():
@@ -227,6 +231,12 @@ class RKMLanguageModelDecoder(FairseqIncrementalDecoder):
         return (
             self.output_projection(features) if self.mixture is None else self.mixture(features, self.output_projection)
         )
+
+    def _training_logits(self, features: Tensor) -> Tensor:
+        """Logits, on a GPU perhaps with further columns of -inf, or a mixture's log probabilities."""
+        if self.mixture is not None:
+            return self.output_layer(features)
+        return word_logits(cast(nn.Linear, self.output_projection), features)
 
     def extract_features(self, prev_output_tokens: Tensor, **kwargs: Any) -> tuple[Tensor, dict]:
         """:meth:`forward` up to the softmax."""
