@@ -108,6 +108,7 @@ OURS: dict[str, dict[str, Range | str]] = {
         "dropout_hidden": PROBABILITY,
         "dropout_words": PROBABILITY,
         "dropout_weights": PROBABILITY,
+        "dropout_state": PROBABILITY,
         "dropout_latent": PROBABILITY,
         "softmaxes": Range(1, 1000),
         "dropout_channels": PROBABILITY,

@@ -34,6 +34,7 @@ PARTS = {
         "7",
     ),
     "skip": Part(("model.skip_connections={}",)),
+    "state_dropout": Part(("model.dropout_state={}",), "0.2"),
 }  # fmt: skip
 """The regularisers of docs/language_models.md, with values to begin with."""
 

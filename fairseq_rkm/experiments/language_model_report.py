@@ -173,6 +173,7 @@ REGULARISERS = (
     ("task", "overlap", 1, "overlap {}"),
     ("criterion", "past_decode", 0, "past decode {}"),
     ("model", "skip_connections", False, "skip connections"),
+    ("model", "dropout_state", 0, "state dropout {}"),
     ("model", "softmaxes", 1, "{} softmaxes"),
 )
 """Section, flag, default and words of the regularisers beside dropout, AR and TAR."""

@@ -10,8 +10,8 @@ To find what pays, in short runs:
         --parts none shuffle overlap past_decode past_decode=0.01 skip shuffle+past_decode model.dropout=0.5 \
         -- common.bf16=true task.cuda_graphs=true
 
-A row of --parts is a sum of parts: past_decode, shuffle, overlap and skip, with a value or with one to begin
-with, and keys of the configuration with a value. With several of them a list by validation perplexity comes last.
+A row of --parts is a sum of parts: past_decode, shuffle, overlap, skip and state_dropout, with a value or with one to
+begin with, and keys of the configuration with a value. With several of them a list by validation perplexity comes last.
 
 CONFIG is a file of config/ without its ending, and DATA a folder written by prepare.sh. Changes after ``--`` go to the
 configuration of all runs, as with train.sh. Give the same command again after an interruption, by ``--minutes`` or

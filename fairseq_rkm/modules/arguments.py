@@ -4,7 +4,10 @@ import math
 from numbers import Integral, Real
 
 from fairseq_rkm.errors import RKMError
+from fairseq_rkm.modules.dropout import check_probability
 from fairseq_rkm.ops import CELLS
+from fairseq_rkm.ops.cells import Cell
+from fairseq_rkm.ops.kernel_candidates import sees_hidden
 from fairseq_rkm.ops.kernel_functions import Kernel
 
 
@@ -53,6 +56,18 @@ def check_scales(**scales: float) -> None:
     for what, scale in scales.items():
         if not 0 < scale < 1:
             raise RKMError(f"{what} must lie within (0, 1), not be {scale}")
+
+
+def check_state_dropout(what: str, p: float, cell: Cell) -> None:
+    """Raise RKMError for a probability outside [0, 1), or for one of a state that is not read, or not by products."""
+    check_probability(what, p)
+    if p and not cell.has_feedback:
+        raise RKMError(f"{what} drops units of h_{{t-1}}, and without feedback nothing reads it: leave it out")
+    if p and not cell.kernel.is_linear and sees_hidden(cell):
+        raise RKMError(
+            f"{what} drops columns of the weights that multiply h_{{t-1}}, and the {cell.kernel.name} kernel does more "
+            "than multiply: leave it out"
+        )
 
 
 def check_kernel(kernel: Kernel, scale: object, offset: object, learn: bool) -> None:

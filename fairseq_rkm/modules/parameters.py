@@ -16,6 +16,7 @@ from fairseq_rkm.modules.arguments import (
     check_projection,
     check_scales,
     check_sizes,
+    check_state_dropout,
     check_switches,
 )  # fmt: skip
 from fairseq_rkm.modules.constant_numbers import ConstantNumber, adopt_numbers
@@ -45,6 +46,7 @@ class RKMParameters(nn.Module):
     kernel_scale: float | None = None
     kernel_offset: float | None = None
     learn_kernel = True
+    _state_dropout_text = "0.0"
     wavefront: int | None = None
     """The number of stretches of time that layers run side by side over, where they can; None leaves it to an estimate,
     and 1 runs one layer after another."""
@@ -54,6 +56,7 @@ class RKMParameters(nn.Module):
     sigma_i2 = ConstantNumber()
     sigma_f2 = ConstantNumber()
     weight_dropout = ConstantNumber()
+    state_dropout = ConstantNumber()
 
     def __init__(
         self,
@@ -85,6 +88,7 @@ class RKMParameters(nn.Module):
         kernel_scale: float | None = None,
         kernel_offset: float | None = None,
         learn_kernel: bool = True,
+        state_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         check_cell(cell)
@@ -94,7 +98,10 @@ class RKMParameters(nn.Module):
             batch_first=batch_first, feedback=feedback is not None and feedback,
             learn_initial_state=learn_initial_state, learn_kernel=learn_kernel,
         )  # fmt: skip
-        check_numbers(sigma_i2=sigma_i2, sigma_f2=sigma_f2, dropout=dropout, weight_dropout=weight_dropout)
+        check_numbers(
+            sigma_i2=sigma_i2, sigma_f2=sigma_f2, dropout=dropout, weight_dropout=weight_dropout,
+            state_dropout=state_dropout,
+        )  # fmt: skip
         check_numbers(forget_bias=0.0 if forget_bias is None else forget_bias)
         check_scales(sigma_i2=sigma_i2, sigma_f2=sigma_f2)
         if ngram_padding not in NGRAM_PADDINGS:
@@ -110,6 +117,8 @@ class RKMParameters(nn.Module):
         self._cell = resolve_cell(cell, feedback)
         self.cell, self.feedback = cell, self._cell.has_feedback
         self._set_kernel(kernel, kernel_degree, kernel_scale, kernel_offset, learn_kernel)
+        check_state_dropout("state_dropout", state_dropout, self._cell)
+        self.state_dropout = state_dropout
         self.ngram, self.ngram_padding = ngram, ngram_padding
         self.bias, self.layer_norm = bias, layer_norm
         self.set_memory_clip(memory_clip)
@@ -363,6 +372,10 @@ class RKMParameters(nn.Module):
         if self.weight_dropout:
             dropped = "weight_hh" if "weight_hh" in own else "weight_ih"
             own[dropped] = F.dropout(own[dropped], self.weight_dropout, self.training)
+        if self.state_dropout and self.training:
+            # A unit of h_{t-1} that is dropped at all steps is a column that is dropped.
+            recurrent = own["weight_hh"]
+            own["weight_hh"] = recurrent * F.dropout(recurrent.new_ones(recurrent.size(1)), self.state_dropout)
         return Weights(
             input=own["weight_ih"],
             recurrent=own.get("weight_hh"),

@@ -183,10 +183,11 @@ def _check(layer: Any, owner: Any, x: Any) -> None:
             f"GradSampleModule takes {_order(owner.batch_first)}, and this RKM {_order(layer.batch_first)}: make the "
             f"RKM with batch_first={owner.batch_first}"
         )
-    if layer.dropout.p or layer.weight_dropout:
+    if layer.dropout.p or layer.weight_dropout or layer.state_dropout:
         raise RKMError(
             "for gradients of each sample a layer runs again, and its dropout draws other masks: make the RKM with "
-            "dropout=0 and weight_dropout=0, and put fairseq_rkm.modules.LockedDropout between RKMs of one layer"
+            "dropout=0, weight_dropout=0 and state_dropout=0, and put fairseq_rkm.modules.LockedDropout between RKMs "
+            "of one layer"
         )
 
 

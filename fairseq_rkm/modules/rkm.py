@@ -95,6 +95,8 @@ class RKM(ExchangeWithLSTM):
             the number of ``z``'s features for the latter: the length of ``z`` if they have variance 1.
         kernel_offset: where b of ``"polynomial"`` starts, 1 by default, at least 0.
         learn_kernel: learn s and b, one of each a unit. False fixes them where they start.
+        state_dropout: on the units of ``h_{t-1}`` that gates and candidate read, one mask for all steps (Gal and
+            Ghahramani 2016) and, unlike there, for all sequences: columns of ``weight_hh``. It takes no time.
 
     Example:
         >>> rnn = RKM(200, 400, num_layers=2, ngram=3, dropout=0.3)  # was nn.LSTM(200, 400, num_layers=2, dropout=0.3)

@@ -69,7 +69,7 @@ def is_simple(rkm: RKMParameters) -> bool:
         return False
     if torch.compiler.is_compiling() or SLOT in rkm.__dict__:  # opacus has prepared this layer
         return False
-    return not (rkm.training and (rkm.weight_dropout or (rkm.num_layers > 1 and rkm.dropout.p)))
+    return not (rkm.training and (rkm.weight_dropout or rkm.state_dropout or (rkm.num_layers > 1 and rkm.dropout.p)))
 
 
 @functools.cache

@@ -77,7 +77,9 @@ def test_a_table_that_is_told_to_end_leaves_nothing_running(data, tmp_path, comm
 def test_a_table_is_stopped_and_goes_on_until_all_its_runs_are_done(data, tmp_path):
     rows = {
         "": "none",
-        "shuffle+overlap_3+past_decode_0.01+skip-": "shuffle+overlap=3+past_decode=0.01+skip",
+        "shuffle+overlap_3+past_decode_0.01+skip+state_dropout_0.3-": (
+            "shuffle+overlap=3+past_decode=0.01+skip+state_dropout=0.3"
+        ),
     }
     common = [f"ptb_fast={data}", "--out", tmp_path, "--cells", "rkm_lstm", "--parts", *rows.values(), "--jobs", 2]
     stopped = table(*common, "--minutes", 0.01, "--", *TINY)
@@ -93,7 +95,9 @@ def test_a_table_is_stopped_and_goes_on_until_all_its_runs_are_done(data, tmp_pa
         assert f"{run['valid_perplexity']:10.2f}  {name.removesuffix('-1')}" in whole.stdout
         variants.append(run["variant"])
     assert variants[0] == "memory clip 1"
-    assert variants[1] == ("memory clip 1, partial shuffle, overlap 3, past decode 0.01, skip connections")
+    assert variants[1] == (
+        "memory clip 1, partial shuffle, overlap 3, past decode 0.01, skip connections, state dropout 0.3"
+    )
     assert "2 of 2 runs are done" in table(*common, "--", *TINY).stdout
 
 

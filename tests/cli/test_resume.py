@@ -16,7 +16,7 @@ def assert_same_bits(one, other) -> None:
 def test_resuming_in_the_middle_of_an_epoch_continues_exactly(data, tmp_path):
     """Carried state, n-gram contexts, dropout and validation in between included: the same bits."""
     flags = [*SMALL, "--ngram", 3, "--dropout", 0.2, "--dropout-weights", 0.2, "--dropout-words", 0.1]
-    flags += ["--save-interval-updates", 5]
+    flags += ["--dropout-state", 0.2, "--save-interval-updates", 5]
     succeed("train", data, *flags, "--max-update", 12, "--save-dir", tmp_path / "whole")
     succeed("train", data, *flags, "--max-update", 5, "--save-dir", tmp_path / "parts")
     before = torch.load(tmp_path / "parts/checkpoint_last.pt", weights_only=True)

@@ -170,7 +170,7 @@ def test_private_training_with_samples_drawn_at_random():
 @pytest.mark.filterwarnings("ignore")
 def test_what_would_be_wrong_is_refused_in_a_sentence():
     x, labels = batch()
-    for arguments in ({"dropout": 0.1, "num_layers": 2}, {"weight_dropout": 0.1}):
+    for arguments in ({"dropout": 0.1, "num_layers": 2}, {"weight_dropout": 0.1}, {"state_dropout": 0.1}):
         with pytest.raises(RKMError, match="its dropout draws other masks"):
             by_opacus(classifier(**arguments), x, labels, "mean")
     model = opacus.GradSampleModule(RKM(3, 4))

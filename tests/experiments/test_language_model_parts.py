@@ -25,12 +25,15 @@ def composed(config, changes):
 
 
 def test_a_row_changes_what_its_parts_name(tmp_path):
-    row = Row("ptb_fast", tmp_path, "lstm", 2, "shuffle+past_decode=0.01+skip+model.dropout=0.5", 0.33)
-    assert row.name == "ptb_fast-lstm-shuffle+past_decode_0.01+skip+model.dropout_0.5-0.33-2"
+    row = Row(
+        "ptb_fast", tmp_path, "lstm", 2, "shuffle+past_decode=0.01+skip+state_dropout=0.3+model.dropout=0.5", 0.33
+    )
+    assert row.name == "ptb_fast-lstm-shuffle+past_decode_0.01+skip+state_dropout_0.3+model.dropout_0.5-0.33-2"
     cfg = composed("ptb_fast", row.changes)
     assert (cfg.task.partial_shuffle, cfg.task.overlap, cfg.task.variable_bptt) == (True, 1, True)
     assert cfg.criterion.past_decode == 0.01
     assert (cfg.model.skip_connections, cfg.model.dropout, cfg.model.cell) == (True, 0.5, "lstm")
+    assert cfg.model.dropout_state == 0.3
     assert (cfg.optimization.max_update, cfg.lr_scheduler.warmup_updates) == (9900, 990)
     assert cfg.common.seed == 2
     assert Row("ptb_fast", tmp_path, "lstm", 1).name == "ptb_fast-lstm-1"
@@ -51,7 +54,7 @@ def test_every_part_goes_with_every_configuration_and_its_length(config):
 
 @pytest.mark.parametrize("row", ["shufle", "shuffle+", "", "past_decode=", "none=1", "dropout=0.5", "model.dropout"])
 def test_an_unknown_part_is_refused(row):
-    with pytest.raises(RKMError, match=r"unknown part .*: there are none, past_decode, shuffle, overlap, skip"):
+    with pytest.raises(RKMError, match=r"unknown part .*: there are none, .* skip, state_dropout"):
         changes_of(row)
 
 

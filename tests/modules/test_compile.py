@@ -76,7 +76,15 @@ def test_automatic_sizes_are_compiled_twice():
     assert counters["stats"]["unique_graphs"] == 2
 
 
-STACK = {"num_layers": 2, "bidirectional": True, "ngram": 3, "layer_norm": True, "dropout": 0.3, "weight_dropout": 0.2}
+STACK = {
+    "num_layers": 2,
+    "bidirectional": True,
+    "ngram": 3,
+    "layer_norm": True,
+    "dropout": 0.3,
+    "weight_dropout": 0.2,
+    "state_dropout": 0.1,
+}
 
 
 @pytest.mark.slow

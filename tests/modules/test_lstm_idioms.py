@@ -79,6 +79,7 @@ def test_positions_of_nn_lstm_s_arguments_are_refused_where_they_would_be_misrea
         ("dropout", "0.1", "a number"),
         ("dropout", LockedDropout(0.1), "a number"),
         ("weight_dropout", None, "a number"),
+        ("state_dropout", "0.2", "a number"),
         ("forget_bias", True, "a number"),
         ("ngram", 2.0, "a whole number"),
         ("proj_size", 4, "not 4"),
@@ -206,5 +207,5 @@ def test_a_module_of_an_earlier_version_still_runs(weight_dropout):
             torch.manual_seed(0)
             outputs.append(each(X)[0])
         assert torch.equal(*outputs)
-        assert (module.proj_size, module.learn_initial_state) == (0, False)
+        assert (module.proj_size, module.learn_initial_state, module.state_dropout) == (0, False, 0)
         assert (module.sigma_i2, module.weight_dropout, module.dropout.p) == (0.3, weight_dropout, 0.25)

@@ -74,6 +74,7 @@ def every_result(rkm, x, state):
     [
         {"bidirectional": True}, {"ngram": 2}, {"proj_size": 2}, {"cell": "linear_kernel", "learn_sigma": True},
         {"weight_dropout": 0.5}, {"num_layers": 2}, {"learn_initial_state": True}, {"kernel": "gaussian"},
+        {"state_dropout": 0.5},
     ],
     ids=str,
 )  # fmt: skip

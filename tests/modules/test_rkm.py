@@ -330,6 +330,48 @@ def test_without_feedback_weight_dropout_reaches_the_inputs_weights(arguments, m
     assert torch.equal(used[-1].input, rkm.weight_ih_l0)
 
 
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_state_dropout_drops_units_of_the_state_as_gates_read_them(backend):
+    """Against a loop of PyTorch's cell, given a state whose dropped units are zero."""
+    lstm = torch.nn.LSTM(3, 20)
+    rkm, cell = RKM(3, 20, cell="lstm", state_dropout=0.5, backend=backend), torch.nn.LSTMCell(3, 20)
+    rkm.load_state_dict(RKM.from_lstm(lstm).state_dict())
+    cell.load_state_dict({name.removesuffix("_l0"): value for name, value in lstm.state_dict().items()})
+    x, kept = torch.randn(9, 2, 3), None
+    for _ in range(2):
+        start = torch.get_rng_state()
+        output, (hidden, memory) = rkm(x)
+        torch.set_rng_state(start)
+        mask = torch.nn.functional.dropout(torch.ones(20), 0.5)
+        assert 0 < mask.eq(0).sum() < 20
+        assert kept is None or not torch.equal(mask, kept), "a mask for each pass"
+        h, c, kept = torch.zeros(2, 20), torch.zeros(2, 20), mask
+        for step, result in zip(x, output, strict=True):
+            h, c = cell(step, (h * mask, c))
+            assert_close(result, h)
+        assert_close(hidden[0], h)
+        assert_close(memory[0], c)
+    output.sum().backward()
+    assert torch.equal(rkm.weight_hh_l0.grad.eq(0).all(0), mask.eq(0)), "the weights of kept units train"
+    assert_close(rkm.eval()(x)[0], lstm(x)[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"state_dropout": 1.0}, r"state_dropout must lie within \[0, 1\)"),
+        ({"state_dropout": 0.1, "feedback": False}, "without feedback nothing reads it"),
+        ({"state_dropout": 0.1, "cell": "cnn"}, "without feedback nothing reads it"),
+        ({"state_dropout": 0.1, "kernel": "gaussian"}, "the gaussian kernel does more than multiply"),
+    ],
+)
+def test_state_dropout_is_refused_where_no_product_reads_the_state(arguments, message):
+    with pytest.raises(RKMError, match=message):
+        RKM(3, 4, **arguments)
+    RKM(3, 4, **{**arguments, "state_dropout": 0.0})
+    assert RKM(3, 4, cell="ran", kernel="gaussian", state_dropout=0.1)(torch.randn(2, 1, 3))[0].shape == (2, 1, 4)
+
+
 def test_same_padding_and_backward_windows():
     """A cell that passes its newest, middle and oldest input through: what each window holds."""
     x = torch.arange(1.0, 6.0).view(5, 1, 1)

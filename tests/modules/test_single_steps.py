@@ -84,6 +84,7 @@ def test_a_plain_pair_is_taken_and_changed_weights_count(ways):
     [
         {"bidirectional": True}, {"ngram": 2}, {"proj_size": 2}, {"cell": "linear_kernel", "learn_sigma": True},
         {"backend": "batched"}, {"weight_dropout": 0.5}, {"num_layers": 2, "dropout": 0.5},
+        {"state_dropout": 0.5},
     ],
     ids=str,
 )  # fmt: skip

@@ -90,7 +90,7 @@ def graphs_of(model, optimizer, device):
 @pytest.mark.parametrize(
     "flags",
     [
-        {"cell": "rkm_lstm", "share_decoder_input_output_embed": True},
+        {"cell": "rkm_lstm", "share_decoder_input_output_embed": True, "dropout_state": 0.2},
         {"cell": "lstm", "ngram": 2, "memory_clip": None, "learn_initial_state": True},
         {"cell": "rkm_cifg", "no_feedback": True, "ngram": 2},
         {"cell": "rkm_lstm", "kernel": "gaussian"},

@@ -43,7 +43,7 @@ class RKMLanguageModelDecoder(FairseqIncrementalDecoder):
 
     def __init__(self, cfg: Any, dictionary: Dictionary, output_dictionary: Dictionary) -> None:
         super().__init__(dictionary)
-        for name in ("dropout_words", "dropout_weights"):
+        for name in ("dropout_words", "dropout_weights", "dropout_state"):
             check_probability(f"--{name.replace('_', '-')}", getattr(cfg, name))
         self.padding_idx = dictionary.pad()
         self.register_buffer(FINGERPRINT, fingerprint(dictionary))
@@ -65,7 +65,15 @@ class RKMLanguageModelDecoder(FairseqIncrementalDecoder):
                 f"{', '.join(map(str, sizes))} (--decoder-embed-dim, --decoder-hidden-size, --decoder-layers)"
             )
         self.layers = nn.ModuleList(
-            build_rkm(cfg, m, d, ngram=n, weight_dropout=cfg.dropout_weights, deviation=WORD_DEVIATION)
+            build_rkm(
+                cfg,
+                m,
+                d,
+                ngram=n,
+                weight_dropout=cfg.dropout_weights,
+                state_dropout=cfg.dropout_state,
+                deviation=WORD_DEVIATION,
+            )
             for (m, d), n in zip(pairwise(sizes), ngrams_by_layer(cfg.ngram, cfg.decoder_layers), strict=True)
         )
         self.adaptive_softmax = self.output_projection = None

@@ -14,6 +14,9 @@ from fairseq_rkm.models.fitting_task import check_task
 from fairseq_rkm.models.language_model.language_model_decoder import RKMLanguageModelDecoder, ngrams_by_layer
 from fairseq_rkm.models.recurrence_options import RKMOptions
 from fairseq_rkm.models.word_layers import SoftmaxOptions, check_softmax
+from fairseq_rkm.modules.arguments import check_state_dropout
+from fairseq_rkm.ops import resolve_cell
+from fairseq_rkm.ops.kernel_functions import resolve_kernel
 
 
 @dataclass
@@ -38,6 +41,9 @@ class RKMLanguageModelConfig(SoftmaxOptions, RKMOptions):
     dropout_weights: float = field(
         default=0.0,
         metadata={"help": "on the recurrent weights (DropConnect); without feedback on the inputs' weights"},
+    )
+    dropout_state: float = field(
+        default=0.0, metadata={"help": "on the units of the recurrent state that gates read, one mask for all steps"}
     )
     skip_connections: bool = field(
         default=False, metadata={"help": "add each layer's input to its output, where both have one size"}
@@ -120,6 +126,8 @@ def check_flags(cfg: RKMLanguageModelConfig, source_types: int, target_types: in
                 f"hidden-size ({cfg.decoder_hidden_size}) and --decoder-embed-dim ({cfg.decoder_embed_dim}) equal"
             )
     check_softmax(cfg)
+    cell = resolve_cell(str(cfg.cell), False if cfg.no_feedback else None)
+    check_state_dropout("--dropout-state", cfg.dropout_state, cell.through(resolve_kernel(str(cfg.kernel), None)))
 
 
 def check_mixture(cfg: RKMLanguageModelConfig) -> None:

@@ -10,6 +10,8 @@ from fairseq_rkm import CELLS, RKM, RKMError
 from fairseq_rkm.models.language_model.language_model_decoder import RKMLanguageModelDecoder, ngrams_by_layer
 from fairseq_rkm.models.language_model.rkm_language_model import RKMLanguageModelConfig, check_flags
 
+DROPOUTS = "dropout", *(f"dropout_{place}" for place in ("input", "hidden", "words", "weights", "state"))
+
 
 @pytest.fixture(scope="module")
 def dictionary():
@@ -215,7 +217,7 @@ def test_layers_end_at_the_embedding_s_size_when_tied(dictionary, layers, tied):
 
 def test_each_dropout_acts_where_its_flag_says(dictionary):
     tokens = torch.arange(4, 44).view(1, 40)
-    for flag in ("dropout", "dropout_input", "dropout_hidden", "dropout_words", "dropout_weights"):
+    for flag in DROPOUTS:
         model = decoder(dictionary, **{flag: 0.5})
         assert torch.equal(model(tokens)[0], model(tokens)[0]), "none in evaluation"
         model.train()
@@ -276,9 +278,23 @@ def test_tied_embeddings_need_one_dictionary():
 
 
 def test_dropouts_outside_the_range_are_refused_by_name(dictionary):
-    for flag in ("dropout", "dropout_input", "dropout_hidden", "dropout_words", "dropout_weights"):
+    for flag in DROPOUTS:
         with pytest.raises(RKMError, match=f"--{flag.replace('_', '-')} must lie within"):
             decoder(dictionary, **{flag: 1.0})
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ({"cell": "gated_cnn"}, "without feedback nothing reads it"),
+        ({"no_feedback": True}, "without feedback nothing reads it"),
+        ({"kernel": "gaussian"}, "the gaussian kernel does more than multiply"),
+    ],
+)
+def test_dropout_of_a_state_that_no_product_reads_is_refused(flags, reason):
+    cfg = RKMLanguageModelConfig(dropout_state=0.2, criterion_name=None, **flags)
+    with pytest.raises(RKMError, match=f"--dropout-state .* {reason}"):
+        check_flags(cfg, 40, 40)
 
 
 def test_recurrent_weights_are_trained_through_their_dropout_with_one_mask_for_all_steps(dictionary):
