@@ -13,6 +13,7 @@ from fairseq_rkm.ops.cells import CANDIDATE, Cell
 from fairseq_rkm.ops.gradients import parameter_gradients, sigma_gradients
 from fairseq_rkm.ops.kernel_functions import Terms
 from fairseq_rkm.ops.ngram import project
+from fairseq_rkm.ops.passes import Saved
 from fairseq_rkm.ops.weights import Weights, memory_dtype
 
 
@@ -73,6 +74,20 @@ def candidate(cell: Cell, dot: Tensor, filters: Filters, windows: Tensor) -> Ten
     return cell.kernel.value(_terms(dot, filters, windows)) + filters.bias
 
 
+def take_candidates(cell: Cell, weights: Weights, inputs: Tensor, gates: Tensor) -> None:
+    """Take all candidates that do not see ``h_{t-1}`` through the kernel.
+
+    Args:
+        cell: the cell.
+        weights: its weights.
+        inputs: extended inputs, ``(T + n - 1, B, m)``.
+        gates: ``(T, B, G * d)``. The candidate's block holds ``w^T z``, and gets ``c~_t`` before a squashing.
+    """
+    dots = gates[..., : gates.size(2) // len(cell.gates)]
+    windows = squared_windows(inputs, weights.input.size(1) // inputs.size(2))
+    dots.copy_(candidate(cell, dots.to(windows.dtype), filters_of(cell, weights), windows))
+
+
 def sees_hidden(cell: Cell) -> bool:
     """Whether ``h_{t-1}`` is part of the candidate's z."""
     return CANDIDATE in cell.recurrent_gates
@@ -130,48 +145,100 @@ class CandidateSlopes:
             needs: as there.
         """
         wanted = dict(zip(("inputs", *Weights._fields), needs, strict=True))
-        size, found = self.size, dict(known)
+        found, slopes = dict(known), self._slopes
         if (wanted["sigma_i"] or wanted["sigma_f"]) and "sigma_i" not in found:
-            candidate = gates[..., :size].to(memory.dtype)
+            candidate = gates[..., : self.size].to(memory.dtype)
             found["sigma_i"], found["sigma_f"] = sigma_gradients(
                 grad_candidate, candidate, memory[:-1], self.weights.sigma_i
             )
-        for name, slope in (("kernel_scale", self._slopes.scale), ("kernel_offset", self._slopes.offset)):
-            found[name] = self._sum(grad_candidate, slope) if wanted[name] else None
-        grads = dict(
-            zip(
-                wanted,
-                parameter_gradients(
-                    self.cell, self.weights, self.inputs, hidden, memory, gates, grad_gates, found, needs
-                ),
-                strict=True,
-            )
+        windows = None
+        if slopes.windows is not None and wanted["inputs"]:
+            windows = self.through_windows(grad_candidate * slopes.windows)
+        totals = Totals(
+            grad_candidate.sum((0, 1)) if wanted["bias"] else None,
+            self._sum(grad_candidate, slopes.filters),
+            windows,
+            self._sum(grad_candidate, slopes.scale) if wanted["kernel_scale"] else None,
+            self._sum(grad_candidate, slopes.offset) if wanted["kernel_offset"] else None,
         )
-        if grads["bias"] is not None:
-            grads["bias"][:size] = grad_candidate.sum((0, 1))
-        self._add_norms(grads, grad_candidate)
-        return tuple(grads.values())
+        return gradients_with_totals(
+            self.cell, self.weights, self.inputs, hidden, memory, gates, grad_gates, totals, found, needs
+        )
 
     def through_windows(self, grad: Tensor) -> Tensor:
         """The gradient of ``|z|^2``, ``(..., 1)``, from one that holds each unit's share, ``(..., d)``."""
         return grad.sum(-1, keepdim=True)
 
-    def _sum(self, grad_candidate: Tensor, slope: Tensor | None) -> Tensor:
-        return grad_candidate.new_zeros(self.size) if slope is None else (grad_candidate * slope).sum((0, 1))
+    @staticmethod
+    def _sum(grad_candidate: Tensor, slope: Tensor | None) -> Tensor | None:
+        return None if slope is None else (grad_candidate * slope).sum((0, 1))
 
-    def _add_norms(self, grads: dict[str, Tensor | None], grad_candidate: Tensor) -> None:
-        """Add what comes through ``|w|^2`` and ``|X_t|^2``."""
-        size, weights = self.size, self.weights
-        if self._slopes.filters is not None:
-            twice = 2 * self._sum(grad_candidate, self._slopes.filters).unsqueeze(1)
-            for name, matrix in (("input", weights.input), ("recurrent", weights.recurrent)):
-                grad = grads[name]
-                if grad is not None and (name == "input" or self.before is not None):
-                    grad[:size] += (twice * matrix[:size]).to(grad.dtype)  # type: ignore[index]
-        grad_inputs = grads["inputs"]
-        if self.windows is not None and grad_inputs is not None:
-            twice = 2 * self.through_windows(grad_candidate * self.windows)
-            steps = twice.size(0)
-            for start in range(self.ngram):
-                window = slice(start, start + steps)
-                grad_inputs[window] += (twice * self.inputs[window]).to(grad_inputs.dtype)
+
+class Totals(NamedTuple):
+    """What the candidates of all steps together give to gradients; None is zero.
+
+    Attributes:
+        bias: the gradient of the candidate's bias, ``(d,)``.
+        filters: of ``|w|^2``, ``(d,)``.
+        windows: of each ``|z_t|^2``, ``(T, B, 1)``.
+        scale: of s, ``(d,)``.
+        offset: of b, ``(d,)``.
+    """
+
+    bias: Tensor | None
+    filters: Tensor | None
+    windows: Tensor | None
+    scale: Tensor | None
+    offset: Tensor | None
+
+
+def gradients_with_totals(
+    cell: Cell, weights: Weights, inputs: Tensor, hidden: Tensor, memory: Tensor, gates: Tensor, grad_gates: Tensor,
+    totals: Totals, known: Mapping[str, Tensor | None], needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """As :func:`fairseq_rkm.ops.gradients.parameter_gradients`, and what comes through norms and a kernel's parameters.
+
+    The candidate's block of ``grad_gates`` holds the gradient of ``w^T z``.
+    """
+    wanted = dict(zip(("inputs", *Weights._fields), needs, strict=True))
+    size, found = weights.input.size(0) // len(cell.gates), dict(known)
+    for name, total in (("kernel_scale", totals.scale), ("kernel_offset", totals.offset)):
+        found[name] = memory.new_zeros(size) if total is None and wanted[name] else total
+    products = parameter_gradients(cell, weights, inputs, hidden, memory, gates, grad_gates, found, needs)
+    grads = dict(zip(wanted, products, strict=True))
+    if grads["bias"] is not None and totals.bias is not None:
+        grads["bias"][:size] = totals.bias
+    if totals.filters is not None:
+        twice = 2 * totals.filters.unsqueeze(1)
+        _add_norm(grads["input"], weights.input, twice, size)
+        if _is_fed_back(cell, weights):
+            _add_norm(grads["recurrent"], weights.recurrent, twice, size)
+    grad_inputs = grads["inputs"]
+    if totals.windows is not None and grad_inputs is not None:
+        twice, steps = 2 * totals.windows, totals.windows.size(0)
+        for start in range(weights.input.size(1) // inputs.size(2)):
+            window = slice(start, start + steps)
+            grad_inputs[window] += (twice * inputs[window]).to(grad_inputs.dtype)
+    return tuple(grads.values())
+
+
+def _add_norm(grad: Tensor | None, matrix: Tensor | None, twice: Tensor, size: int) -> None:
+    """Add what comes through ``|w|^2`` to the gradient of a matrix of filters."""
+    if grad is not None and matrix is not None:
+        grad[:size] += (twice * matrix[:size]).to(grad.dtype)
+
+
+def gradients_of_taken(
+    saved: Saved, hidden: Tensor, memory: Tensor, gates: Tensor, grad_gates: Tensor,
+    known: Mapping[str, Tensor | None], needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """As :func:`gradients_with_totals`, for candidates by :func:`take_candidates`, to which no total is known.
+
+    The candidate's block of ``grad_gates`` holds the gradient of ``c~_t`` before a squashing, and gets that of
+    ``w^T z``.
+    """
+    slopes = CandidateSlopes(saved.cell, saved.weights, saved.inputs, hidden[:-1])
+    block = grad_gates[..., : memory.size(2)]
+    to_candidate = block.to(memory.dtype, copy=True)
+    block.copy_(to_candidate * slopes.dot)
+    return slopes.parameter_gradients(hidden, memory, gates, grad_gates, to_candidate, known, needs)

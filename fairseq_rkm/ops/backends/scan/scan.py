@@ -17,7 +17,7 @@ from torch import Tensor
 from fairseq_rkm.ops.cells import Cell
 from fairseq_rkm.ops.gate_layout import gate_places
 from fairseq_rkm.ops.gradients import parameter_gradients
-from fairseq_rkm.ops.kernel_candidates import CandidateSlopes, candidate, filters_of, product_bias, squared_windows
+from fairseq_rkm.ops.kernel_candidates import gradients_of_taken, product_bias, take_candidates
 from fairseq_rkm.ops.ngram import is_empty, last_real_step, project
 from fairseq_rkm.ops.passes import Extent, Gradients, Passes, Results, Saved, Sketch
 from fairseq_rkm.ops.weights import LAYER_NORM_EPS, Weights, memory_dtype
@@ -62,9 +62,7 @@ def forward(
     gates = project(inputs, weights.input, weights.bias if cell.kernel.is_linear else product_bias(cell, weights))
     steps, batch, size = gates.size(0), gates.size(1), gates.size(2) // len(cell.gates)
     if not cell.kernel.is_linear:  # the Triton kernels find the candidates as they find linear ones
-        dots, ngram = gates[..., :size], weights.input.size(1) // inputs.size(2)
-        windows = squared_windows(inputs, ngram)
-        dots.copy_(candidate(cell, dots.to(windows.dtype), filters_of(cell, weights), windows))
+        take_candidates(cell, weights, inputs, gates)
     memories = gates.new_empty(steps + 1, batch, size, dtype=memory_dtype(gates.dtype))
     output = gates.new_empty(steps, batch, size)
     moments = None
@@ -118,12 +116,7 @@ def backward(saved: Saved, grads: Gradients, needs: Sequence[bool]) -> Gradients
             cell, weights, saved.inputs, memories, memories, gates, grad_gates, known, wanted
         )
     else:
-        slopes = CandidateSlopes(cell, weights, saved.inputs, memories[:-1])
-        to_candidate = grad_gates[..., :size].to(memories.dtype, copy=True)
-        grad_gates[..., :size] = to_candidate * slopes.dot
-        grad_inputs, *rest = slopes.parameter_gradients(
-            memories, memories, gates, grad_gates, to_candidate, known, wanted
-        )
+        grad_inputs, *rest = gradients_of_taken(saved, memories, memories, gates, grad_gates, known, wanted)
     return grad_inputs, first_hidden, first_memory if need_memory else None, *rest
 
 
