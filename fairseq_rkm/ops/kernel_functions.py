@@ -257,3 +257,11 @@ def kernel_of_key(key: str) -> Kernel:
         if row.key == key:
             return row
     raise ValueError(key)
+
+
+@functools.cache
+def slopes_of(kernel: Kernel) -> tuple[str, ...]:
+    """The fields of :class:`Slopes` that are not None for a kernel."""
+    one = torch.ones(1, device="cpu")
+    slopes = kernel.slopes(Terms(*[one] * len(Terms._fields)))
+    return tuple(name for name, slope in zip(Slopes._fields, slopes, strict=True) if slope is not None)
