@@ -54,7 +54,7 @@ def _linear_alone(refuses: Refusal) -> Refusal:
 
     def refuses_kernels(cell: Cell, inputs: Tensor, weights: Weights) -> str | None:
         if not cell.kernel.is_linear:
-            return f"it has the linear kernel alone, not {cell.kernel.name!r}; batched has all"
+            return f"it has the linear kernel alone, not {cell.kernel.name!r}; batched has all, and on GPUs stepwise"
         return refuses(cell, inputs, weights)
 
     return refuses_kernels
@@ -73,7 +73,7 @@ BACKENDS: dict[str, Backend] = dict(
     (
         _backend("blockwise", blockwise.PASSES, blockwise.refuses, step_time=blockwise.step_time),
         _backend("persistent", persistent.PASSES, persistent.refuses, step_time=persistent.step_time),
-        _backend("stepwise", stepwise.PASSES, stepwise.refuses, step_time=stepwise.step_time),
+        _backend("stepwise", stepwise.PASSES, stepwise.refuses, step_time=stepwise.step_time, kernels=True),
         _backend("scan", scan.PASSES, scan.refuses, kernels=True),
         _backend("native", native.PASSES, native.refuses),
         _backend("batched", batched.PASSES, kernels=True),

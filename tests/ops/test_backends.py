@@ -164,7 +164,7 @@ def test_learned_sigmas_and_two_layers(backend, cell, mask):
         compare(backend, mask=mask, cell=cell, learn_sigma=True, layer_norm=layer_norm, num_layers=2, seed=7)
 
 
-def clear_bound(cell, steps, batch, sizes, dtype, feedback=None):
+def clear_bound(cell, steps, batch, sizes, dtype, feedback=None, **kernel):
     """For the problem of :func:`compare`, a ``memory_clip`` that clips, and that no value before it comes close to.
 
     A value that rounding takes across the bound has another gradient, which no tolerance covers.
@@ -172,15 +172,15 @@ def clear_bound(cell, steps, batch, sizes, dtype, feedback=None):
 
     def distance(clip):
         torch.manual_seed(0)
-        rkm = randomized(RKM(*sizes, dtype=dtype, cell=cell, feedback=feedback, memory_clip=None)).double()
+        rkm = randomized(RKM(*sizes, dtype=dtype, cell=cell, feedback=feedback, memory_clip=None, **kernel)).double()
         x, hidden, memory, _ = problem(rkm, steps, batch, dtype)
         weights, closest, clips = rkm._weights("l0", None), torch.inf, False
         hidden, memory = hidden[0].double(), memory[0].double()
         for window in x.double():
-            _, free = reference.step(CELLS[cell], window, weights, hidden, memory)
+            _, free = reference.step(rkm._cell, window, weights, hidden, memory)
             closest = min(closest, (free.abs() / clip - 1).abs().min().item())
             clips = clips or bool((free.abs() > clip).any())
-            hidden, memory = reference.step(CELLS[cell].clipped(clip), window, weights, hidden, memory)
+            hidden, memory = reference.step(rkm._cell.clipped(clip), window, weights, hidden, memory)
         return closest if clips else 0.0
 
     with torch.no_grad():

@@ -278,7 +278,7 @@ def test_what_is_no_kernel_is_refused(arguments, sentence):
         RKM(3, 4, **arguments)
 
 
-@pytest.mark.parametrize("backend", sorted(set(BACKENDS) - {"batched", "reference", "scan"}))
+@pytest.mark.parametrize("backend", sorted(set(BACKENDS) - {"batched", "reference", "scan", "stepwise"}))
 def test_a_backend_without_kernels_refuses_them(backend):
     rkm = RKM(3, 4, kernel="gaussian", backend=backend)
     with pytest.raises(RKMError, match=f"backend '{backend}' cannot run this: it has the linear kernel alone, not 'ga"):

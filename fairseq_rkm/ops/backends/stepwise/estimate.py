@@ -31,6 +31,11 @@ Fitted to 42 graphs of layers with d = 64 to 3072, B = 1, 32 and 512 on an H200.
 """
 NORM_TIME = 3.0
 """The microseconds that layer normalisation adds."""
+KERNEL_TIME = 2.0
+"""The microseconds that sums over a row add for a kernel other than the linear one: by comparison with ``NORM_TIME``.
+
+No other backend with an estimate takes such a kernel.
+"""
 
 
 def step_time(cell: Cell, inputs: Tensor, weights: Weights) -> float:
@@ -39,4 +44,5 @@ def step_time(cell: Cell, inputs: Tensor, weights: Weights) -> float:
     cost = RATES.get(inputs.dtype.itemsize, RATES[torch.float32.itemsize])
     operations = 2 * 2 * batch * len(cell.recurrent_gates) * size * size
     norm = NORM_TIME if weights.norm_weight is not None else 0.0
-    return cost.fixed + cost.unit * size + operations / (cost.teraflops * 1e6) + norm
+    kernel = 0.0 if cell.kernel.is_linear else KERNEL_TIME
+    return cost.fixed + cost.unit * size + operations / (cost.teraflops * 1e6) + norm + kernel

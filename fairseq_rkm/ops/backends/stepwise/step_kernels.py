@@ -28,14 +28,18 @@ GRAD_OUTPUT = tl.constexpr(13)
 GRAD_GATES = tl.constexpr(14)
 GRAD_GAIN = tl.constexpr(15)
 GRAD_SHIFT = tl.constexpr(16)
-ENTRIES = 17
+FILTERS = tl.constexpr(17)
+WINDOWS = tl.constexpr(18)
+SHARES = tl.constexpr(19)
+TOTALS = tl.constexpr(20)
+ENTRIES = 21
 """The entries of the table; each address is a row's of this list."""
 
 
 @triton.jit(do_not_specialize=["steps", "batch"])
 def fill(
     table, steps, batch, gates, memories, hiddens, keep, bias, scale_i, scale_f, gain, shift, moments, grad_output,
-    grad_gates, grad_gain, grad_shift,
+    grad_gates, grad_gain, grad_shift, filters, windows, shares, totals,
 ):  # fmt: skip
     """Begin a sequence: its length, its rows and its tensors."""
     tl.store(table + DONE, 0)
@@ -55,6 +59,10 @@ def fill(
     tl.store(table + GRAD_GATES, grad_gates.to(tl.int64))
     tl.store(table + GRAD_GAIN, grad_gain.to(tl.int64))
     tl.store(table + GRAD_SHIFT, grad_shift.to(tl.int64))
+    tl.store(table + FILTERS, filters.to(tl.int64))
+    tl.store(table + WINDOWS, windows.to(tl.int64))
+    tl.store(table + SHARES, shares.to(tl.int64))
+    tl.store(table + TOTALS, totals.to(tl.int64))
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -82,17 +90,40 @@ def _pre_activation(
     return value
 
 
+@triton.jit
+def _squared(row, size, CHUNK: tl.constexpr):
+    """The squared length of a row."""
+    total = tl.zeros((CHUNK,), tl.float32)
+    for start in range(0, size, CHUNK):
+        units = start + tl.arange(0, CHUNK)
+        value = tl.load(row + units, mask=units < size, other=0.0).to(tl.float32)
+        total += value * value
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def _filters(table, units, inside, size):
+    """``|w|^2``, s, b and the bias of a block of units; beyond the layer's end numbers that do no harm."""
+    filters = _address(table, FILTERS, tl.float32) + units
+    squares = tl.load(filters, mask=inside, other=1.0)
+    scale = tl.load(filters + size, mask=inside, other=1.0)
+    offset = tl.load(filters + 2 * size, mask=inside, other=0.0)
+    bias = tl.load(filters + 3 * size, mask=inside, other=0.0)
+    return squares, scale, offset, bias
+
+
 @triton.jit(do_not_specialize=["ahead"])
 def forward(
     table, sums, fed, ahead, size, sums_pitch, fed_pitch,
     N_GATES: tl.constexpr, FIRST_RECURRENT: tl.constexpr, RECURRENT: tl.constexpr, INPUT: tl.constexpr,
     FORGET: tl.constexpr, OUTPUT: tl.constexpr, SQUASH_CANDIDATE: tl.constexpr, SQUASH_OUTPUT: tl.constexpr,
     CLIP: tl.constexpr, MASK: tl.constexpr, HAS_BIAS: tl.constexpr, NORM: tl.constexpr, EPSILON: tl.constexpr,
-    NARROW: tl.constexpr, BLOCK: tl.constexpr,
+    NARROW: tl.constexpr, BLOCK: tl.constexpr, VALUE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """``c_t``, ``h_t`` and the activated gates of a step, from ``W X_t``, in place, and ``sums``, ``U h_{t-1}``.
 
-    ``fed`` holds ``h_{t-1}`` before and ``h_t`` after. The pitches are the rows' lengths of ``sums`` and ``fed``.
+    ``fed`` holds ``h_{t-1}`` before and ``h_t`` after. The pitches are the rows' lengths of ``sums`` and ``fed``. With
+    ``VALUE``, the candidate's kernel, the candidate's gate keeps ``w^T z``.
     """
     row = tl.program_id(0)
     batch = tl.load(table + BATCH)
@@ -107,8 +138,15 @@ def forward(
         place = at * (N_GATES * size) + units
         product = row.to(tl.int64) * sums_pitch
         candidate = _pre_activation(
-            gates, bias, sums, place, units, product, inside, size, 0, FIRST_RECURRENT, RECURRENT, HAS_BIAS
-        )
+            gates, bias, sums, place, units, product, inside, size, 0, FIRST_RECURRENT, RECURRENT,
+            HAS_BIAS and VALUE is None,
+        )  # fmt: skip
+        if VALUE is not None:
+            tl.store(gates + place, candidate, mask=inside)
+            squares = tl.load(_address(table, WINDOWS, tl.float32) + at) + _squared(hiddens + at * size, size, CHUNK)
+            squares += tl.zeros_like(candidate)
+            filter_squares, scale, offset, candidate_bias = _filters(table, units, inside, size)
+            candidate = VALUE(candidate, filter_squares, squares, scale, offset) + candidate_bias
         if SQUASH_CANDIDATE:
             candidate = tanh(candidate)
         before = tl.load(memories + at * size + units, mask=inside, other=0.0)
@@ -128,7 +166,8 @@ def forward(
             i = 1 - f
         else:
             i = tl.zeros_like(candidate) + tl.load(_address(table, SCALE_I, tl.float32))
-        tl.store(gates + place, candidate, mask=inside)
+        if VALUE is None:
+            tl.store(gates + place, candidate, mask=inside)
         c = i * candidate + f * before
         if CLIP is not None:
             c = clamp(c, -CLIP, CLIP)
@@ -177,23 +216,38 @@ def _into(grads, fed, place, product, units, size, inside, grad, GATE: tl.conste
         tl.store(fed + product + (GATE - FIRST_RECURRENT) * size + units, grad, mask=inside)
 
 
+@triton.jit
+def _add(totals, place, more, inside, TO: tl.constexpr, pitch):
+    """Add to the sum over the steps that the table's TOTALS hold in row ``TO``; to none if that is below 0."""
+    if TO >= 0:
+        total = totals + TO * pitch + place
+        tl.store(total, tl.load(total, mask=inside, other=0.0) + more, mask=inside)
+
+
 @triton.jit(do_not_specialize=["ahead"])
 def backward(
     table, sums, fed, carry, held, ahead, size, sums_pitch, fed_pitch,
     N_GATES: tl.constexpr, FIRST_RECURRENT: tl.constexpr, RECURRENT: tl.constexpr, INPUT: tl.constexpr,
     FORGET: tl.constexpr, OUTPUT: tl.constexpr, SQUASH_CANDIDATE: tl.constexpr, SQUASH_OUTPUT: tl.constexpr,
     CLIP: tl.constexpr, MASK: tl.constexpr, HAS_GRAD_OUTPUT: tl.constexpr, NORM: tl.constexpr, NARROW: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, VALUE: tl.constexpr, SLOPES: tl.constexpr, PARTS: tl.constexpr, TO_BIAS: tl.constexpr,
+    TO_FILTERS: tl.constexpr, TO_SCALE: tl.constexpr, TO_OFFSET: tl.constexpr, TO_SIGMA_I: tl.constexpr,
+    TO_SIGMA_F: tl.constexpr,
 ):  # fmt: skip
     """The gates' gradients of a step, counted from the last, from ``sums``, the gradient of ``h_t`` by later steps.
 
     ``carry``, ``(rows, d)``, holds the gradient of ``c_t`` before and of ``c_{t-1}`` after. ``held`` is the gradient of
     ``h_t`` that passes by a padded step. ``fed`` gets the gradients of the recurrent gates, for the next product.
+
+    With ``VALUE`` and ``SLOPES``, the candidate's kernel, the candidate's gradient is that of ``w^T z``, and the sums
+    of others over the steps go to TOTALS. With ``PARTS`` at least as large as the number of programs that share a row,
+    SHARES get each program's part of the gradient of ``|z_t|^2``; the step before reads them.
     """
     row = tl.program_id(0)
     batch = tl.load(table + BATCH)
     if row < batch:
-        t = tl.load(table + STEPS) - 1 - tl.load(table + DONE) - ahead
+        steps = tl.load(table + STEPS)
+        t = steps - 1 - tl.load(table + DONE) - ahead
         at = t * batch + row
         units = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = units < size
@@ -205,6 +259,14 @@ def backward(
         product = row.to(tl.int64) * fed_pitch
         to_h = tl.load(sums + row.to(tl.int64) * sums_pitch + units, mask=inside, other=0.0).to(tl.float32)
         to_c = tl.load(carry + own, mask=inside, other=0.0)
+        if PARTS > 0:
+            shares = _address(table, SHARES, tl.float32)
+            parts = tl.num_programs(1)
+            part = tl.arange(0, PARTS)
+            later = part < tl.where(t + 1 < steps, parts, 0)
+            to_squares = tl.sum(tl.load(shares + (at + batch) * parts + part, mask=later, other=0.0), axis=0)
+            h = tl.load(_address(table, HIDDENS, NARROW) + (at + batch) * size + units, mask=inside, other=0.0)
+            to_h += tl.where(t + 1 < steps, 2 * to_squares * h.to(tl.float32), 0.0)
         real = True
         if MASK:
             real = tl.load(_address(table, KEEP, tl.uint8) + at) != 0
@@ -216,6 +278,15 @@ def backward(
         before = tl.load(memories + at * size + units, mask=inside, other=0.0)
         now = tl.load(memories + (at + batch) * size + units, mask=inside, other=0.0)
         candidate = _stored(gates, place, size, inside, 0)
+        if VALUE is not None:
+            squares = tl.load(_address(table, WINDOWS, tl.float32) + at) + tl.zeros_like(candidate)
+            filter_squares, scale, offset, candidate_bias = _filters(table, units, inside, size)
+            by_dot, by_filters, by_windows, by_scale, by_offset = SLOPES(
+                candidate, filter_squares, squares, scale, offset
+            )
+            candidate = VALUE(candidate, filter_squares, squares, scale, offset) + candidate_bias
+            if SQUASH_CANDIDATE:
+                candidate = tanh(candidate)
         if FORGET >= 0:
             f = _stored(gates, place, size, inside, FORGET)
         else:
@@ -276,4 +347,17 @@ def backward(
             to_i = tl.where(real, to_raw * candidate * i * (1 - i), 0.0)
             _into(grads, fed, place, product, units, size, inside, to_i, INPUT, FIRST_RECURRENT, RECURRENT)
         to_candidate = tl.where(real, to_candidate, 0.0)
+        if VALUE is not None:
+            totals = _address(table, TOTALS, tl.float32)
+            pitch = batch * size
+            _add(totals, own, to_candidate, inside, TO_BIAS, pitch)
+            _add(totals, own, tl.where(real, to_candidate * by_filters, 0.0), inside, TO_FILTERS, pitch)
+            _add(totals, own, tl.where(real, to_candidate * by_scale, 0.0), inside, TO_SCALE, pitch)
+            _add(totals, own, tl.where(real, to_candidate * by_offset, 0.0), inside, TO_OFFSET, pitch)
+            _add(totals, own, tl.where(real, to_raw * candidate, 0.0), inside, TO_SIGMA_I, pitch)
+            _add(totals, own, tl.where(real, to_raw * before, 0.0), inside, TO_SIGMA_F, pitch)
+            if PARTS > 0:
+                mine = tl.sum(tl.where(inside & real, to_candidate * by_windows, 0.0), axis=0)
+                tl.store(shares + at * parts + tl.program_id(1), mine)
+            to_candidate = tl.where(real, to_candidate * by_dot, 0.0)
         _into(grads, fed, place, product, units, size, inside, to_candidate, 0, FIRST_RECURRENT, RECURRENT)

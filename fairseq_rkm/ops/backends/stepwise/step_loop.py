@@ -19,6 +19,7 @@ from torch import Tensor
 from fairseq_rkm.ops.batch_rounding import round_up
 from fairseq_rkm.ops.cells import Cell
 from fairseq_rkm.ops.gate_layout import gate_places
+from fairseq_rkm.ops.kernel_functions import slopes_of
 from fairseq_rkm.ops.weights import LAYER_NORM_EPS
 
 STRETCHES = (64, 16, 4, 1)
@@ -31,6 +32,8 @@ PITCH = 8
 """Rows of buffers are a multiple of so many elements long; other products take three times as long."""
 WIDE_BLOCK, NARROW_BLOCK, MANY = 1024, 256, 1 << 18
 """The units of a program for more and for less than so many units in all rows together."""
+LARGEST_CHUNK = 4096
+"""The units of a row whose squared length a program sums at once."""
 
 
 class Kind(NamedTuple):
@@ -46,6 +49,8 @@ class Kind(NamedTuple):
         mask: whether there is padding.
         given: whether there is a bias, forward; whether all steps' outputs have gradients, backward.
         tf32: whether products of float32 matrices are TF32.
+        totals: the sums over the steps that the backward pass of a candidate through a kernel takes: of ``"bias"``,
+            ``"filters"``, ``"scale"``, ``"offset"``, ``"sigma_i"`` and ``"sigma_f"``.
     """
 
     cell: Cell
@@ -57,6 +62,19 @@ class Kind(NamedTuple):
     mask: bool
     given: bool
     tf32: bool
+    totals: tuple[str, ...] = ()
+
+    @property
+    def block(self) -> int:
+        """The units of a program; layer normalisation takes all of a row."""
+        if self.norm:
+            return _power(self.size)
+        return min(_power(self.size), WIDE_BLOCK if self.rows * self.size >= MANY else NARROW_BLOCK)
+
+    @property
+    def parts(self) -> int:
+        """The programs that share a row."""
+        return -(-self.size // self.block)
 
     @property
     def recurrent(self) -> int:
@@ -66,7 +84,16 @@ class Kind(NamedTuple):
 
 @dataclass
 class Sequence:
-    """The tensors of one pass over a sequence, as ``step_kernels.py`` names them; None for one that is not read."""
+    """The tensors of one pass over a sequence, as ``step_kernels.py`` names them; None for one that is not read.
+
+    A candidate through a kernel has the last four:
+
+    Attributes:
+        filters: ``|w|^2``, s, b and the bias, ``(4, d)``.
+        windows: ``|X_t|^2`` forward and ``|z_t|^2`` backward, ``(T, B)``.
+        shares: the parts of the gradient of ``|z_t|^2`` from each of the programs that share a row, ``(T, B, parts)``.
+        totals: the sums of :attr:`Kind.totals`, ``(len(totals), B, d)``.
+    """
 
     gates: Tensor
     memories: Tensor
@@ -82,6 +109,10 @@ class Sequence:
     grad_gates: Tensor | None = None
     grad_gain: Tensor | None = None
     grad_shift: Tensor | None = None
+    filters: Tensor | None = None
+    windows: Tensor | None = None
+    shares: Tensor | None = None
+    totals: Tensor | None = None
 
 
 def rows_for(batch: int, dtype: torch.dtype) -> int:
@@ -90,6 +121,11 @@ def rows_for(batch: int, dtype: torch.dtype) -> int:
     A single row of float32 stays alone: cuBLAS multiplies a matrix by a vector faster than by eight.
     """
     return 1 if batch == 1 and dtype == torch.float32 else round_up(batch)
+
+
+def _power(count: int) -> int:
+    """The least power of two that is not below a number."""
+    return 1 << (count - 1).bit_length()
 
 
 def _padded(count: int) -> int:
@@ -196,7 +232,7 @@ class StepLoop:
     def _point(self, ahead: int) -> None:
         kind, kernels = self.kind, _kernels()
         kernel, more = (kernels.backward, (self.carry, self.held)) if kind.backward else (kernels.forward, ())
-        grid = (kind.rows, -(-kind.size // self._options["BLOCK"]))
+        grid = (kind.rows, kind.parts)
         kernel[grid](
             self.table, self.sums, self.fed, *more, ahead, kind.size, self.sums.stride(0), self.fed.stride(0),
             **self._options,
@@ -216,16 +252,33 @@ def _options(kind: Kind) -> dict[str, Any]:
 
     cell = kind.cell
     narrow = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[kind.dtype]
-    whole = 1 << (kind.size - 1).bit_length()
-    block = whole if kind.norm else min(whole, WIDE_BLOCK if kind.rows * kind.size >= MANY else NARROW_BLOCK)
+    block = kind.block
     first = cell.gates.index(cell.recurrent_gates[0])
     last = {"HAS_GRAD_OUTPUT": kind.given} if kind.backward else {"HAS_BIAS": kind.given, "EPSILON": LAYER_NORM_EPS}
     return {
         "N_GATES": len(cell.gates), "FIRST_RECURRENT": first, "RECURRENT": len(cell.recurrent_gates),
         **gate_places(cell), "SQUASH_CANDIDATE": cell.squash_candidate, "SQUASH_OUTPUT": cell.squash_output,
         "CLIP": cell.clip, "MASK": kind.mask, "NORM": kind.norm, "NARROW": narrow, "BLOCK": block, **last,
+        **_kernel_options(kind),
         "num_warps": min(16, max(1, block // 256) * (1 if kind.norm else 2)),
     }  # fmt: skip
+
+
+_TOTALS = ("bias", "filters", "scale", "offset", "sigma_i", "sigma_f")
+
+
+def _kernel_options(kind: Kind) -> dict[str, Any]:
+    """The compile-time arguments that say how candidates go through their kernel; None is the linear one."""
+    value, slopes, parts, kernel = None, None, 0, kind.cell.kernel
+    if not kernel.is_linear:
+        from fairseq_rkm.ops.triton_kernel_functions import written
+
+        value, slopes = written(kernel)
+        parts = _power(kind.parts) if "windows" in slopes_of(kernel) else 0
+    if not kind.backward:
+        return {"VALUE": value, "CHUNK": min(_power(kind.size), LARGEST_CHUNK)}
+    places = {f"TO_{name.upper()}": kind.totals.index(name) if name in kind.totals else -1 for name in _TOTALS}
+    return {"VALUE": value, "SLOPES": slopes, "PARTS": parts, **places}
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 For layers that do not fit on the chip, batches for which ``persistent`` is slow, and float32 without TF32. Projections
 of the inputs and gradients of the weights are one matrix product each over all steps, as in the other backends.
+Candidates through any kernel are taken within the loop; those that do not see ``h_{t-1}`` before it.
 """
 
 import importlib.util
@@ -17,6 +18,18 @@ from fairseq_rkm.ops.backends.stepwise.step_loop import FEW_STEPS, LOOPS, Kind, 
 from fairseq_rkm.ops.backends.stepwise.step_loop import Sequence as Tensors
 from fairseq_rkm.ops.cells import Cell
 from fairseq_rkm.ops.gradients import parameter_gradients
+from fairseq_rkm.ops.kernel_candidates import (
+    Totals,
+    filters_of,
+    gradients_of_taken,
+    gradients_with_totals,
+    product_bias,
+    sees_hidden,
+    squared,
+    squared_windows,
+    take_candidates,
+)
+from fairseq_rkm.ops.kernel_functions import LINEAR, slopes_of
 from fairseq_rkm.ops.ngram import is_empty, project
 from fairseq_rkm.ops.passes import Extent, Gradients, Passes, Results, Saved, Sketch
 from fairseq_rkm.ops.weights import Weights
@@ -54,11 +67,18 @@ def forward(
     for states, first in ((hiddens, hidden), (memories, memory)):
         _ = states[0].zero_() if first is None else states[0].copy_(first)
     real = None if keep is None else keep.contiguous().view(torch.uint8)
+    looped, bias = _in_the_loop(cell), weights.bias
+    if looped is not cell:
+        take_candidates(cell, weights, inputs, gates)
+        bias = product_bias(cell, weights)
     tensors = Tensors(
-        gates, memories, hiddens, real, _aligned(weights.bias), *_scales(cell, weights, memories),
+        gates, memories, hiddens, real, _aligned(bias), *_scales(cell, weights, memories),
         _aligned(weights.norm_weight), _aligned(weights.norm_bias), moments,
     )  # fmt: skip
-    with _loop(cell, weights, keep, tensors, backward=False) as loop:
+    if not looped.kernel.is_linear:
+        tensors.filters = torch.stack(filters_of(cell, weights))
+        tensors.windows = squared_windows(inputs, weights.input.size(1) // inputs.size(2))
+    with _loop(_kind(looped, weights, keep, tensors), weights, tensors) as loop:
         loop.fed[:batch, :size] = hiddens[0]
         loop.run(steps)
     output = hiddens[1:] if keep is None else hiddens[1:].masked_fill(~keep.unsqueeze(-1), 0)
@@ -74,24 +94,68 @@ def backward(saved: Saved, grads: Gradients, needs: Sequence[bool]) -> Gradients
     shares = [None if moments is None else torch.zeros_like(memories[0]) for _ in range(2)]
     real = None if keep is None else keep.contiguous().view(torch.uint8)
     tensors = Tensors(
-        gates, memories, None, real, None, *_scales(cell, weights, memories), _aligned(weights.norm_weight), None,
+        gates, memories, hiddens, real, None, *_scales(cell, weights, memories), _aligned(weights.norm_weight), None,
         moments, _aligned(grad_output), grad_gates, *shares,
     )  # fmt: skip
-    with _loop(cell, weights, keep, tensors, backward=True) as loop:
+    need_inputs, need_hidden, need_memory, *need_weights = needs
+    wanted = need_inputs, *need_weights
+    looped = _in_the_loop(cell)
+    kind = _kind(looped, weights, keep, tensors, () if looped.kernel.is_linear else _totals(cell, wanted))
+    if not looped.kernel.is_linear:
+        tensors.filters = torch.stack(filters_of(cell, weights))
+        ngram = weights.input.size(1) // saved.inputs.size(2)
+        tensors.windows = squared_windows(saved.inputs, ngram) + squared(hiddens[:-1])
+        tensors.totals = memories.new_zeros(len(kind.totals), batch, size)
+        if "windows" in slopes_of(cell.kernel):
+            tensors.shares = memories.new_empty(steps, batch, kind.parts)
+    with _loop(kind, weights, tensors) as loop:
         for buffer, last in ((loop.sums[:batch, :size], grad_hidden), (loop.carry[:batch], grad_memory)):
             _ = buffer.zero_() if last is None else buffer.copy_(last)
         loop.held.zero_()
         loop.run(steps)
         first_hidden = loop.sums[:batch, :size] + loop.held[:batch]
         first_memory = loop.carry[:batch].clone()
-    need_inputs, need_hidden, need_memory, *need_weights = needs
     gain, shift = (None if share is None else share.sum(0) for share in shares)
-    known = {"norm_weight": gain, "norm_bias": shift}
-    grad_inputs, *rest = parameter_gradients(
-        cell, weights, saved.inputs, hiddens, memories, gates, grad_gates, known, (need_inputs, *need_weights)
-    )
+    known: dict[str, Tensor | None] = {"norm_weight": gain, "norm_bias": shift}
+    states = hiddens, memories, gates, grad_gates
+    if cell.kernel.is_linear:
+        grad_inputs, *rest = parameter_gradients(cell, weights, saved.inputs, *states, known, wanted)
+    elif looped is not cell:
+        grad_inputs, *rest = gradients_of_taken(saved, *states, known, wanted)
+    else:
+        summed = {} if tensors.totals is None else dict(zip(kind.totals, tensors.totals.sum(1), strict=True))
+        known["sigma_i"] = summed["sigma_i"].sum() if "sigma_i" in summed else None
+        known["sigma_f"] = summed.get("sigma_f")
+        windows = None
+        if tensors.shares is not None:
+            windows = tensors.shares.sum(2, keepdim=True)
+            first_hidden += 2 * windows[0] * hiddens[0]
+        totals = Totals(
+            summed.get("bias"), summed.get("filters"), windows, summed.get("scale"), summed.get("offset")
+        )  # fmt: skip
+        grad_inputs, *rest = gradients_with_totals(cell, weights, saved.inputs, *states, totals, known, wanted)
     initial = first_hidden.to(hiddens.dtype) if need_hidden else None, first_memory if need_memory else None
     return grad_inputs, *initial, *rest
+
+
+def _in_the_loop(cell: Cell) -> Cell:
+    """The cell as the loop over the steps has it: candidates that do not see ``h_{t-1}`` are taken before."""
+    return cell if sees_hidden(cell) else cell.through(LINEAR)
+
+
+def _totals(cell: Cell, needs: tuple[bool, ...]) -> tuple[str, ...]:
+    """The sums over the steps that the gradients of inputs and weights need."""
+    wanted = dict(zip(("inputs", *Weights._fields), needs, strict=True))
+    slopes = slopes_of(cell.kernel)
+    needed = {
+        "bias": wanted["bias"],
+        "filters": "filters" in slopes and (wanted["input"] or wanted["recurrent"]),
+        "scale": "scale" in slopes and wanted["kernel_scale"],
+        "offset": "offset" in slopes and wanted["kernel_offset"],
+        "sigma_i": cell.input_is_constant and wanted["sigma_i"],
+        "sigma_f": cell.forget_is_constant and wanted["sigma_f"],
+    }
+    return tuple(name for name, need in needed.items() if need)
 
 
 def own(extent: Extent) -> tuple[Sketch | None, ...]:
@@ -118,17 +182,25 @@ def _scales(cell: Cell, weights: Weights, like: Tensor) -> tuple[Tensor | None, 
     return scale_i, scale_f
 
 
+def _kind(
+    cell: Cell, weights: Weights, keep: Tensor | None, tensors: Tensors, totals: tuple[str, ...] | None = None
+) -> Kind:
+    """The kind of loop that a pass needs; ``totals``: those of the backward pass, None forward."""
+    batch, size, dtype = tensors.memories.size(1), tensors.memories.size(2), tensors.gates.dtype
+    given = (tensors.bias if totals is None else tensors.grad_output) is not None
+    tf32 = dtype == torch.float32 and torch.backends.cudnn.allow_tf32
+    normed = weights.norm_weight is not None
+    rows = rows_for(batch, dtype)
+    return Kind(cell, totals is not None, rows, size, dtype, normed, keep is not None, given, tf32, totals or ())
+
+
 @contextmanager
-def _loop(cell: Cell, weights: Weights, keep: Tensor | None, tensors: Tensors, backward: bool) -> Iterator[StepLoop]:
+def _loop(kind: Kind, weights: Weights, tensors: Tensors) -> Iterator[StepLoop]:
     """A loop for this thread alone: one that is kept, with graphs; or a new one for a few steps, or within a graph."""
-    steps, batch, size = tensors.memories.size(0) - 1, tensors.memories.size(1), tensors.memories.size(2)
-    device, recurrent, dtype = tensors.gates.device, weights.recurrent, tensors.gates.dtype
+    steps, batch = tensors.memories.size(0) - 1, tensors.memories.size(1)
+    device, recurrent = tensors.gates.device, weights.recurrent
     if recurrent is None:
         raise TypeError("a problem that was refused")
-    given = tensors.grad_output is not None if backward else tensors.bias is not None
-    tf32 = dtype == torch.float32 and torch.backends.cudnn.allow_tf32
-    rows, normed = rows_for(batch, dtype), weights.norm_weight is not None
-    kind = Kind(cell, backward, rows, size, dtype, normed, keep is not None, given, tf32)
     with on_device(device):
         graphs = device.type == "cuda" and steps > FEW_STEPS and not torch.cuda.is_current_stream_capturing()
         loop = LOOPS.find(kind, device) if graphs else StepLoop(kind, device, recurrent)
@@ -136,6 +208,6 @@ def _loop(cell: Cell, weights: Weights, keep: Tensor | None, tensors: Tensors, b
             if graphs:
                 loop.prepare(steps)
             if loop.weights is not recurrent:
-                loop.weights[: recurrent.size(0), :size] = recurrent
+                loop.weights[: recurrent.size(0), : kind.size] = recurrent
             loop.begin(tensors, steps, batch)
             yield loop
