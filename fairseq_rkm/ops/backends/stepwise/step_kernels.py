@@ -217,11 +217,18 @@ def _into(grads, fed, place, product, units, size, inside, grad, GATE: tl.conste
 
 
 @triton.jit
-def _add(totals, place, more, inside, TO: tl.constexpr, pitch):
-    """Add to the sum over the steps that the table's TOTALS hold in row ``TO``; to none if that is below 0."""
+def _total(totals, inside, pitch, TO: tl.constexpr):
+    """Row ``TO`` of the sums over the steps, TOTALS in the table; 0 if there is none, below 0."""
+    total = 0.0
     if TO >= 0:
-        total = totals + TO * pitch + place
-        tl.store(total, tl.load(total, mask=inside, other=0.0) + more, mask=inside)
+        total = tl.load(totals + TO * pitch, mask=inside, other=0.0)
+    return total
+
+
+@triton.jit
+def _keep(totals, total, inside, pitch, TO: tl.constexpr):
+    if TO >= 0:
+        tl.store(totals + TO * pitch, total, mask=inside)
 
 
 @triton.jit(do_not_specialize=["ahead"])
@@ -280,6 +287,15 @@ def backward(
         candidate = _stored(gates, place, size, inside, 0)
         if VALUE is not None:
             squares = tl.load(_address(table, WINDOWS, tl.float32) + at) + tl.zeros_like(candidate)
+            # Fetched at once: after the first store each would wait for the one before.
+            totals = _address(table, TOTALS, tl.float32) + own
+            pitch = batch * size
+            of_bias = _total(totals, inside, pitch, TO_BIAS)
+            of_filters = _total(totals, inside, pitch, TO_FILTERS)
+            of_scale = _total(totals, inside, pitch, TO_SCALE)
+            of_offset = _total(totals, inside, pitch, TO_OFFSET)
+            of_sigma_i = _total(totals, inside, pitch, TO_SIGMA_I)
+            of_sigma_f = _total(totals, inside, pitch, TO_SIGMA_F)
             filter_squares, scale, offset, candidate_bias = _filters(table, units, inside, size)
             by_dot, by_filters, by_windows, by_scale, by_offset = SLOPES(
                 candidate, filter_squares, squares, scale, offset
@@ -348,14 +364,12 @@ def backward(
             _into(grads, fed, place, product, units, size, inside, to_i, INPUT, FIRST_RECURRENT, RECURRENT)
         to_candidate = tl.where(real, to_candidate, 0.0)
         if VALUE is not None:
-            totals = _address(table, TOTALS, tl.float32)
-            pitch = batch * size
-            _add(totals, own, to_candidate, inside, TO_BIAS, pitch)
-            _add(totals, own, tl.where(real, to_candidate * by_filters, 0.0), inside, TO_FILTERS, pitch)
-            _add(totals, own, tl.where(real, to_candidate * by_scale, 0.0), inside, TO_SCALE, pitch)
-            _add(totals, own, tl.where(real, to_candidate * by_offset, 0.0), inside, TO_OFFSET, pitch)
-            _add(totals, own, tl.where(real, to_raw * candidate, 0.0), inside, TO_SIGMA_I, pitch)
-            _add(totals, own, tl.where(real, to_raw * before, 0.0), inside, TO_SIGMA_F, pitch)
+            _keep(totals, of_bias + to_candidate, inside, pitch, TO_BIAS)
+            _keep(totals, of_filters + tl.where(real, to_candidate * by_filters, 0.0), inside, pitch, TO_FILTERS)
+            _keep(totals, of_scale + tl.where(real, to_candidate * by_scale, 0.0), inside, pitch, TO_SCALE)
+            _keep(totals, of_offset + tl.where(real, to_candidate * by_offset, 0.0), inside, pitch, TO_OFFSET)
+            _keep(totals, of_sigma_i + tl.where(real, to_raw * candidate, 0.0), inside, pitch, TO_SIGMA_I)
+            _keep(totals, of_sigma_f + tl.where(real, to_raw * before, 0.0), inside, pitch, TO_SIGMA_F)
             if PARTS > 0:
                 mine = tl.sum(tl.where(inside & real, to_candidate * by_windows, 0.0), axis=0)
                 tl.store(shares + at * parts + tl.program_id(1), mine)
