@@ -123,7 +123,8 @@ def forward(
     """``c_t``, ``h_t`` and the activated gates of a step, from ``W X_t``, in place, and ``sums``, ``U h_{t-1}``.
 
     ``fed`` holds ``h_{t-1}`` before and ``h_t`` after. The pitches are the rows' lengths of ``sums`` and ``fed``. With
-    ``VALUE``, the candidate's kernel, the candidate's gate keeps ``w^T z``.
+    ``VALUE``, the candidate's kernel, the candidate's gate keeps ``w^T z``. A kernel that reads no ``|z|^2`` has a
+    ``CHUNK`` of 0.
     """
     row = tl.program_id(0)
     batch = tl.load(table + BATCH)
@@ -143,8 +144,10 @@ def forward(
         )  # fmt: skip
         if VALUE is not None:
             tl.store(gates + place, candidate, mask=inside)
-            squares = tl.load(_address(table, WINDOWS, tl.float32) + at) + _squared(hiddens + at * size, size, CHUNK)
-            squares += tl.zeros_like(candidate)
+            squares = tl.zeros_like(candidate)
+            if CHUNK > 0:
+                of_inputs = tl.load(_address(table, WINDOWS, tl.float32) + at)
+                squares += of_inputs + _squared(hiddens + at * size, size, CHUNK)
             filter_squares, scale, offset, candidate_bias = _filters(table, units, inside, size)
             candidate = VALUE(candidate, filter_squares, squares, scale, offset) + candidate_bias
         if SQUASH_CANDIDATE:
@@ -247,8 +250,8 @@ def backward(
     ``h_t`` that passes by a padded step. ``fed`` gets the gradients of the recurrent gates, for the next product.
 
     With ``VALUE`` and ``SLOPES``, the candidate's kernel, the candidate's gradient is that of ``w^T z``, and the sums
-    of others over the steps go to TOTALS. With ``PARTS`` at least as large as the number of programs that share a row,
-    SHARES get each program's part of the gradient of ``|z_t|^2``; the step before reads them.
+    of others over the steps go to TOTALS. SHARES get each program's part of the gradient of ``|z_t|^2``, and the step
+    before reads them; ``PARTS`` is at least the number of programs that share a row, and 0 without ``|z|^2``.
     """
     row = tl.program_id(0)
     batch = tl.load(table + BATCH)
@@ -286,7 +289,9 @@ def backward(
         now = tl.load(memories + (at + batch) * size + units, mask=inside, other=0.0)
         candidate = _stored(gates, place, size, inside, 0)
         if VALUE is not None:
-            squares = tl.load(_address(table, WINDOWS, tl.float32) + at) + tl.zeros_like(candidate)
+            squares = tl.zeros_like(candidate)
+            if PARTS > 0:
+                squares += tl.load(_address(table, WINDOWS, tl.float32) + at)
             # Fetched at once: after the first store each would wait for the one before.
             totals = _address(table, TOTALS, tl.float32) + own
             pitch = batch * size

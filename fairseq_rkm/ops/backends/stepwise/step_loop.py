@@ -90,7 +90,7 @@ class Sequence:
 
     Attributes:
         filters: ``|w|^2``, s, b and the bias, ``(4, d)``.
-        windows: ``|X_t|^2`` forward and ``|z_t|^2`` backward, ``(T, B)``.
+        windows: ``|X_t|^2`` forward and ``|z_t|^2`` backward, ``(T, B)``, for kernels that read it; as the next.
         shares: the parts of the gradient of ``|z_t|^2`` from each of the programs that share a row, ``(T, B, parts)``.
         totals: the sums of :attr:`Kind.totals`, ``(len(totals), B, d)``.
     """
@@ -269,16 +269,16 @@ _TOTALS = ("bias", "filters", "scale", "offset", "sigma_i", "sigma_f")
 
 def _kernel_options(kind: Kind) -> dict[str, Any]:
     """The compile-time arguments that say how candidates go through their kernel; None is the linear one."""
-    value, slopes, parts, kernel = None, None, 0, kind.cell.kernel
+    value, slopes, kernel = None, None, kind.cell.kernel
     if not kernel.is_linear:
         from fairseq_rkm.ops.triton_kernel_functions import written
 
         value, slopes = written(kernel)
-        parts = _power(kind.parts) if "windows" in slopes_of(kernel) else 0
+    reads_windows = "windows" in slopes_of(kernel)
     if not kind.backward:
-        return {"VALUE": value, "CHUNK": min(_power(kind.size), LARGEST_CHUNK)}
+        return {"VALUE": value, "CHUNK": min(_power(kind.size), LARGEST_CHUNK) if reads_windows else 0}
     places = {f"TO_{name.upper()}": kind.totals.index(name) if name in kind.totals else -1 for name in _TOTALS}
-    return {"VALUE": value, "SLOPES": slopes, "PARTS": parts, **places}
+    return {"VALUE": value, "SLOPES": slopes, "PARTS": _power(kind.parts) if reads_windows else 0, **places}
 
 
 @contextmanager

@@ -68,16 +68,14 @@ def forward(
         _ = states[0].zero_() if first is None else states[0].copy_(first)
     real = None if keep is None else keep.contiguous().view(torch.uint8)
     looped, bias = _in_the_loop(cell), weights.bias
-    if looped is not cell:
+    if looped != cell:
         take_candidates(cell, weights, inputs, gates)
         bias = product_bias(cell, weights)
     tensors = Tensors(
         gates, memories, hiddens, real, _aligned(bias), *_scales(cell, weights, memories),
         _aligned(weights.norm_weight), _aligned(weights.norm_bias), moments,
     )  # fmt: skip
-    if not looped.kernel.is_linear:
-        tensors.filters = torch.stack(filters_of(cell, weights))
-        tensors.windows = squared_windows(inputs, weights.input.size(1) // inputs.size(2))
+    _read_kernel(tensors, looped, weights, inputs)
     with _loop(_kind(looped, weights, keep, tensors), weights, tensors) as loop:
         loop.fed[:batch, :size] = hiddens[0]
         loop.run(steps)
@@ -102,12 +100,9 @@ def backward(saved: Saved, grads: Gradients, needs: Sequence[bool]) -> Gradients
     looped = _in_the_loop(cell)
     kind = _kind(looped, weights, keep, tensors, () if looped.kernel.is_linear else _totals(cell, wanted))
     if not looped.kernel.is_linear:
-        tensors.filters = torch.stack(filters_of(cell, weights))
-        ngram = weights.input.size(1) // saved.inputs.size(2)
-        tensors.windows = squared_windows(saved.inputs, ngram) + squared(hiddens[:-1])
+        _read_kernel(tensors, cell, weights, saved.inputs, hiddens[:-1])
         tensors.totals = memories.new_zeros(len(kind.totals), batch, size)
-        if "windows" in slopes_of(cell.kernel):
-            tensors.shares = memories.new_empty(steps, batch, kind.parts)
+        tensors.shares = None if tensors.windows is None else memories.new_empty(steps, batch, kind.parts)
     with _loop(kind, weights, tensors) as loop:
         for buffer, last in ((loop.sums[:batch, :size], grad_hidden), (loop.carry[:batch], grad_memory)):
             _ = buffer.zero_() if last is None else buffer.copy_(last)
@@ -115,32 +110,51 @@ def backward(saved: Saved, grads: Gradients, needs: Sequence[bool]) -> Gradients
         loop.run(steps)
         first_hidden = loop.sums[:batch, :size] + loop.held[:batch]
         first_memory = loop.carry[:batch].clone()
-    gain, shift = (None if share is None else share.sum(0) for share in shares)
-    known: dict[str, Tensor | None] = {"norm_weight": gain, "norm_bias": shift}
-    states = hiddens, memories, gates, grad_gates
-    if cell.kernel.is_linear:
-        grad_inputs, *rest = parameter_gradients(cell, weights, saved.inputs, *states, known, wanted)
-    elif looped is not cell:
-        grad_inputs, *rest = gradients_of_taken(saved, *states, known, wanted)
-    else:
-        summed = {} if tensors.totals is None else dict(zip(kind.totals, tensors.totals.sum(1), strict=True))
-        known["sigma_i"] = summed["sigma_i"].sum() if "sigma_i" in summed else None
-        known["sigma_f"] = summed.get("sigma_f")
-        windows = None
-        if tensors.shares is not None:
-            windows = tensors.shares.sum(2, keepdim=True)
-            first_hidden += 2 * windows[0] * hiddens[0]
-        totals = Totals(
-            summed.get("bias"), summed.get("filters"), windows, summed.get("scale"), summed.get("offset")
-        )  # fmt: skip
-        grad_inputs, *rest = gradients_with_totals(cell, weights, saved.inputs, *states, totals, known, wanted)
+    if tensors.shares is not None:
+        first_hidden += 2 * tensors.shares[0].sum(1, keepdim=True) * hiddens[0]
+    grad_inputs, *rest = _input_and_weight_gradients(saved, kind, tensors, wanted)
     initial = first_hidden.to(hiddens.dtype) if need_hidden else None, first_memory if need_memory else None
     return grad_inputs, *initial, *rest
 
 
+def _input_and_weight_gradients(
+    saved: Saved, kind: Kind, tensors: Tensors, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of the inputs and of the fields of :class:`Weights`, once the loop is done."""
+    cell, weights, inputs, (gates, hiddens, memories, _) = saved.cell, saved.weights, saved.inputs, saved.own
+    if tensors.grad_gates is None:
+        raise TypeError("the tensors of a forward pass")
+    states = hiddens, memories, gates, tensors.grad_gates
+    shares = {"norm_weight": tensors.grad_gain, "norm_bias": tensors.grad_shift}
+    known = {name: None if share is None else share.sum(0) for name, share in shares.items()}
+    if cell.kernel.is_linear:
+        return parameter_gradients(cell, weights, inputs, *states, known, needs)
+    if tensors.totals is None:
+        return gradients_of_taken(saved, *states, known, needs)
+    summed = dict(zip(kind.totals, tensors.totals.sum(1), strict=True))
+    known["sigma_i"] = summed["sigma_i"].sum() if "sigma_i" in summed else None
+    known["sigma_f"] = summed.get("sigma_f")
+    windows = None if tensors.shares is None else tensors.shares.sum(2, keepdim=True)
+    totals = Totals(summed.get("bias"), summed.get("filters"), windows, summed.get("scale"), summed.get("offset"))
+    return gradients_with_totals(cell, weights, inputs, *states, totals, known, needs)
+
+
+def _read_kernel(
+    tensors: Tensors, cell: Cell, weights: Weights, inputs: Tensor, before: Tensor | None = None
+) -> None:  # fmt: skip
+    """Give the loop what it reads of a candidate's kernel; ``before``: all ``h_{t-1}``, for the backward pass."""
+    if cell.kernel.is_linear:
+        return
+    tensors.filters = torch.stack(filters_of(cell, weights))
+    if "windows" in slopes_of(cell.kernel):
+        squares = squared_windows(inputs, weights.input.size(1) // inputs.size(2))
+        tensors.windows = squares if before is None else squares + squared(before)
+
+
+@cache
 def _in_the_loop(cell: Cell) -> Cell:
-    """The cell as the loop over the steps has it: candidates that do not see ``h_{t-1}`` are taken before."""
-    return cell if sees_hidden(cell) else cell.through(LINEAR)
+    """The cell as the loop over the steps has it: candidates that do not see ``h_{t-1}`` go through a kernel before."""
+    return cell if cell.kernel.is_linear or sees_hidden(cell) else cell.through(LINEAR)
 
 
 def _totals(cell: Cell, needs: tuple[bool, ...]) -> tuple[str, ...]:
