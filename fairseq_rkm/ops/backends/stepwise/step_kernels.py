@@ -292,15 +292,6 @@ def backward(
             squares = tl.zeros_like(candidate)
             if PARTS > 0:
                 squares += tl.load(_address(table, WINDOWS, tl.float32) + at)
-            # Fetched at once: after the first store each would wait for the one before.
-            totals = _address(table, TOTALS, tl.float32) + own
-            pitch = batch * size
-            of_bias = _total(totals, inside, pitch, TO_BIAS)
-            of_filters = _total(totals, inside, pitch, TO_FILTERS)
-            of_scale = _total(totals, inside, pitch, TO_SCALE)
-            of_offset = _total(totals, inside, pitch, TO_OFFSET)
-            of_sigma_i = _total(totals, inside, pitch, TO_SIGMA_I)
-            of_sigma_f = _total(totals, inside, pitch, TO_SIGMA_F)
             filter_squares, scale, offset, candidate_bias = _filters(table, units, inside, size)
             by_dot, by_filters, by_windows, by_scale, by_offset = SLOPES(
                 candidate, filter_squares, squares, scale, offset
@@ -350,6 +341,16 @@ def backward(
             shared = tl.sum(weighted, axis=0) / size
             along = tl.sum(weighted * normal, axis=0) / size
             to_raw = inverse * (weighted - shared - normal * along)
+        if VALUE is not None:
+            # Fetched at once: after the first store each would wait for the one before.
+            totals = _address(table, TOTALS, tl.float32) + own
+            pitch = batch * size
+            of_bias = _total(totals, inside, pitch, TO_BIAS)
+            of_filters = _total(totals, inside, pitch, TO_FILTERS)
+            of_scale = _total(totals, inside, pitch, TO_SCALE)
+            of_offset = _total(totals, inside, pitch, TO_OFFSET)
+            of_sigma_i = _total(totals, inside, pitch, TO_SIGMA_I)
+            of_sigma_f = _total(totals, inside, pitch, TO_SIGMA_F)
         left = to_raw * f
         if MASK:
             left = tl.where(real, left, to_c)
