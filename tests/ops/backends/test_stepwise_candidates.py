@@ -16,7 +16,7 @@ from fairseq_rkm.ops import BACKENDS, dispatch
 from fairseq_rkm.ops.backends.stepwise import step_loop
 from fairseq_rkm.ops.weights import Weights
 from ops.backends.feedback_kernels import DTYPES, FEEDBACK, SMALL, outcomes
-from ops.backends.triton_interpreter import DEVICE, INTERPRETED, run_interpreted
+from ops.backends.triton_interpreter import DEVICE, INTERPRETED, run_interpreted, runs
 from ops.test_backends import check_missing_numbers_stay_where_they_are, clear_bound, compare
 from ops.test_higher_derivatives import compare_derivatives
 from ops.test_kernel_candidates import EXTREMES, KERNELS, bound_of, name_of
@@ -28,11 +28,6 @@ FEW = ["lstm", "linear_kernel_gated"]
 
 on_gpus = pytest.mark.gpu
 of_kernels = pytest.mark.parametrize("kernel", KERNELS, ids=name_of)
-
-
-def runs(test):
-    """Decorate a test that needs a GPU or the interpreter."""
-    return test if INTERPRETED else on_gpus(test)
 
 
 def problems():
