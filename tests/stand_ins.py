@@ -1,12 +1,14 @@
-"""Stands in for a GPU in tests of layers that run side by side: streams without a GPU, and stretches by ``batched``."""
+"""Stands in for a GPU in tests of layers side by side and two directions at once: no streams, ``batched``'s loops."""
 
 import random
+from dataclasses import replace
 from functools import partial
 
 import torch
 
-from fairseq_rkm.ops import wavefront, wavefront_plan
+from fairseq_rkm.ops import dispatch, two_directions, wavefront, wavefront_plan
 from fairseq_rkm.ops.backends import batched
+from fairseq_rkm.ops.passes import Directions
 from fairseq_rkm.ops.stretches import Stretches
 from fairseq_rkm.ops.wavefront_plan import Plan
 
@@ -77,3 +79,54 @@ def _plan(chunks, lanes, backend, cell, x, layers, size, mask, wanted, recorded=
     if backend == "reference" or not cell.has_feedback or not x.numel():
         return None
     return Plan(wanted or chunks, None, min(lanes, layers), STRETCHES)
+
+
+def _both_forward(cell, weights, keep, gates, hidden, memory):
+    steps, batch, width = gates.shape
+    size = width // (2 * len(cell.gates))
+    wide = torch.promote_types(gates.dtype, torch.float32)
+    output = gates.new_empty(steps, batch, 2 * size)
+    all_h, all_c = (gates.new_empty(steps + 2, batch, 2, size, dtype=kind) for kind in (gates.dtype, wide))
+    last = gates.new_empty(2, batch, size), gates.new_empty(2, batch, size, dtype=wide)
+    for number, turned in enumerate((lambda x: x, lambda x: x.flip(0))):
+        real = None if keep is None else turned(keep)
+        own = turned(gates.view(steps, batch, 2, -1)[:, :, number]).contiguous()
+        h, c = (states.new_empty(steps + 1, batch, size) for states in (all_h, all_c))
+        first = [None if states is None else states[number] for states in (hidden, memory)]
+        forward(cell, weights[number], real, own, first, [states[number] for states in last], h, c, None)
+        gates.view(steps, batch, 2, -1)[:, :, number] = turned(own)
+        for to, states in ((all_h, h), (all_c, c)):
+            to[number : number + steps + 1, :, number] = turned(states)
+        output.view(steps, batch, 2, size)[:, :, number] = turned(
+            h[1:] if real is None else h[1:].masked_fill(~real.unsqueeze(-1), 0)
+        )
+    return output, *last, all_h.flatten(2), all_c.flatten(2)
+
+
+def _both_backward(cell, weights, keep, gates, memories, grads):
+    steps, batch, _ = gates.shape
+    halves = gates.view(steps, batch, 2, -1)
+    size = memories.size(2) // 2
+    grad_gates, first = torch.empty_like(halves), memories.new_empty(2, 2, batch, size)
+    for number, turned in enumerate((lambda x: x, lambda x: x.flip(0))):
+        c = turned(memories.view(steps + 2, batch, 2, size)[number : number + steps + 1, :, number])
+        given = None if grads[0] is None else turned(grads[0].view(steps, batch, 2, size)[:, :, number])
+        last = [None if grad is None else grad[number] for grad in grads[1:]]
+        own, own_grad = turned(halves[:, :, number]).contiguous(), halves.new_empty(steps, batch, halves.size(3))
+        real = None if keep is None else turned(keep)
+        backward(cell, weights[number], real, own, c.contiguous(), given, last, first[:, number], own_grad, None)
+        grad_gates[:, :, number] = turned(own_grad)
+    return grad_gates.flatten(2), first[0], first[1]
+
+
+def run_at_once(patch):
+    """Have both directions of all layers run at once on a CPU, where they can; ``patch``: pytest's."""
+    rows = {**dispatch.BACKENDS}
+    rows["batched"] = replace(rows["batched"], directions=Directions(_both_forward, _both_backward))
+    patch.setattr(dispatch, "BACKENDS", rows)
+    patch.setattr(dispatch, "_PROVEN", {})
+    patch.setattr(two_directions, "runs_at_once", _runs_at_once)
+
+
+def _runs_at_once(backend, cell, x, _size):
+    return backend != "reference" and cell.has_feedback and x.numel() > 0

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.torch_version import TorchVersion
 
 from fairseq_rkm.errors import RKMError
+from fairseq_rkm.modules.directions_at_once import run_at_once
 from fairseq_rkm.modules.lstm_exchange import ExchangeWithLSTM
 from fairseq_rkm.modules.parameters import settle_loaded as _settle  # noqa: F401 - pickles of earlier versions name it
 from fairseq_rkm.modules.per_sample_gradients import SLOT, watch
@@ -215,7 +216,8 @@ class RKM(ExchangeWithLSTM):
     ) -> tuple[list[Tensor], RKMState]:  # fmt: skip
         """The last layer's output, ``(T, B, d * directions)``, perhaps its memories, and the final state of all."""
         if reset is None and not wants_memories:
-            done = run_side_by_side(self, x, hidden, memory, context, keep, autocast)
+            run = run_at_once if self.bidirectional else run_side_by_side
+            done = run(self, x, hidden, memory, context, keep, autocast)
             if done is not None:
                 return done
         contexts: list[Tensor] = []

@@ -75,14 +75,14 @@ def _plan(rkm: RKMParameters, x: Tensor, keep: Tensor | None, recorded: bool | N
         return None
     if torch.compiler.is_compiling() or exported_loop.is_recording() or not are_plain(x):
         return None
-    if not _is_plain(rkm.dropout):
+    if not is_plain_dropout(rkm.dropout):
         return None
     return wavefront_plan.plan_for(
         rkm.backend, rkm._cell, x, rkm.num_layers, rkm.hidden_size, keep is not None, rkm.wavefront, recorded
     )
 
 
-def _is_plain(dropout: LockedDropout) -> bool:
+def is_plain_dropout(dropout: LockedDropout) -> bool:
     """Whether the dropout between layers is a mask alone, and nobody looks at its inputs and outputs."""
     hooks = dropout._forward_hooks, dropout._forward_pre_hooks, dropout._backward_hooks, dropout._backward_pre_hooks
     return type(dropout) is LockedDropout and not any(hooks) and not _has_any_global_hook()

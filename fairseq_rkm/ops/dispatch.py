@@ -18,6 +18,7 @@ from fairseq_rkm.ops.backends import batched, blockwise, native, persistent, sca
 from fairseq_rkm.ops.cells import Cell
 from fairseq_rkm.ops.higher_derivatives import REFERENCE, zeros_for_none
 from fairseq_rkm.ops.operators import Operator
+from fairseq_rkm.ops.passes import Directions
 from fairseq_rkm.ops.plain_tensors import are_plain, obstacle
 from fairseq_rkm.ops.problem_checks import check, check_inputs, laid_out
 from fairseq_rkm.ops.weights import Weights
@@ -41,12 +42,14 @@ class Backend:
             reference.
         step_time: the estimated microseconds of a step of a problem that it takes; None for a backend that is
             preferred to all behind it, whatever the problem.
+        directions: its passes for both directions of a layer at once; None if it has none.
     """
 
     operator: Operator
     refuses: Refusal = _takes_all
     automatic: bool = True
     step_time: Estimate | None = None
+    directions: Directions | None = None
 
 
 def _linear_alone(refuses: Refusal) -> Refusal:
@@ -62,16 +65,19 @@ def _linear_alone(refuses: Refusal) -> Refusal:
 
 def _backend(
     name: str, passes: Any, refuses: Refusal = _takes_all, automatic: bool = True, step_time: Estimate | None = None,
-    kernels: bool = False,
+    kernels: bool = False, directions: Directions | None = None,
 ) -> tuple[str, Backend]:  # fmt: skip
     """``kernels``: whether it takes candidates through any kernel; otherwise it refuses all but the linear one."""
     refuses = refuses if kernels else _linear_alone(refuses)
-    return name, Backend(Operator(name, passes, refuses), refuses, automatic, step_time)
+    return name, Backend(Operator(name, passes, refuses), refuses, automatic, step_time, directions)
 
 
 BACKENDS: dict[str, Backend] = dict(
     (
-        _backend("blockwise", blockwise.PASSES, blockwise.refuses, step_time=blockwise.step_time),
+        _backend(
+            "blockwise", blockwise.PASSES, blockwise.refuses, step_time=blockwise.step_time,
+            directions=blockwise.DIRECTIONS,
+        ),
         _backend("persistent", persistent.PASSES, persistent.refuses, step_time=persistent.step_time),
         _backend("stepwise", stepwise.PASSES, stepwise.refuses, step_time=stepwise.step_time, kernels=True),
         _backend("scan", scan.PASSES, scan.refuses, kernels=True),
@@ -79,7 +85,7 @@ BACKENDS: dict[str, Backend] = dict(
         _backend("batched", batched.PASSES, kernels=True),
         _backend("reference", REFERENCE, automatic=False, kernels=True),
     )
-)
+)  # fmt: skip
 """The backends by name, the preferred first."""
 
 
@@ -183,7 +189,25 @@ def _run_plain(
     backend: str, cell: Cell, inputs: Tensor, weights: Weights, size: int, hidden: Tensor | None,
     memory: Tensor | None, keep: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """As :func:`recurrence`, for plain tensors that nothing follows; checks are made once for each kind of problem."""
+    """As :func:`recurrence`, for plain tensors that nothing follows."""
+    chosen = proven(backend, cell, inputs, weights, size, hidden, memory, keep)
+    if not is_laid_out(inputs, weights, hidden, memory):
+        inputs, weights, hidden, memory = laid_out(inputs, weights, hidden, memory)
+    if chosen is BACKENDS["reference"]:
+        hidden, memory = zeros_for_none(cell, inputs, weights, hidden, memory)
+        return reference.recurrence(cell, inputs, weights, hidden, memory, keep)
+    return eager.run(chosen.operator, cell, inputs, weights, hidden, memory, keep)
+
+
+def proven(
+    backend: str, cell: Cell, inputs: Tensor, weights: Weights, size: int, hidden: Tensor | None,
+    memory: Tensor | None, keep: Tensor | None,
+) -> Backend:  # fmt: skip
+    """The backend for plain tensors, after all checks; they are made once for each kind of problem.
+
+    Raises:
+        RKMError: as :func:`recurrence`.
+    """
     check_inputs(inputs)
     kind = _kind(backend, cell, inputs, weights, size, hidden, memory, keep)
     chosen = _PROVEN.get(kind)
@@ -193,12 +217,7 @@ def _run_plain(
         if len(_PROVEN) >= MOST_PROVEN:
             _PROVEN.clear()
         _PROVEN[kind] = chosen
-    if not _is_laid_out(inputs, weights, hidden, memory):
-        inputs, weights, hidden, memory = laid_out(inputs, weights, hidden, memory)
-    if chosen is BACKENDS["reference"]:
-        hidden, memory = zeros_for_none(cell, inputs, weights, hidden, memory)
-        return reference.recurrence(cell, inputs, weights, hidden, memory, keep)
-    return eager.run(chosen.operator, cell, inputs, weights, hidden, memory, keep)
+    return chosen
 
 
 def _kind(
@@ -229,7 +248,7 @@ def _tf32(inputs: Tensor) -> bool | None:
         return None
 
 
-def _is_laid_out(inputs: Tensor, weights: Weights, hidden: Tensor | None, memory: Tensor | None) -> bool:
+def is_laid_out(inputs: Tensor, weights: Weights, hidden: Tensor | None, memory: Tensor | None) -> bool:
     """Whether it is seen at once that :func:`laid_out` would change nothing."""
     dtype = inputs.dtype
     if hidden is not None and not (hidden.dtype is dtype and hidden.is_contiguous()):

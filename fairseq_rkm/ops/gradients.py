@@ -53,7 +53,7 @@ def parameter_gradients(
     columns = aligned.size(2)
     if columns != features or (grad_recurrent is not None and grad_recurrent.size(1) != size):
         by_taps = None if grad_matrix is None else grad_matrix.unflatten(1, (-1, columns))
-        grad_inputs, by_taps, grad_recurrent = _cut(
+        grad_inputs, by_taps, grad_recurrent = cut_columns(
             (grad_inputs, features), (by_taps, features), (grad_recurrent, size)
         )
         grad_matrix = None if by_taps is None else by_taps.flatten(1)
@@ -77,7 +77,7 @@ def parameter_gradients(
     return grad_inputs, grad_matrix, grad_recurrent, grad_bias, *rest
 
 
-def _cut(*padded: tuple[Tensor | None, int]) -> list[Tensor | None]:
+def cut_columns(*padded: tuple[Tensor | None, int]) -> list[Tensor | None]:
     """Gradients without the columns that aligned their operands; None stays."""
     cut = iter(unalign_rows([(grad, size) for grad, size in padded if grad is not None]))
     return [None if grad is None else next(cut) for grad, _ in padded]

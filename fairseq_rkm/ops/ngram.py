@@ -7,6 +7,7 @@ direction of travel.
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fairseq_rkm.ops.alignment import align
 
@@ -31,6 +32,18 @@ def extend(x: Tensor, ngram: int, padding: str, context: Tensor | None) -> Tenso
         return torch.cat([context, x])
     ahead = steps_ahead(ngram, padding)
     return torch.cat([context[ahead:], x, x.new_zeros(ahead, *x.shape[1:])])
+
+
+def extend_against_time(x: Tensor, ngram: int, padding: str) -> Tensor:
+    """As :func:`extend` for the direction against time, in the order of time: its flip is what ``extend`` gives.
+
+    Args:
+        x: ``(T, B, m)``, zero at padding, in the order of time.
+        ngram: n.
+        padding: as in :func:`extend`.
+    """
+    ahead = steps_ahead(ngram, padding)
+    return F.pad(x, (0, 0, 0, 0, ahead, ngram - 1 - ahead))
 
 
 def steps_ahead(ngram: int, padding: str) -> int:
@@ -119,24 +132,27 @@ def last_real_step(keep: Tensor) -> Tensor:
     return torch.cat([numbers.new_zeros(1, keep.size(1)), numbers * keep]).amax(0)
 
 
-def project(inputs: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+def project(
+    inputs: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None, against_time: bool = False
+) -> Tensor:
     """``W X_t + b`` for all steps: one matrix product over time for each of the n inputs of a window.
 
     Args:
         inputs: extended inputs, ``(T + n - 1, B, m)``.
         weight: ``(G, n * m)``.
         bias: ``(G,)`` or None.
-        out: a contiguous tensor for the result, ``(T * B, G)``; None makes one.
+        out: a tensor for the result, ``(T * B, G)``, with contiguous rows; None makes one.
+        against_time: whether the newest input of a window is its earliest, ``inputs[t]``.
 
     Returns:
-        ``(T, B, G)``, contiguous.
+        ``(T, B, G)``, contiguous if ``out`` is.
     """
     if inputs.is_cuda:  # on a CPU only the result needs alignment
         inputs, weight = align(inputs, weight)
     size = inputs.size(2)
     if weight.size(1) == size and out is None and bias is None:
         return torch.mm(inputs.view(-1, size), weight.t()).view(inputs.size(0), inputs.size(1), weight.size(0))
-    (newest, taps), *older = _taps(inputs, weight)
+    (newest, taps), *older = _taps(inputs, weight, against_time)
     result = torch.mm(newest, taps.t(), out=out) if bias is None else torch.addmm(bias, newest, taps.t(), out=out)
     for window, taps in older:
         result.addmm_(window, taps.t())
@@ -145,16 +161,17 @@ def project(inputs: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | N
 
 
 def project_backward(
-    grad: Tensor, inputs: Tensor, weight: Tensor, need_inputs: bool, need_weight: bool
+    grad: Tensor, inputs: Tensor, weight: Tensor, need_inputs: bool, need_weight: bool, against_time: bool = False
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of :func:`project` with respect to its inputs and its weight.
 
     Args:
-        grad: ``(T, B, G)`` or ``(T * B, G)``, contiguous.
+        grad: ``(T, B, G)`` or ``(T * B, G)``, with contiguous rows.
         inputs: as in :func:`project`.
         weight: as in :func:`project`.
         need_inputs: whether to compute the first result.
         need_weight: whether to compute the second result.
+        against_time: as in :func:`project`.
 
     Returns:
         The gradients of inputs and weight, of their shapes; None for one that is not needed.
@@ -165,36 +182,37 @@ def project_backward(
         return grad_inputs, torch.mm(flat.t(), inputs.view(-1, size)) if need_weight else None
     grad_inputs = torch.zeros_like(inputs) if need_inputs else None
     if grad_inputs is not None:
-        add_input_gradients(grad, weight, grad_inputs)
+        add_input_gradients(grad, weight, grad_inputs, against_time)
     grad_weight = None
     if need_weight:
-        grad_weight = torch.cat([flat.t() @ window for window, _ in _taps(inputs, weight)], dim=1)
+        grad_weight = torch.cat([flat.t() @ window for window, _ in _taps(inputs, weight, against_time)], dim=1)
     return grad_inputs, grad_weight
 
 
-def add_input_gradients(grad: Tensor, weight: Tensor, into: Tensor) -> None:
+def add_input_gradients(grad: Tensor, weight: Tensor, into: Tensor, against_time: bool = False) -> None:
     """Add the gradients of :func:`project` with respect to its inputs, of a stretch of time; for n = 1, set them.
 
     Args:
-        grad: ``(T, B, G)`` or ``(T * B, G)``, contiguous.
+        grad: ``(T, B, G)`` or ``(T * B, G)``, with contiguous rows.
         weight: as in :func:`project`.
         into: the gradients of the stretch's extended inputs, ``(T + n - 1, B, m)``, contiguous.
+        against_time: as in :func:`project`.
     """
     flat = grad.view(-1, grad.size(-1))
     if into.size(2) == weight.size(1):
         torch.mm(flat, weight, out=into.flatten(0, 1))
         return
-    for window, taps in _taps(into, weight):
+    for window, taps in _taps(into, weight, against_time):
         window.addmm_(flat, taps)
 
 
-def _taps(inputs: Tensor, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
+def _taps(inputs: Tensor, weight: Tensor, against_time: bool) -> list[tuple[Tensor, Tensor]]:
     """For each k the k-th newest inputs of all windows, ``(T * B, m)``, and their columns of the weight, ``(G, m)``."""
     length, batch, size = inputs.shape
     if weight.size(1) == size:
         return [(inputs.view(length * batch, size), weight)]
     ngram = weight.size(1) // size
     steps = length - ngram + 1
-    starts = range(ngram - 1, -1, -1)
+    starts = range(ngram) if against_time else range(ngram - 1, -1, -1)
     windows = [inputs[start : start + steps].view(steps * batch, size) for start in starts]
     return list(zip(windows, weight.split(size, dim=1), strict=True))

@@ -95,3 +95,26 @@ class Passes(NamedTuple):
     forward: Callable[..., Results]
     backward: Callable[[Saved, Gradients, Sequence[bool]], Gradients]
     own: Callable[[Extent], tuple[Sketch | None, ...]]
+
+
+class Directions(NamedTuple):
+    """A backend's passes for both directions of a layer at once: its loops alone.
+
+    All tensors are contiguous. Values of the two directions lie side by side in the last dimension, the one along time
+    first. Steps are in the order of time for both. ``hiddens`` and ``memories`` are ``(T + 2, B, 2 * d)``: those behind
+    the step at time t lie at t + 1, the initial ones along time at 0, and those against time at T + 1. The other halves
+    of these two rows may hold anything.
+
+    Attributes:
+        forward: ``(cell, weights, keep, gates, hidden, memory)`` to output, ``(T, B, 2 * d)``, zero at padding; last
+            hidden state and memory, ``(2, B, d)``; ``hiddens`` and ``memories``. ``weights`` are two :class:`Weights`.
+            ``gates``, ``(T, B, 2 * G * d)``, hold the inputs' products, without the bias, and become the activated
+            gates. ``hidden`` and ``memory`` are initial ones, ``(2, B, d)``, or None for zeros. The output shares no
+            memory with the others.
+        backward: ``(cell, weights, keep, gates, memories, grads)`` to the gradients of the pre-activations, as
+            ``gates``, and of the initial hidden state and memory, ``(2, B, d)``, in the memory's dtype. ``grads`` are
+            those of the output and the last states; None for zeros.
+    """
+
+    forward: Callable[..., tuple[Tensor, ...]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]

@@ -128,6 +128,6 @@ def test_a_graph_takes_only_kernels_that_are_loaded():
 
     assert plan() is None
     for direction in ("forward", "backward"):
-        blockwise_stretches.LOADED.add((direction, CELL, 64, torch.float32, 2, False, 0))
+        blockwise_stretches.LOADED.add((direction, CELL, 64, torch.float32, 2, False, 0, 1))
     assert plan().rows == 2
     assert plan(mask=True) is None

@@ -5,8 +5,12 @@
 // multiply, and exchange the gates by shuffles. The values that all units read at the next step, h_{t-1} forward and the
 // gates' gradients backward, lie in two buffers of shared memory that take turns. A step has one barrier.
 //
-// blockwise.py compiles this with the sizes and the cell (a row of ops/cells.py) as macros. Indices: u unit, g gate in
-// stacking order, n row in the block, b row of the batch, k column of a thread's weights.
+// A launch serves one direction, or both of a layer: every other block then runs against time. `Course` says where the
+// values of a direction lie.
+//
+// blockwise.py compiles this with the sizes and the cell (a row of ops/cells.py) as macros. Indices: t step in the
+// direction of travel, u unit, g gate in stacking order, n row in the block, b row of the batch, k column of a thread's
+// weights.
 
 #include "numbers.cuh"
 
@@ -47,6 +51,29 @@ struct Values {
         output = OUTPUT >= 0 ? place.of(own, OUTPUT >= 0 ? OUTPUT : 0) : 1.f;
     }
     __device__ __forceinline__ float raw(float before) const { return input * candidate + forget * before; }
+};
+
+// A block's direction and rows, and the places of its values.
+//
+// Gates, their gradients, outputs and those of outputs are [T][B][DIRECTIONS][..]; states at both ends of a sequence are
+// [DIRECTIONS][B][SIZE]. All h and c of one direction are [T + 1][B][SIZE], those of both [T + 2][B][2][SIZE]: those
+// behind the step at time s lie at s + 1. The initial ones lie before all others, or behind them against time.
+struct Course {
+    const long long steps, batch, first;
+    const bool back;
+    __device__ __forceinline__ Course(long long steps, long long batch)
+        : steps(steps), batch(batch), first((long long)(blockIdx.x / DIRECTIONS) * ROWS),
+          back(DIRECTIONS == 2 && blockIdx.x % 2) {}
+    // The row of step t; of all h and c, that of those behind the step is `batch` further.
+    __device__ __forceinline__ size_t row(long long t, int n) const {
+        return size_t(back ? steps - 1 - t : t) * batch + first + n;
+    }
+    // The row of h and c before a step.
+    __device__ __forceinline__ size_t before(size_t row) const { return back ? row + 2 * batch : row; }
+    __device__ __forceinline__ size_t initial(int n) const { return back ? row(-1, n) + batch : first + n; }
+    // The place of a row's first value.
+    __device__ __forceinline__ size_t of(size_t row) const { return row * DIRECTIONS + back; }
+    __device__ __forceinline__ size_t end(int n) const { return back ? batch + first + n : first + n; }
 };
 
 // A thread's weights, four columns at a time. `At` gives a column's weight.
@@ -103,10 +130,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) blockwise_forward(
     Stored* __restrict__ gates, const Stored* __restrict__ bias, const Stored* __restrict__ recurrent,
     const Stored* __restrict__ first_hidden, const float* __restrict__ first_memory, Stored* __restrict__ last_hidden,
     float* __restrict__ last_memory, Stored* __restrict__ hiddens, float* __restrict__ memories,
-    const u8* __restrict__ keep, const float* __restrict__ scale_f, const float* __restrict__ scale_i, long long steps,
-    long long batch) {
+    Stored* __restrict__ output, const u8* __restrict__ keep, const float* __restrict__ scale_f,
+    const float* __restrict__ scale_i, const Stored* __restrict__ back_bias, const Stored* __restrict__ back_recurrent,
+    const float* __restrict__ back_scale_f, const float* __restrict__ back_scale_i, long long steps, long long batch) {
     const Place at;
-    const long long first = (long long)blockIdx.x * ROWS;
+    const Course course(steps, batch);
+    const long long first = course.first;
+    if (course.back) bias = back_bias, recurrent = back_recurrent, scale_f = back_scale_f, scale_i = back_scale_i;
     const int r = at.g - FIRST_RECURRENT;
     const bool fed = at.real && r >= 0 && r < RECURRENT;
     Weights weights;
@@ -121,12 +151,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) blockwise_forward(
 #pragma unroll
     for (int n = 0; n < ROWS; ++n) {
         const bool there = at.u < SIZE && first + n < batch;
-        const size_t from = size_t(first + n) * SIZE + at.u;
+        const size_t from = course.end(n) * SIZE + at.u, to = course.of(course.initial(n)) * SIZE + at.u;
         c[n] = there && first_memory != nullptr ? first_memory[from] : 0.f;
         h[n] = there && first_hidden != nullptr ? widen(first_hidden[from]) : 0.f;
         if (there && at.g == 0) {
-            memories[from] = c[n];
-            hiddens[from] = narrow(h[n]);
+            memories[to] = c[n];
+            hiddens[to] = narrow(h[n]);
             buffers[n * PITCH + at.u] = h[n];
         }
     }
@@ -136,8 +166,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) blockwise_forward(
 #pragma unroll
         for (int n = 0; n < ROWS; ++n) {
             const bool there = t < steps && first + n < batch;
-            const size_t row = size_t(t) * batch + first + n;
-            values[n] = there && at.real ? widen(gates[(row * GATES + at.g) * SIZE + at.u]) : 0.f;
+            const size_t row = course.row(t, n);
+            values[n] = there && at.real ? widen(gates[(course.of(row) * GATES + at.g) * SIZE + at.u]) : 0.f;
             is_real[n] = !MASK || (there && keep[row]);
         }
     };
@@ -160,8 +190,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) blockwise_forward(
                 const float s = sigmoid(candidate && SQUASH_CANDIDATE ? 2.f * a : a);
                 const float own = !candidate ? s : SQUASH_CANDIDATE ? 2.f * s - 1.f : a;
                 const bool there = first + n < batch;
-                const size_t row = size_t(t) * batch + first + n;
-                if (there && at.real) gates[(row * GATES + at.g) * SIZE + at.u] = narrow(own);
+                const size_t row = course.row(t, n);
+                if (there && at.real) gates[(course.of(row) * GATES + at.g) * SIZE + at.u] = narrow(own);
                 const Values v(at, own, s_i, s_f);
                 float value = v.raw(c[n]);
 #ifdef CLIP
@@ -172,11 +202,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) blockwise_forward(
                     h[n] = widen(narrow(v.output * (SQUASH_OUTPUT ? hyperbolic(value) : value)));
                 }
                 if (at.u < SIZE) {
-                    const size_t to = (row + batch) * SIZE + at.u;
+                    const size_t to = course.of(row + batch) * SIZE + at.u;
                     if (at.g == 0 && there) memories[to] = c[n];
                     if (at.g == LANES - 1) {
                         next[n * PITCH + at.u] = h[n];
                         if (there) hiddens[to] = narrow(h[n]);
+                        if (DIRECTIONS == 2 && there)
+                            output[course.of(row) * SIZE + at.u] = narrow(real[i][n] ? h[n] : 0.f);
                     }
                 }
             }
@@ -187,8 +219,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) blockwise_forward(
 #pragma unroll
     for (int n = 0; n < ROWS; ++n)
         if (at.g == 0 && at.u < SIZE && first + n < batch) {
-            last_memory[size_t(first + n) * SIZE + at.u] = c[n];
-            last_hidden[size_t(first + n) * SIZE + at.u] = narrow(h[n]);
+            last_memory[course.end(n) * SIZE + at.u] = c[n];
+            last_hidden[course.end(n) * SIZE + at.u] = narrow(h[n]);
         }
 }
 
@@ -197,10 +229,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) blockwise_backward(
     const Stored* __restrict__ gates, const Stored* __restrict__ recurrent, const float* __restrict__ memories,
     const Stored* __restrict__ grad_output, const float* __restrict__ grad_hidden, const float* __restrict__ grad_memory,
     float* __restrict__ first_grad_hidden, float* __restrict__ first_grad_memory, Stored* __restrict__ grad_gates,
-    const u8* __restrict__ keep, const float* __restrict__ scale_f, const float* __restrict__ scale_i, long long steps,
-    long long batch) {
+    const u8* __restrict__ keep, const float* __restrict__ scale_f, const float* __restrict__ scale_i,
+    const Stored* __restrict__ back_recurrent, const float* __restrict__ back_scale_f,
+    const float* __restrict__ back_scale_i, long long steps, long long batch) {
     const Place at;
-    const long long first = (long long)blockIdx.x * ROWS;
+    const Course course(steps, batch);
+    const long long first = course.first;
+    if (course.back) recurrent = back_recurrent, scale_f = back_scale_f, scale_i = back_scale_i;
     const int r = at.g - FIRST_RECURRENT;
     const bool fed = at.real && r >= 0 && r < RECURRENT;
     Weights weights;
@@ -213,10 +248,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) blockwise_backward(
 #pragma unroll
     for (int n = 0; n < ROWS; ++n) {
         const bool there = at.u < SIZE && first + n < batch;
-        const size_t from = size_t(first + n) * SIZE + at.u;
+        const size_t from = course.end(n) * SIZE + at.u;
         to_c[n] = there && grad_memory != nullptr ? grad_memory[from] : 0.f;
         held[n] = there && grad_hidden != nullptr ? grad_hidden[from] : 0.f;
-        now_c[n] = there ? memories[size_t(steps) * batch * SIZE + from] : 0.f;
+        now_c[n] = there ? memories[course.of(course.row(steps - 1, n) + batch) * SIZE + at.u] : 0.f;
     }
     // A step's gate, c_{t-1} and gradient of h_t, fetched DEPTH steps before.
     float gate[DEPTH][ROWS], before[DEPTH][ROWS], given[DEPTH][ROWS];
@@ -225,11 +260,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) blockwise_backward(
 #pragma unroll
         for (int n = 0; n < ROWS; ++n) {
             const bool there = t >= 0 && first + n < batch;
-            const size_t row = size_t(t) * batch + first + n;
+            const size_t row = course.row(t, n);
             const bool unit = there && at.u < SIZE;
-            gate[i][n] = there && at.real ? widen(gates[(row * GATES + at.g) * SIZE + at.u]) : 0.f;
-            before[i][n] = unit ? memories[row * SIZE + at.u] : 0.f;
-            given[i][n] = unit && grad_output != nullptr ? widen(grad_output[row * SIZE + at.u]) : 0.f;
+            gate[i][n] = there && at.real ? widen(gates[(course.of(row) * GATES + at.g) * SIZE + at.u]) : 0.f;
+            before[i][n] = unit ? memories[course.of(course.before(row)) * SIZE + at.u] : 0.f;
+            given[i][n] = unit && grad_output != nullptr ? widen(grad_output[course.of(row) * SIZE + at.u]) : 0.f;
             real[i][n] = !MASK || (there && keep[row]);
         }
     };
@@ -279,7 +314,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) blockwise_backward(
                 if (at.real) {
                     next[(n * VECTORS + at.g) * PITCH + at.u] = own;
                     if (first + n < batch)
-                        grad_gates[((size_t(t) * batch + first + n) * GATES + at.g) * SIZE + at.u] = narrow(own);
+                        grad_gates[(course.of(course.row(t, n)) * GATES + at.g) * SIZE + at.u] = narrow(own);
                 }
             }
             fetch(t - DEPTH, i);
@@ -290,8 +325,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) blockwise_backward(
 #pragma unroll
     for (int n = 0; n < ROWS; ++n)
         if (at.g == 0 && at.u < SIZE && first + n < batch) {
-            first_grad_hidden[size_t(first + n) * SIZE + at.u] = sums[n];
-            first_grad_memory[size_t(first + n) * SIZE + at.u] = to_c[n];
+            first_grad_hidden[course.end(n) * SIZE + at.u] = sums[n];
+            first_grad_memory[course.end(n) * SIZE + at.u] = to_c[n];
         }
 }
 #endif

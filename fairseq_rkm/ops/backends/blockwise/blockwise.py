@@ -2,7 +2,8 @@
 
 A block has all recurrent weights and takes some rows of the batch through the whole sequence. It waits for no other:
 where ``persistent`` exchanges values through the GPU's memory at each step, this takes a barrier. Products are sums of
-float32, whatever the type of the weights and whether TF32 is allowed.
+float32, whatever the type of the weights and whether TF32 is allowed. Both directions of a layer are one launch
+(``blockwise_directions.py``).
 """
 
 import functools
@@ -85,8 +86,7 @@ def forward(
     hiddens = gates.new_empty((steps + 1, batch, size))
     memories = gates.new_empty((steps + 1, batch, size), dtype=torch.float32)
     last_hidden, last_memory = gates.new_empty((batch, size)), memories.new_empty((batch, size))
-    given = weights.bias, weights.recurrent, hidden, memory, last_hidden, last_memory, hiddens, memories
-    _launch("forward", cell, weights, keep, gates, given, memories)
+    launch_forward(cell, (weights,), keep, gates, (hidden, memory), (last_hidden, last_memory), hiddens, memories)
     output = hiddens[1:] if keep is None else hiddens[1:].masked_fill(~keep.unsqueeze(-1), 0)
     return Results(output, last_hidden, last_memory, (gates, hiddens, memories))
 
@@ -100,8 +100,9 @@ def backward(saved: Saved, grads: Gradients, needs: Sequence[bool]) -> Gradients
     _, batch, size = memories.shape
     first = memories.new_empty((2, batch, size))
     grad_gates = torch.empty_like(gates)
-    given = weights.recurrent, memories, grad_output, *last, *nvrtc.addresses(first), grad_gates
-    _launch("backward", cell, weights, saved.keep, gates, given, memories)
+    launch_backward(
+        cell, (weights,), saved.keep, gates, memories, grad_output, last, nvrtc.addresses(first), grad_gates
+    )
     need_inputs, need_hidden, need_memory, *need_weights = needs
     grad_inputs, *rest = parameter_gradients(
         cell, weights, saved.inputs, hiddens, memories, gates, grad_gates, {}, (need_inputs, *need_weights)
@@ -128,10 +129,10 @@ def _room(cell: Cell, size: int, device: int) -> tuple[int, ...]:
 
 
 @functools.cache
-def _rows_for(cell: Cell, size: int, batch: int, device: int) -> int:
+def _rows_for(cell: Cell, size: int, batch: int, device: int, directions: int = 1) -> int:
     """The fewest rows with which all blocks run at a time, or the most."""
     processors, room = torch.cuda.get_device_properties(device).multi_processor_count, _room(cell, size, device)
-    return next((rows for rows in room if rows * processors >= batch), room[-1])
+    return next((rows for rows in room if directions * -(-batch // rows) <= processors), room[-1])
 
 
 def _threads(cell: Cell, size: int) -> int:
@@ -145,37 +146,108 @@ def _held(cell: Cell, size: int, rows: int) -> int:
     return min(-(-size // 4), HELD[rows] if _threads(cell, size) > FEW_THREADS else HELD[1])
 
 
-def _launch(
-    direction: str, cell: Cell, weights: Weights, keep: Tensor | None, gates: Tensor,
-    given: tuple[Tensor | int | None, ...], memories: Tensor,
+Given = Tensor | int | None
+"""A kernel's argument; an int is an address."""
+
+
+def launch_forward(
+    cell: Cell, directions: Sequence[Weights], keep: Tensor | None, gates: Tensor, first: Sequence[Given],
+    last: Sequence[Given], hiddens: Tensor, memories: Tensor, output: Tensor | None = None, rows: int | None = None,
 ) -> None:  # fmt: skip
-    """Launch a kernel over the rows of the batch."""
-    steps, batch, size = memories.shape
-    scale_f = memories.new_ones(size) * weights.sigma_f if cell.forget_is_constant else None
-    scale_i = memories.new_ones(1) * weights.sigma_i if cell.input_is_constant else None
+    """Launch the forward kernel; the layouts are those of ``Course`` in ``blockwise.cu``.
+
+    Args:
+        cell: the cell.
+        directions: the weights of one direction, or of both.
+        keep: ``(T, B)`` bool, True at real steps; None if all are.
+        gates: the inputs' products, without the bias; they become the activated gates.
+        first: the initial hidden state and memory; None is zeros.
+        last: where the final ones go.
+        hiddens: where all h go.
+        memories: where all c go.
+        output: where the outputs of both directions go, zero at padding; None for one direction.
+        rows: the rows of a block; None lets all blocks run at a time, if they can.
+    """
+    given = gates, directions[0].bias, directions[0].recurrent, *first, *last, hiddens, memories, output
+    back = (directions[1].bias, directions[1].recurrent) if len(directions) > 1 else (None, None)
+    _launch("forward", cell, directions, keep, gates, given, back, rows)
+
+
+def launch_backward(
+    cell: Cell, directions: Sequence[Weights], keep: Tensor | None, gates: Tensor, memories: Tensor,
+    grad_output: Tensor | None, last: Sequence[Given], first: Sequence[Given], grad_gates: Tensor,
+    rows: int | None = None,
+) -> None:  # fmt: skip
+    """Launch the backward kernel; the layouts are those of ``Course`` in ``blockwise.cu``.
+
+    Args:
+        cell: the cell.
+        directions: the weights of one direction, or of both.
+        keep: ``(T, B)`` bool, True at real steps; None if all are.
+        gates: the activated gates.
+        memories: all c.
+        grad_output: the gradients of the outputs; None is zeros.
+        last: those of the final hidden state and memory, float32; None is zeros.
+        first: where those of the initial ones go, float32.
+        grad_gates: where those of the pre-activations go.
+        rows: the rows of a block; None lets all blocks run at a time, if they can.
+    """
+    given = gates, directions[0].recurrent, memories, grad_output, *last, *first, grad_gates
+    back = (directions[1].recurrent if len(directions) > 1 else None,)
+    _launch("backward", cell, directions, keep, gates, given, back, rows)
+
+
+def _launch(
+    direction: str, cell: Cell, directions: Sequence[Weights], keep: Tensor | None, gates: Tensor,
+    given: tuple[Given, ...], back: tuple[Given, ...], rows: int | None,
+) -> None:  # fmt: skip
+    """Launch a kernel over the rows of the batch; ``back``: the matrices of the direction against time."""
+    (steps, batch, width), count = gates.shape, len(directions)
+    size = width // (count * len(cell.gates))
+    scales = [_scales(cell, weights, gates, size) for weights in directions]
+    # Read by address: they must live until the launch.
     real = None if keep is None else keep.contiguous().view(torch.uint8)
-    kernel, blocks, threads = _prepare(direction, cell, size, batch, gates.dtype, keep is not None, gates.get_device())
-    kernel.launch(blocks, threads, gates, *given, real, scale_f, scale_i, steps - 1, batch)
+    kernel, blocks, threads = _prepare(
+        direction, cell, size, batch, gates.dtype, keep is not None, gates.get_device(), count, rows
+    )
+    back_scales = scales[1] if count > 1 else (None, None)
+    kernel.launch(blocks, threads, *given, real, *scales[0], *back, *back_scales, steps, batch)
+
+
+def _scales(cell: Cell, weights: Weights, like: Tensor, size: int) -> tuple[Tensor | None, Tensor | None]:
+    """``s_f``, ``(d,)``, and ``s_i``, ``(1,)``, float32; None where the cell has gates in their place."""
+    return (
+        _scale(weights.sigma_f, like, size) if cell.forget_is_constant else None,
+        _scale(weights.sigma_i, like, 1) if cell.input_is_constant else None,
+    )
+
+
+def _scale(value: Tensor | float, like: Tensor, count: int) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.float().expand(count).contiguous()
+    return like.new_full((count,), value, dtype=torch.float32)
 
 
 @functools.cache
 def _prepare(
-    direction: str, cell: Cell, size: int, batch: int, dtype: torch.dtype, mask: bool, device: int
-) -> tuple[nvrtc.Kernel, int, int]:
+    direction: str, cell: Cell, size: int, batch: int, dtype: torch.dtype, mask: bool, device: int, directions: int,
+    rows: int | None,
+) -> tuple[nvrtc.Kernel, int, int]:  # fmt: skip
     """A compiled kernel, the blocks of its launch and the threads of a block."""
-    rows = _rows_for(cell, size, batch, device)
-    return _kernel(direction, cell, size, dtype, rows, mask, device), -(-batch // rows), _threads(cell, size)
+    rows = _rows_for(cell, size, batch, device, directions) if rows is None else rows
+    kernel = _kernel(direction, cell, size, dtype, rows, mask, device, directions)
+    return kernel, directions * -(-batch // rows), _threads(cell, size)
 
 
 @functools.cache
 def _kernel(
-    direction: str, cell: Cell, size: int, dtype: torch.dtype, rows: int, mask: bool, device: int
+    direction: str, cell: Cell, size: int, dtype: torch.dtype, rows: int, mask: bool, device: int, directions: int
 ) -> nvrtc.Kernel:
     """A compiled kernel of ``blockwise.cu``."""
-    options = macros(direction, cell, size, dtype, rows, mask)
+    options = macros(direction, cell, size, dtype, rows, mask, directions)
     shared = shared_bytes(direction, cell, size, rows)
     kernel = nvrtc.compile_kernel(SOURCE, f"blockwise_{direction}", options, shared, device, cooperative=False)
-    LOADED.add((direction, cell, size, dtype, rows, mask, device))
+    LOADED.add((direction, cell, size, dtype, rows, mask, device, directions))
     return kernel
 
 
@@ -184,12 +256,13 @@ LOADED: set[tuple] = set()
 
 
 def macros(
-    direction: str, cell: Cell, size: int, dtype: torch.dtype, rows: int, mask: bool
+    direction: str, cell: Cell, size: int, dtype: torch.dtype, rows: int, mask: bool, directions: int = 1
 ) -> tuple[tuple[str, int | str], ...]:
     """The cell, the dtype and the sizes as macros of ``blockwise.cu``."""
     return (
         *cell_macros(cell).items(),
         ("MASK", int(mask)),
+        ("DIRECTIONS", directions),
         ("ELEMENT", dtype.itemsize),
         ("BF16", int(dtype == torch.bfloat16)),
         ("SIZE", size),

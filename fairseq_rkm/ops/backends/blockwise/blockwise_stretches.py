@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fairseq_rkm.ops.backends.blockwise.blockwise import LOADED, _kernel, _room, _threads, block_time
+from fairseq_rkm.ops.backends.blockwise.blockwise import LOADED, _room, block_time, launch_backward, launch_forward
 from fairseq_rkm.ops.cells import Cell
 from fairseq_rkm.ops.stretches import Pair, Stretches, Way
 from fairseq_rkm.ops.weights import Weights
@@ -14,8 +14,7 @@ def forward(
     hiddens: Tensor, memories: Tensor, rows: int,
 ) -> None:  # fmt: skip
     """The forward pass: one kernel."""
-    given = weights.bias, weights.recurrent, *first, *last, hiddens, memories
-    _launch("forward", cell, weights, keep, gates, given, memories, rows)
+    launch_forward(cell, (weights,), keep, gates, first, last, hiddens, memories, rows=rows)
 
 
 def backward(
@@ -23,8 +22,7 @@ def backward(
     last: Pair, first: tuple[Tensor, Tensor], grad_gates: Tensor, rows: int,
 ) -> None:  # fmt: skip
     """The backward pass: one kernel."""
-    given = weights.recurrent, memories, grad_output, *last, *first, grad_gates
-    _launch("backward", cell, weights, keep, gates, given, memories, rows)
+    launch_backward(cell, (weights,), keep, gates, memories, grad_output, last, first, grad_gates, rows)
 
 
 def ways(cell: Cell, size: int, batch: int, device: int) -> list[Way]:
@@ -36,20 +34,7 @@ def ways(cell: Cell, size: int, batch: int, device: int) -> list[Way]:
 
 def are_compiled(cell: Cell, size: int, dtype: torch.dtype, rows: int, mask: bool, device: int) -> bool:
     """Whether both kernels have been loaded: a graph that is being recorded cannot load code."""
-    return all((direction, cell, size, dtype, rows, mask, device) in LOADED for direction in ("forward", "backward"))
+    return all((direction, cell, size, dtype, rows, mask, device, 1) in LOADED for direction in ("forward", "backward"))
 
 
 STRETCHES = Stretches(forward, backward, ways, are_compiled)
-
-
-def _launch(
-    direction: str, cell: Cell, weights: Weights, keep: Tensor | None, gates: Tensor,
-    given: tuple[Tensor | None, ...], memories: Tensor, rows: int,
-) -> None:  # fmt: skip
-    """Launch a kernel whose blocks take so many rows of the batch."""
-    steps, batch, size = memories.size(0) - 1, memories.size(1), memories.size(2)
-    scale_f = memories.new_ones(size) * weights.sigma_f if cell.forget_is_constant else None
-    scale_i = memories.new_ones(1) * weights.sigma_i if cell.input_is_constant else None
-    real = None if keep is None else keep.view(torch.uint8)
-    kernel = _kernel(direction, cell, size, gates.dtype, rows, keep is not None, gates.device.index)
-    kernel.launch(-(-batch // rows), _threads(cell, size), gates, *given, real, scale_f, scale_i, steps, batch)

@@ -1,0 +1,129 @@
+"""A CUDA kernel that needs no GPU: compiled as C++, its threads take turns on one processor.
+
+Threads of a block are contexts (``ucontext.h``). Each runs up to its next barrier or shuffle, then the next one runs.
+Blocks run one after another. This is for kernels in float32 whose blocks do not wait for each other, and whose threads
+all pass the same barriers and shuffles.
+"""
+
+import ctypes
+import functools
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from fairseq_rkm.ops.compilation import nvrtc
+
+NEEDS_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to compile the kernel")
+
+BEFORE = r"""
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <ucontext.h>
+#include <utility>
+#include <vector>
+#define __device__
+#define __global__
+#define __shared__
+#define __forceinline__ inline
+#define __restrict__ __restrict
+#define __launch_bounds__(...)
+struct Index { unsigned x; };
+static Index threadIdx, blockIdx;
+struct alignas(16) float4 { float x, y, z, w; };
+static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+#define __expf expf
+static ucontext_t scheduler;
+static std::vector<ucontext_t> threads;
+static std::vector<float> shuffled;
+static void wait_for_all() {
+    const unsigned me = threadIdx.x;
+    swapcontext(&threads[me], &scheduler);
+    threadIdx.x = me;
+}
+static void __syncthreads() { wait_for_all(); }
+static float shuffle(float value, unsigned from) {
+    shuffled[threadIdx.x] = value;
+    wait_for_all();
+    const float result = shuffled[from];
+    wait_for_all();
+    return result;
+}
+static float __shfl_sync(unsigned, float value, int lane, int width) {
+    return shuffle(value, threadIdx.x / width * width + lane);
+}
+static float __shfl_xor_sync(unsigned, float value, int lanes) { return shuffle(value, threadIdx.x ^ lanes); }
+"""
+BEHIND = r"""
+float4 room[1 << 14];
+static const uint64_t* arguments;
+static unsigned finished;
+template <typename... A, size_t... I>
+static void call(void (*kernel)(A...), std::index_sequence<I...>) { kernel((A)arguments[I]...); }
+template <typename... A>
+static void call(void (*kernel)(A...)) { call(kernel, std::index_sequence_for<A...>()); }
+static void run() {
+    call(KERNEL);
+    ++finished;
+}
+extern "C" void launch(unsigned blocks, unsigned count, const uint64_t* given) {
+    arguments = given;
+    threads.resize(count);
+    shuffled.resize(count);
+    std::vector<char> stacks(size_t(count) << 16);
+    for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
+        for (float4& value : room) value = {NAN, NAN, NAN, NAN};
+        for (unsigned i = 0; i < count; ++i) {
+            getcontext(&threads[i]);
+            threads[i].uc_stack.ss_sp = &stacks[size_t(i) << 16];
+            threads[i].uc_stack.ss_size = 1 << 16;
+            threads[i].uc_link = &scheduler;
+            makecontext(&threads[i], run, 0);
+        }
+        for (finished = 0; finished < count;)
+            for (unsigned i = 0; i < count; ++i) {
+                threadIdx.x = i;
+                swapcontext(&scheduler, &threads[i]);
+            }
+    }
+}
+"""
+
+
+@functools.cache
+def _compiled(source: Path, name: str, macros: tuple[tuple[str, int | str], ...]) -> ctypes.CDLL:
+    text = source.read_text().replace(nvrtc.INCLUDE.decode(), nvrtc.HEADER.read_text())
+    folder = Path(tempfile.mkdtemp())
+    file, library = folder / f"{name}.cpp", folder / f"{name}.so"
+    file.write_text(f"{BEFORE}\n{text}\n#define KERNEL {name}\n{BEHIND}")
+    options = [f"-D{key}={value}" for key, value in macros]
+    command = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", *options, "-o", str(library), str(file)]
+    subprocess.run(command, check=True)
+    loaded = ctypes.CDLL(str(library))
+    shutil.rmtree(folder)
+    return loaded
+
+
+class EmulatedKernel:
+    """Takes the place of :class:`fairseq_rkm.ops.compilation.nvrtc.Kernel`, on tensors of a CPU.
+
+    Args:
+        source: the CUDA file.
+        name: the kernel's name.
+        macros: names and values to define.
+    """
+
+    def __init__(self, source: Path, name: str, macros: tuple[tuple[str, int | str], ...]) -> None:
+        self.name, self.macros, self._library, self.blocks = name, dict(macros), _compiled(source, name, macros), []
+
+    def launch(self, blocks: int, threads: int, *arguments: torch.Tensor | int | None) -> None:
+        """As :meth:`nvrtc.Kernel.launch`; returns when the kernel is done."""
+        for tensor in arguments:
+            assert not isinstance(tensor, torch.Tensor) or tensor.is_contiguous()
+        values = [0 if a is None else a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
+        self._library.launch(blocks, threads, (ctypes.c_uint64 * len(values))(*values))
+        self.blocks.append(blocks)
