@@ -81,42 +81,43 @@ def _plan(chunks, lanes, backend, cell, x, layers, size, mask, wanted, recorded=
     return Plan(wanted or chunks, None, min(lanes, layers), STRETCHES)
 
 
-def _both_forward(cell, weights, keep, gates, hidden, memory):
-    steps, batch, width = gates.shape
-    size = width // (2 * len(cell.gates))
-    wide = torch.promote_types(gates.dtype, torch.float32)
-    output = gates.new_empty(steps, batch, 2 * size)
-    all_h, all_c = (gates.new_empty(steps + 2, batch, 2, size, dtype=kind) for kind in (gates.dtype, wide))
-    last = gates.new_empty(2, batch, size), gates.new_empty(2, batch, size, dtype=wide)
-    for number, turned in enumerate((lambda x: x, lambda x: x.flip(0))):
-        real = None if keep is None else turned(keep)
-        own = turned(gates.view(steps, batch, 2, -1)[:, :, number]).contiguous()
-        h, c = (states.new_empty(steps + 1, batch, size) for states in (all_h, all_c))
-        first = [None if states is None else states[number] for states in (hidden, memory)]
-        forward(cell, weights[number], real, own, first, [states[number] for states in last], h, c, None)
-        gates.view(steps, batch, 2, -1)[:, :, number] = turned(own)
-        for to, states in ((all_h, h), (all_c, c)):
-            to[number : number + steps + 1, :, number] = turned(states)
-        output.view(steps, batch, 2, size)[:, :, number] = turned(
-            h[1:] if real is None else h[1:].masked_fill(~real.unsqueeze(-1), 0)
-        )
-    return output, *last, all_h.flatten(2), all_c.flatten(2)
+WAYS = (lambda x: x), (lambda x: x.flip(0))
+"""Along time and against it."""
 
 
-def _both_backward(cell, weights, keep, gates, memories, grads):
+def _both_forward(cell, weights, keep, gates, number, first, last, hiddens, memories, output):
     steps, batch, _ = gates.shape
     halves = gates.view(steps, batch, 2, -1)
-    size = memories.size(2) // 2
-    grad_gates, first = torch.empty_like(halves), memories.new_empty(2, 2, batch, size)
-    for number, turned in enumerate((lambda x: x, lambda x: x.flip(0))):
-        c = turned(memories.view(steps + 2, batch, 2, size)[number : number + steps + 1, :, number])
-        given = None if grads[0] is None else turned(grads[0].view(steps, batch, 2, size)[:, :, number])
-        last = [None if grad is None else grad[number] for grad in grads[1:]]
-        own, own_grad = turned(halves[:, :, number]).contiguous(), halves.new_empty(steps, batch, halves.size(3))
+    for direction, turned in enumerate(WAYS):
+        row, size = 2 * number + direction, last[0].size(2)
         real = None if keep is None else turned(keep)
-        backward(cell, weights[number], real, own, c.contiguous(), given, last, first[:, number], own_grad, None)
-        grad_gates[:, :, number] = turned(own_grad)
-    return grad_gates.flatten(2), first[0], first[1]
+        own = turned(halves[:, :, direction]).contiguous()
+        h, c = (states.new_empty(steps + 1, batch, size) for states in (hiddens, memories))
+        before = [None if states is None else states[row] for states in first]
+        forward(cell, weights[direction], real, own, before, [states[row] for states in last], h, c, None)
+        halves[:, :, direction] = turned(own)
+        for to, states in ((hiddens, h), (memories, c)):
+            whole = to[number].view(steps + 2, batch, 2, size)
+            whole[direction : direction + steps + 1, :, direction] = turned(states)
+        if output is not None:
+            outputs = h[1:] if real is None else h[1:].masked_fill(~real.unsqueeze(-1), 0)
+            output.view(steps, batch, 2, size)[:, :, direction] = turned(outputs)
+
+
+def _both_backward(cell, weights, keep, gates, number, memories, grad_output, last, first, grad_gates):
+    steps, batch, _ = gates.shape
+    size = first.size(3)
+    halves, grad_halves = (tensor.view(steps, batch, 2, -1) for tensor in (gates, grad_gates))
+    whole = memories[number].view(steps + 2, batch, 2, size)
+    for direction, turned in enumerate(WAYS):
+        row = 2 * number + direction
+        c = turned(whole[direction : direction + steps + 1, :, direction]).contiguous()
+        given = None if grad_output is None else turned(grad_output.view(steps, batch, 2, size)[:, :, direction])
+        behind = [None if grad is None else grad[row] for grad in last]
+        own, own_grad = turned(halves[:, :, direction]).contiguous(), halves.new_empty(steps, batch, halves.size(3))
+        real = None if keep is None else turned(keep)
+        backward(cell, weights[direction], real, own, c, given, behind, first[:, row], own_grad, None)
+        grad_halves[:, :, direction] = turned(own_grad)
 
 
 def run_at_once(patch):
@@ -125,6 +126,7 @@ def run_at_once(patch):
     rows["batched"] = replace(rows["batched"], directions=Directions(_both_forward, _both_backward))
     patch.setattr(dispatch, "BACKENDS", rows)
     patch.setattr(dispatch, "_PROVEN", {})
+    patch.setattr(two_directions, "_PROVEN", {})
     patch.setattr(two_directions, "runs_at_once", _runs_at_once)
 
 

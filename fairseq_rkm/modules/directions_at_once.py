@@ -11,7 +11,8 @@ from fairseq_rkm.modules.state import RKMState
 from fairseq_rkm.ops import exported_loop, two_directions
 from fairseq_rkm.ops.ngram import extend, extend_against_time, next_context
 from fairseq_rkm.ops.plain_tensors import are_plain
-from fairseq_rkm.ops.two_directions import Layer
+from fairseq_rkm.ops.two_directions import Stack
+from fairseq_rkm.ops.weights import Weights
 
 
 def run_at_once(
@@ -33,28 +34,39 @@ def run_at_once(
         return None
     keep = None if keep is None else keep.contiguous()
     padding = None if keep is None else ~keep.unsqueeze(-1)
-    # A plain dropout leaves the zeros that the layer below has at padding.
-    looked_at = padding is not None and not is_plain_dropout(rkm.dropout)
-    ngram, hiddens, memories, contexts = rkm.ngram, [], [], []
+    if padding is not None:
+        x = x.masked_fill(padding, 0)
+    if rkm.ngram == 1 and (rkm.num_layers == 1 or is_plain_dropout(rkm.dropout)):
+        # Random numbers are drawn in the order of the plain way: they are the same.
+        like = x.new_empty((1, x.size(1), 2 * rkm.hidden_size))
+        masks: list[Tensor | None] = [None]
+        layers = []
+        for layer in range(rkm.num_layers):
+            if layer:
+                masks.append(rkm.dropout.mask(like))
+            layers.append(_weights(rkm, layer, autocast))
+        states = _rows(hidden, 0, 2 * rkm.num_layers), _rows(memory, 0, 2 * rkm.num_layers)
+        stack = Stack(rkm._cell, rkm.hidden_size, keep, x, None, *states, masks, layers)
+        output, last_hidden, last_memory = _run(rkm, stack, autocast)
+        return [output], RKMState(last_hidden, last_memory)
+    hiddens, memories, contexts = [], [], []
     for layer in range(rkm.num_layers):
         if layer:
             x = rkm.dropout(x)
-        if padding is not None and (not layer or looked_at):
-            x = x.masked_fill(padding, 0)
+            x = x if padding is None else x.masked_fill(padding, 0)
         inputs, others = x, None
-        if ngram > 1:
+        if rkm.ngram > 1:
             before = None if context is None else context[layer]
-            contexts.append(next_context(x, ngram, before, keep))
-            inputs = extend(x, ngram, rkm.ngram_padding, before)
-            others = extend_against_time(x, ngram, rkm.ngram_padding)
-        along, against = (rkm._weights(f"l{layer}{suffix}", autocast) for suffix in ("", "_reverse"))
-        states = _of_layer(hidden, layer), _of_layer(memory, layer)
-        problem = Layer(rkm._cell, keep, inputs, others, *states, (along, against))
-        with nullcontext() if autocast is None else torch.autocast(x.device.type, enabled=False):
-            x, last_hidden, last_memory = two_directions.recurrence(problem, rkm.hidden_size, rkm.backend)
+            contexts.append(next_context(x, rkm.ngram, before, keep))
+            inputs = extend(x, rkm.ngram, rkm.ngram_padding, before)
+            others = extend_against_time(x, rkm.ngram, rkm.ngram_padding)
+        states = _rows(hidden, 2 * layer, 2 * layer + 2), _rows(memory, 2 * layer, 2 * layer + 2)
+        weights = _weights(rkm, layer, autocast)
+        stack = Stack(rkm._cell, rkm.hidden_size, keep, inputs, others, *states, [None], [weights])
+        x, last_hidden, last_memory = _run(rkm, stack, autocast)
         hiddens.append(last_hidden)
         memories.append(last_memory)
-    return [x], RKMState(_joined(hiddens), _joined(memories), contexts or None)
+    return [x], RKMState(torch.cat(hiddens), torch.cat(memories), contexts or None)
 
 
 def _can(rkm: RKMParameters, x: Tensor) -> bool:
@@ -66,14 +78,20 @@ def _can(rkm: RKMParameters, x: Tensor) -> bool:
     return two_directions.runs_at_once(rkm.backend, rkm._cell, x, rkm.hidden_size)
 
 
-def _of_layer(rows: Tensor | list[Tensor] | None, layer: int) -> Tensor | None:
-    """The states of a layer, ``(2, B, d)``."""
+def _run(rkm: RKMParameters, stack: Stack, autocast: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
+    with nullcontext() if autocast is None else torch.autocast(stack.inputs.device.type, enabled=False):
+        return two_directions.recurrence(stack, rkm.backend)
+
+
+def _weights(rkm: RKMParameters, layer: int, autocast: torch.dtype | None) -> tuple[Weights, Weights]:
+    """The weights of a layer, along time and against it."""
+    return rkm._weights(f"l{layer}", autocast), rkm._weights(f"l{layer}_reverse", autocast)
+
+
+def _rows(rows: Tensor | list[Tensor] | None, start: int, stop: int) -> Tensor | None:
+    """The states of some layers and directions, ``(stop - start, B, d)``."""
     if rows is None:
         return None
-    both = rows[2 * layer : 2 * layer + 2]
-    return torch.stack(both) if isinstance(both, list) else both
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    """``torch.cat``, without a copy of a single tensor."""
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+    if isinstance(rows, list):
+        return torch.stack(rows[start:stop])
+    return rows if rows.size(0) == stop - start else rows[start:stop]

@@ -229,7 +229,7 @@ def _kind(
     steps = length - weights.input.size(-1) // features + 1
     return (
         str(backend), cell.key, size, min(steps, 2), batch, features, inputs.dtype, inputs.device,
-        _tf32(inputs),
+        tf32(inputs),
         keep is None or (keep.shape == (steps, batch), keep.dtype, keep.device),
         *[
             tensor if tensor is None or isinstance(tensor, float) else (tensor.shape, tensor.dtype, tensor.device)
@@ -238,7 +238,7 @@ def _kind(
     )  # fmt: skip
 
 
-def _tf32(inputs: Tensor) -> bool | None:
+def tf32(inputs: Tensor) -> bool | None:
     """Whether products may be TF32; None where no backend asks, and where PyTorch has several answers."""
     if not inputs.is_cuda or inputs.dtype is not torch.float32:
         return None

@@ -98,23 +98,25 @@ class Passes(NamedTuple):
 
 
 class Directions(NamedTuple):
-    """A backend's passes for both directions of a layer at once: its loops alone.
+    """A backend's passes for both directions of a layer at once: its loops alone, in memory that is given.
 
     All tensors are contiguous. Values of the two directions lie side by side in the last dimension, the one along time
-    first. Steps are in the order of time for both. ``hiddens`` and ``memories`` are ``(T + 2, B, 2 * d)``: those behind
-    the step at time t lie at t + 1, the initial ones along time at 0, and those against time at T + 1. The other halves
-    of these two rows may hold anything.
+    first. Steps are in the order of time for both. ``hiddens`` and ``memories`` are those of a stack of L layers,
+    ``(L, T + 2, B, 2 * d)``: those behind the step at time t lie at t + 1, the initial ones along time at 0, and those
+    against time at T + 1. The other halves of these two rows may hold anything. States and their gradients are the
+    stack's, too, ``(2 * L, B, d)``; ``number`` is the layer's.
 
     Attributes:
-        forward: ``(cell, weights, keep, gates, hidden, memory)`` to output, ``(T, B, 2 * d)``, zero at padding; last
-            hidden state and memory, ``(2, B, d)``; ``hiddens`` and ``memories``. ``weights`` are two :class:`Weights`.
-            ``gates``, ``(T, B, 2 * G * d)``, hold the inputs' products, without the bias, and become the activated
-            gates. ``hidden`` and ``memory`` are initial ones, ``(2, B, d)``, or None for zeros. The output shares no
-            memory with the others.
-        backward: ``(cell, weights, keep, gates, memories, grads)`` to the gradients of the pre-activations, as
-            ``gates``, and of the initial hidden state and memory, ``(2, B, d)``, in the memory's dtype. ``grads`` are
-            those of the output and the last states; None for zeros.
+        forward: ``(cell, weights, keep, gates, number, first, last, hiddens, memories, output)``. ``weights`` are two
+            :class:`Weights`. ``gates``, ``(T, B, 2 * G * d)``, hold the inputs' products, without the bias, and become
+            the activated gates. The states before the sequence are ``first``, a pair with None for zeros; those behind
+            it are written to the pair ``last``, and all others to ``hiddens`` and ``memories``. The outputs go to
+            ``output``, ``(T, B, 2 * d)``, zero at padding; None stands for no need of them.
+        backward: ``(cell, weights, keep, gates, number, memories, grad_output, last, first, grad_gates)``. The
+            gradients of the pre-activations are written to ``grad_gates``, and those of the initial states to
+            ``first``, ``(2, 2 * L, B, d)``, of the memory's dtype. ``grad_output`` may be None, and so may be the
+            gradients of both states behind the sequence, ``last``, of the same dtype.
     """
 
-    forward: Callable[..., tuple[Tensor, ...]]
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    forward: Callable[..., None]
+    backward: Callable[..., None]

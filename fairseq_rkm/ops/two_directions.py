@@ -1,8 +1,11 @@
-"""Both directions of a layer at once: one node of autograd, one input product, one launch for each pass.
+"""Both directions of layers at once: one node of autograd a stack, one input product a layer, one launch a pass.
 
 A small layer's time is the host's: two directions of their own are twice as many launches, and flip their inputs and
 outputs. Here a backend runs them side by side (:class:`fairseq_rkm.ops.passes.Directions`), and no tensor is flipped.
-Numbers are those of two directions of their own up to the order of sums: a product of both may be summed in another.
+Numbers are those of two directions of their own up to the order of sums: a product for both may sum in another.
+
+Every call here is felt: a stack of small layers keeps the host busier than the GPU. Tensors of a layer are therefore
+found by their addresses in those of the stack, where kernels and ``as_strided`` can.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fairseq_rkm.ops import dispatch, reference
 from fairseq_rkm.ops.alignment import align, align_rows
@@ -21,53 +25,100 @@ from fairseq_rkm.ops.ngram import project, project_backward
 from fairseq_rkm.ops.passes import Directions, Gradients
 from fairseq_rkm.ops.plain_tensors import are_plain
 from fairseq_rkm.ops.problem_checks import laid_out
-from fairseq_rkm.ops.weights import Weights
+from fairseq_rkm.ops.weights import Weights, memory_dtype
 
-FIELDS = len(Weights._fields)
+Pair = tuple[Weights, Weights]
+"""The weights along time and against it."""
 
 
-class Layer(NamedTuple):
-    """Both directions of a layer, along time and against it.
+class Stack(NamedTuple):
+    """Layers in both directions, without layer normalisation; several of them only for n = 1.
 
     Attributes:
-        cell: the cell.
+        cell: the cell of all layers.
+        size: d.
         keep: ``(T, B)`` bool, True at real steps; None if all are.
-        inputs: extended inputs along time, ``(T + n - 1, B, m)``.
+        inputs: the first layer's extended inputs along time, ``(T + n - 1, B, m)``.
         others: those against time, in the order of time (:func:`fairseq_rkm.ops.ngram.extend_against_time`). None for
             n = 1: they are the same.
-        hidden: the initial hidden states, ``(2, B, d)``, or None for zeros.
-        memory: the initial memories, ``(2, B, d)``, or None for zeros.
-        weights: the weights of both.
+        hidden: the initial hidden states, ``(2 * L, B, d)``, or None for zeros.
+        memory: the initial memories, ``(2 * L, B, d)``, or None for zeros.
+        masks: what each layer's inputs are multiplied by, ``(1, B, 2 * d)``: dropout. None is no dropout; the first
+            layer has none.
+        layers: the weights of each layer.
     """
 
     cell: Cell
+    size: int
     keep: Tensor | None
     inputs: Tensor
     others: Tensor | None
     hidden: Tensor | None
     memory: Tensor | None
-    weights: tuple[Weights, Weights]
+    masks: Sequence[Tensor | None]
+    layers: Sequence[Pair]
 
-    @classmethod
-    def of(cls, cell: Cell, keep: Tensor | None, arguments: Sequence[Any]) -> "Layer":
-        """Undo :meth:`arguments`."""
-        inputs, others, hidden, memory, *fields = arguments
-        weights = Weights(*fields[:FIELDS]), Weights(*fields[FIELDS:])
-        return cls(cell, keep, inputs, others, hidden, memory, weights)
-
-    def arguments(self) -> list[Any]:
-        """All that may have a gradient, in one list."""
-        along, against = self.weights
-        return [self.inputs, self.others, self.hidden, self.memory, *along, *against]
+    @property
+    def steps(self) -> int:
+        """T."""
+        if self.others is None:
+            return self.inputs.size(0)
+        return self.inputs.size(0) + 1 - self.layers[0][0].input.size(1) // self.inputs.size(2)
 
     def inputs_of(self, direction: int) -> Tensor:
-        """The extended inputs of one direction, in the order of time."""
+        """The first layer's extended inputs of a direction, in the order of time."""
         return self.others if direction and self.others is not None else self.inputs
 
-    def states_of(self, direction: int) -> tuple[Tensor | None, Tensor | None]:
-        """The initial hidden state and memory of one direction, ``(B, d)``."""
-        hidden, memory = self.hidden, self.memory
-        return None if hidden is None else hidden[direction], None if memory is None else memory[direction]
+    def states_of(self, number: int, direction: int) -> tuple[Tensor | None, Tensor | None]:
+        """The initial hidden state and memory of a layer and direction, ``(B, d)``."""
+        at = 2 * number + direction
+        return None if self.hidden is None else self.hidden[at], None if self.memory is None else self.memory[at]
+
+    def arguments(self) -> list[Any]:
+        """All that may have a gradient, and the masks, in one list; numbers are left out."""
+        found: list[Any] = [self.inputs, self.others, self.hidden, self.memory, *self.masks]
+        for pair in self.layers:
+            for matrix, recurrent, bias, _, _, s_i, s_f, _, _ in pair:
+                found += (
+                    matrix, recurrent, bias, s_i if isinstance(s_i, Tensor) else None,
+                    s_f if isinstance(s_f, Tensor) else None,
+                )  # fmt: skip
+        return found
+
+    def of(self, arguments: Sequence[Any]) -> "Stack":
+        """The same stack with other arguments."""
+        count = len(self.layers)
+        inputs, others, hidden, memory, *rest = arguments
+        layers, at = [], count
+        for pair in self.layers:
+            both = []
+            for own in pair:
+                matrix, recurrent, bias, s_i, s_f = rest[at : at + FIELDS]
+                s_i, s_f = own.sigma_i if s_i is None else s_i, own.sigma_f if s_f is None else s_f
+                both.append(Weights(matrix, recurrent, bias, None, None, s_i, s_f))
+                at += FIELDS
+            layers.append((both[0], both[1]))
+        return Stack(self.cell, self.size, self.keep, inputs, others, hidden, memory, rest[:count], layers)
+
+    def without_tensors(self) -> "Stack":
+        """The same stack, with its numbers alone."""
+        nothing: Any = None
+        layers = []
+        for pair in self.layers:
+            s_i, s_f, other_s_i, other_s_f = [
+                nothing if isinstance(value, Tensor) else value for weights in pair for value in weights[5:7]
+            ]
+            along = Weights(nothing, sigma_i=s_i, sigma_f=s_f)
+            layers.append((along, Weights(nothing, sigma_i=other_s_i, sigma_f=other_s_f)))
+        return Stack(self.cell, self.size, nothing, nothing, nothing, nothing, nothing, (), layers)
+
+
+ALIGNED_BYTES = 16
+"""The rows of matrices that need no copy for fast products (:mod:`fairseq_rkm.ops.alignment`)."""
+FIELDS = 5
+"""The fields of :class:`Weights` that a layer here may have."""
+FIRST_FIELD = 4
+"""Of :meth:`Stack.arguments`, those before the masks; one mask a layer follows, and the weights."""
 
 
 def runs_at_once(backend: str, cell: Cell, x: Tensor, size: int) -> bool:
@@ -83,7 +134,7 @@ def runs_at_once(backend: str, cell: Cell, x: Tensor, size: int) -> bool:
         return False
     if backend != "auto":
         return dispatch.BACKENDS[backend].directions is not None
-    key = cell.key, x.size(1), x.dtype, x.device, size, torch.backends.cudnn.allow_tf32
+    key = cell.key, x.size(1), x.dtype, x.device, size, dispatch.tf32(x)
     if key not in _KNOWN:
         if len(_KNOWN) >= MOST_KNOWN:
             _KNOWN.clear()
@@ -99,116 +150,224 @@ _KNOWN: dict[tuple[Any, ...], bool] = {}
 MOST_KNOWN = 4096
 
 
-def recurrence(layer: Layer, size: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def recurrence(stack: Stack, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """Run both directions at once, or one after the other where tensors or tools are not for hand-written passes.
 
     Args:
-        layer: the layer.
-        size: d.
+        stack: the layers.
         backend: ``"auto"`` or a backend's name.
 
     Returns:
-        The output, ``(T, B, 2 * d)``, zero at padding; the final hidden states and memories, ``(2, B, d)`` each.
+        The last layer's output, ``(T, B, 2 * d)``, zero at padding; the final hidden states and memories,
+        ``(2 * L, B, d)`` each.
 
     Raises:
         RKMError: as :func:`fairseq_rkm.ops.dispatch.recurrence`.
     """
-    cell, keep = layer.cell, layer.keep
-    directions = None
-    if are_plain(keep, *(value for value in layer.arguments() if not isinstance(value, float))):
-        chosen = [
-            dispatch.proven(backend, cell, layer.inputs_of(number), weights, size, *layer.states_of(number), keep)
-            for number, weights in enumerate(layer.weights)
-        ]
-        directions = chosen[0].directions if chosen[0] is chosen[1] else None
+    arguments = stack.arguments()
+    directions, laid_out = None, True
+    if are_plain(stack.keep, *arguments):
+        directions, laid_out = _proven(stack, arguments, backend)
     if directions is None:
 
         def run(cell: Cell, inputs: Tensor, weights: Weights, *state_and_keep: Tensor | None) -> Sequence[Tensor]:
-            return dispatch.recurrence(cell, inputs, weights, size, *state_and_keep, backend)  # type: ignore[call-arg, arg-type]
+            return dispatch.recurrence(cell, inputs, weights, stack.size, *state_and_keep, backend)  # type: ignore[call-arg, arg-type]
 
-        return in_turn(layer, run)
-    layer = _laid_out(layer)
+        return in_turn(stack, run)
+    if not laid_out:
+        stack = _laid_out(stack)
+        arguments = stack.arguments()
     if torch.is_grad_enabled():
-        return _apply(directions, cell, layer.keep, *layer.arguments())
-    results = _forward(directions, layer)
-    return results[0], results[1], results[2]
+        return _apply(directions, stack, stack.keep, *arguments)
+    return _Forward(directions, stack).results()
 
 
-def in_turn(layer: Layer, run: Callable[..., Sequence[Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+class _Proven(NamedTuple):
+    """What checks found of a kind of stack: its passes, and whether all tensors have the dtypes of the computation."""
+
+    directions: Directions | None
+    typed: bool
+
+
+_PROVEN: dict[tuple[Any, ...], _Proven] = {}
+"""The kinds of stacks that passed all checks, by all that checks and choice depend on."""
+
+
+def _proven(stack: Stack, arguments: Sequence[Tensor | None], backend: str) -> tuple[Directions | None, bool]:
+    """The passes for plain tensors, after all checks, and whether the tensors lie as kernels read them.
+
+    No passes are for directions that run in turn. Checks are made once for each kind of stack.
+    """
+    inputs, keep, steps = stack.inputs, stack.keep, stack.steps
+    kind: list[Any] = [
+        str(backend), stack.cell.key, stack.size, dispatch.tf32(inputs), min(steps, 2), inputs.shape[1:], inputs.dtype,
+        inputs.device, keep is None or (keep.shape == (steps, inputs.size(1)), keep.dtype, keep.device),
+        stack.others is None or stack.others.shape == inputs.shape, len(stack.layers),
+    ]  # fmt: skip
+    contiguous = inputs.is_contiguous() and (keep is None or keep.is_contiguous())
+    for tensor in arguments[1:]:
+        if tensor is None:
+            kind.append(None)
+            continue
+        kind += (tensor.shape[-2:], tensor.dtype, tensor.device)
+        contiguous = contiguous and tensor.is_contiguous()
+    key = tuple(kind)
+    found = _PROVEN.get(key)
+    if found is None:
+        found = _prove(stack, backend)
+        if len(_PROVEN) >= MOST_KNOWN:
+            _PROVEN.clear()
+        _PROVEN[key] = found
+    return found.directions, contiguous and found.typed
+
+
+def _prove(stack: Stack, backend: str) -> _Proven:
+    """Make all checks of a stack."""
+    chosen = []
+    above = stack.inputs.new_empty(1).expand(stack.steps, stack.inputs.size(1), 2 * stack.size)
+    for number, pair in enumerate(stack.layers):
+        for direction, weights in enumerate(pair):
+            inputs = above if number else stack.inputs_of(direction)
+            states = stack.states_of(number, direction)
+            chosen.append(dispatch.proven(backend, stack.cell, inputs, weights, stack.size, *states, stack.keep))
+    typed = all(
+        dispatch.is_laid_out(stack.inputs, weights, *stack.states_of(number, direction))
+        for number, pair in enumerate(stack.layers)
+        for direction, weights in enumerate(pair)
+    )
+    one = all(backend is chosen[0] for backend in chosen)
+    return _Proven(chosen[0].directions if one else None, typed)
+
+
+def in_turn(stack: Stack, run: Callable[..., Sequence[Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`recurrence`, one direction after the other.
 
     Args:
-        layer: the layer.
+        stack: the layers.
         run: a recurrence: ``(cell, inputs, weights, hidden, memory, keep)`` to output, hidden and memory.
     """
-    along, against = layer.weights
-    first = run(layer.cell, layer.inputs, along, *layer.states_of(0), layer.keep)
-    keep = None if layer.keep is None else layer.keep.flip(0)
-    second = run(layer.cell, layer.inputs_of(1).flip(0), against, *layer.states_of(1), keep)
-    states = [torch.stack(pair) for pair in zip(first[1:], second[1:], strict=True)]
-    return torch.cat([first[0], second[0].flip(0)], dim=2), states[0], states[1]
+    keep = stack.keep
+    back = None if keep is None else keep.flip(0)
+    states: list[Sequence[Tensor]] = []
+    inputs, others = stack.inputs, stack.inputs_of(1)
+    for number, (along, against) in enumerate(stack.layers):
+        first = run(stack.cell, inputs, along, *stack.states_of(number, 0), keep)
+        second = run(stack.cell, others.flip(0), against, *stack.states_of(number, 1), back)
+        states += [first[1:], second[1:]]
+        output = torch.cat([first[0], second[0].flip(0)], dim=2)
+        if number + 1 < len(stack.layers):
+            mask = stack.masks[number + 1]
+            inputs = others = output if mask is None else output * mask
+    hidden, memory = (torch.stack(tensors) for tensors in zip(*states, strict=True))
+    return output, hidden, memory
 
 
-def _laid_out(layer: Layer) -> Layer:
-    """The same layer, contiguous and in the dtypes of the computation."""
-    inputs, others, hidden, memory, (along, against) = layer[2:]
-    if all(
-        dispatch.is_laid_out(layer.inputs_of(i), weights, hidden, memory) for i, weights in enumerate(layer.weights)
-    ):
-        return layer
-    inputs, along, hidden, memory = laid_out(inputs, along, hidden, memory)
-    _, against, _, _ = laid_out(inputs, against, None, None)
-    others = None if others is None else others.contiguous()
-    return Layer(layer.cell, layer.keep, inputs, others, hidden, memory, (along, against))
+def _laid_out(stack: Stack) -> Stack:
+    """The same stack, contiguous and in the dtypes of the computation."""
+    wide = memory_dtype(stack.inputs.dtype)
+    inputs, _, hidden, memory = laid_out(stack.inputs, stack.layers[0][0], stack.hidden, stack.memory)
+    keep, others = (None if tensor is None else tensor.contiguous() for tensor in (stack.keep, stack.others))
+    layers = [(along.laid_out(wide), against.laid_out(wide)) for along, against in stack.layers]
+    return Stack(stack.cell, stack.size, keep, inputs, others, hidden, memory, stack.masks, layers)
 
 
-def _forward(directions: Directions, layer: Layer) -> tuple[Any, ...]:
-    """The results of :func:`recurrence`, and what the backward pass needs: gates, all h and c, the joint matrix."""
-    along, against = layer.weights
-    matrix = None
-    if layer.others is None:
-        matrix = torch.cat((along.input, against.input))
-        gates = project(layer.inputs, matrix, None)
-    else:
-        steps = layer.inputs.size(0) + 1 - along.input.size(1) // layer.inputs.size(2)
-        width, batch = along.input.size(0), layer.inputs.size(1)
-        gates = layer.inputs.new_empty(steps, batch, 2 * width)
-        for number, weights in enumerate(layer.weights):
-            into = gates.view(-1, 2, width)[:, number]
-            project(layer.inputs_of(number), weights.input, None, out=into, against_time=bool(number))
-    output, hidden, memory, hiddens, memories = directions.forward(
-        layer.cell, layer.weights, layer.keep, gates, layer.hidden, layer.memory
-    )
-    return output, hidden, memory, gates, hiddens, memories, matrix
+class _Forward:
+    """The forward pass, and what the backward pass needs of it.
+
+    Attributes:
+        hiddens: all h, ``(L, T + 2, B, 2 * d)``, and ``memories``: all c (:class:`Directions`).
+        inputs: of each layer; None for those that are its ``hiddens`` or the stack's.
+        matrices: of each layer, both directions' input weights in one; None where windows of the two differ.
+        gates: of each layer, activated, ``(T, B, 2 * G * d)``.
+    """
+
+    def __init__(self, directions: Directions, stack: Stack) -> None:
+        cell, size, keep, inputs, _, hidden, memory, masks, layers = stack
+        steps, batch, count = stack.steps, inputs.size(1), len(layers)
+        dtype = inputs.dtype
+        wide = dtype if dtype.itemsize >= torch.float32.itemsize else torch.float32
+        self.hiddens = inputs.new_empty((count, steps + 2, batch, 2 * size))
+        self.memories = inputs.new_empty((count, steps + 2, batch, 2 * size), dtype=wide)
+        self.last = inputs.new_empty((2 * count, batch, size)), inputs.new_empty((2 * count, batch, size), dtype=wide)
+        self.inputs: list[Tensor | None] = []
+        self.matrices: list[Tensor | None] = []
+        self.gates: list[Tensor] = []
+        x, output = inputs, None
+        for number, pair in enumerate(layers):
+            mask = masks[number]
+            if number:
+                x = _outputs(self.hiddens, number - 1) if output is None else output
+                x = x if mask is None else x * mask
+            self.inputs.append(x if output is not None or mask is not None else None)
+            gates, matrix = _products(stack, pair) if stack.others is not None else _product(x, pair)
+            self.matrices.append(matrix)
+            self.gates.append(gates)
+            # Of the layers within, outputs are all h, but for zeros at padding. The last one's are the user's alone.
+            apart = keep is not None or number + 1 == count
+            output = inputs.new_empty((steps, batch, 2 * size)) if apart else None
+            directions.forward(
+                cell, pair, keep, gates, number, (hidden, memory), self.last, self.hiddens, self.memories, output
+            )
+        self.output = output
+
+    def results(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The results of :func:`recurrence`."""
+        return self.output, *self.last  # type: ignore[return-value]
+
+
+def _outputs(hiddens: Tensor, number: int) -> Tensor:
+    """All h of a layer, without the initial ones: ``(T, B, 2 * d)``."""
+    _, rows, batch, width = hiddens.shape
+    row = batch * width
+    return hiddens.as_strided((rows - 2, batch, width), (row, width, 1), (number * rows + 1) * row)
+
+
+def _product(x: Tensor, pair: Pair) -> tuple[Tensor, Tensor]:
+    """``W X`` of both directions for n = 1, ``(T, B, 2 * G * d)``, and the matrix ``W`` of both."""
+    matrix = torch.cat((pair[0].input, pair[1].input))
+    if x.is_cuda:
+        x, aligned = align(x, matrix)
+        return F.linear(x, aligned), matrix
+    return F.linear(x, matrix), matrix
+
+
+def _products(stack: Stack, pair: Pair) -> tuple[Tensor, None]:
+    """``W X`` of both directions, whose windows differ."""
+    width = pair[0].input.size(0)
+    gates = stack.inputs.new_empty((stack.steps, stack.inputs.size(1), 2 * width))
+    for direction, weights in enumerate(pair):
+        into = gates.view(-1, 2, width)[:, direction]
+        project(stack.inputs_of(direction), weights.input, None, out=into, against_time=bool(direction))
+    return gates, None
 
 
 class _Recurrence(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, directions: Directions, cell: Cell, keep: Tensor | None, *arguments: Any
+        ctx: Any, directions: Directions, stack: Stack, keep: Tensor | None, *arguments: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        output, hidden, memory, *own = _forward(directions, Layer.of(cell, keep, arguments))
+        run = _Forward(directions, stack.of(arguments))
         ctx.set_materialize_grads(False)
         # The Function holds no tensors but by save_for_backward.
-        ctx.directions, ctx.cell = directions, cell
-        ctx.numbers = [value if isinstance(value, float) else None for value in arguments]
-        tensors = [None if isinstance(value, float) else value for value in arguments]
-        ctx.save_for_backward(keep, *own, *tensors)
-        return output, hidden, memory
+        ctx.directions, ctx.stack = directions, stack.without_tensors()
+        ctx.save_for_backward(
+            keep, run.hiddens, run.memories, *run.inputs, *run.matrices, *run.gates, *arguments
+        )  # fmt: skip
+        return run.results()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         needs = ctx.needs_input_grad[3:]
         if grads[0] is None and grads[1] is None and grads[2] is None:
             return (None,) * (3 + len(needs))
-        keep, gates, hiddens, memories, matrix, *tensors = ctx.saved_tensors
-        arguments = [t if number is None else number for number, t in zip(ctx.numbers, tensors, strict=True)]
-        layer = Layer.of(ctx.cell, keep, arguments)
-        with without_autocast(layer.inputs.device.type):
+        keep, hiddens, memories, *saved = ctx.saved_tensors
+        count = len(ctx.stack.layers)
+        stack = ctx.stack.of(saved[3 * count :])._replace(keep=keep)
+        with without_autocast(hiddens.device.type):
             if torch.is_grad_enabled() or not are_plain(*grads):
-                return None, None, None, *_by_reference(layer, grads, needs)
-            own = gates, hiddens, memories, matrix
-            return None, None, None, *_Backward(ctx.directions, layer, own, grads, needs).run()
+                return None, None, None, *_by_reference(stack, grads, needs)
+            own = hiddens, memories, saved[:count], saved[count : 2 * count], saved[2 * count : 3 * count]
+            return None, None, None, *_Backward(ctx.directions, stack, own, grads, needs).run()
 
 
 class _Backward:
@@ -216,110 +375,148 @@ class _Backward:
 
     Args:
         directions: the backend's.
-        layer: laid out.
-        own: as :func:`_forward` gives it.
+        stack: laid out.
+        own: the attributes of :class:`_Forward`.
         grads: the gradients of output, hidden states and memories; None for zeros.
-        needs: True for each of :meth:`Layer.arguments` whose gradient is wanted.
+        needs: True for each of :meth:`Stack.arguments` whose gradient is wanted.
     """
 
     def __init__(
-        self, directions: Directions, layer: Layer, own: tuple[Any, ...], grads: Gradients, needs: Sequence[bool]
+        self, directions: Directions, stack: Stack, own: tuple[Any, ...], grads: Gradients, needs: Sequence[bool]
     ) -> None:
-        self.layer, (self.gates, self.hiddens, self.memories, self.matrix) = layer, own
-        self.needs = needs
-        self.width, self.size = self.gates.size(2) // 2, self.hiddens.size(2) // 2
-        self.grad_gates, self.grad_hidden, self.grad_memory = directions.backward(
-            layer.cell, layer.weights, layer.keep, self.gates, self.memories, grads
-        )
-        self.rows = self.grad_gates.view(-1, 2 * self.width)
+        self.directions, self.stack, self.needs = directions, stack, needs
+        self.hiddens, self.memories, self.inputs, self.matrices, self.gates = own
+        self.width, wide = self.gates[0].size(2) // 2, self.memories.dtype
+        grad_output, *last = grads
+        self.grad_output = None if grad_output is None else grad_output.contiguous()
+        self.last = [None if grad is None else grad.to(wide).contiguous() for grad in last]
+        self.first = self.memories.new_empty((2, 2 * len(stack.layers), self.hiddens.size(2), stack.size))
 
     def run(self) -> Gradients:
-        """The gradients of :meth:`Layer.arguments`; None where none is wanted."""
-        _, _, need_hidden, need_memory = self.needs[:4]
-        inputs, others, *matrices = self._products_with_inputs()
-        hidden = self.grad_hidden.to(self.hiddens.dtype) if need_hidden else None
-        found: list[Tensor | None] = [inputs, others, hidden, self.grad_memory if need_memory else None]
-        rest = zip(matrices, self._recurrent(), self._biases(), self._sigmas(), strict=True)
-        for matrix, recurrent, bias, sigmas in rest:
-            found += [matrix, recurrent, bias, None, None, *sigmas, None, None]
+        """The gradients of :meth:`Stack.arguments`; None where none is wanted."""
+        stack, needs = self.stack, self.needs
+        _, _, need_hidden, need_memory = needs[:FIRST_FIELD]
+        fields: list[list[Tensor | None]] = []
+        grad_inputs: tuple[Tensor | None, Tensor | None] = (None, None)
+        for number in reversed(range(len(stack.layers))):
+            grad_gates = torch.empty_like(self.gates[number])
+            self.directions.backward(
+                stack.cell, stack.layers[number], stack.keep, self.gates[number], number, self.memories,
+                self.grad_output, self.last, self.first, grad_gates,
+            )  # fmt: skip
+            grad_inputs, grads = self._of_layer(number, grad_gates)
+            fields.append(grads)
+            if number:
+                grad, mask = grad_inputs[0], stack.masks[number]
+                self.grad_output = grad if mask is None or grad is None else grad.mul_(mask)
+        hidden, memory = self.first
+        found: list[Tensor | None] = [*grad_inputs, hidden.to(self.hiddens.dtype) if need_hidden else None]
+        found += [memory if need_memory else None, *(None for _ in stack.layers)]
+        for grads in reversed(fields):
+            found += grads
         return tuple(found)
 
-    def _wants(self, field: str) -> tuple[bool, bool]:
-        """Whether the gradients of a field of :class:`Weights` are wanted, along time and against it."""
-        at = 4 + Weights._fields.index(field)
-        return self.needs[at], self.needs[at + FIELDS]
+    def _of_layer(
+        self, number: int, grad_gates: Tensor
+    ) -> tuple[tuple[Tensor | None, Tensor | None], list[Tensor | None]]:
+        """The gradients of a layer's inputs, along time and against it, and of its weights."""
+        start = FIRST_FIELD + len(self.stack.layers) + 2 * FIELDS * number
+        along, against = self.needs[start : start + FIELDS], self.needs[start + FIELDS : start + 2 * FIELDS]
+        wants = list(zip(along, against, strict=True))
+        rows = grad_gates.view(-1, 2 * self.width)
+        grad_inputs, matrices = self._with_inputs(number, rows, wants[0])
+        recurrent = self._recurrent(number, rows, wants[1])
+        biases = _halves(rows.sum(0) if any(wants[2]) else None, wants[2])
+        sigmas = self._sigmas(number, grad_gates, wants[3:])
+        fields: list[Tensor | None] = []
+        for direction in range(2):
+            fields += (matrices[direction], recurrent[direction], biases[direction], *sigmas[direction])
+        return grad_inputs, fields
 
     def _columns(self, block: slice) -> tuple[slice, slice]:
-        """Where some of a direction's gates lie in :attr:`rows`."""
+        """Where some of a direction's gates lie in rows of both, along time and against it."""
         return block, slice(self.width + block.start, self.width + block.stop)
 
-    def _products_with_inputs(self) -> list[Tensor | None]:
-        """The gradients of both inputs and of both input matrices."""
-        layer, wants = self.layer, self._wants("input")
-        if self.matrix is None:
+    def _with_inputs(
+        self, number: int, rows: Tensor, wants: tuple[bool, bool]
+    ) -> tuple[tuple[Tensor | None, Tensor | None], Sequence[Tensor | None]]:
+        """The gradients of both inputs, and of both input matrices."""
+        stack, matrix = self.stack, self.matrices[number]
+        if matrix is None:
             pairs = []
-            for number, columns in enumerate(self._columns(slice(0, self.width))):
-                given = layer.inputs_of(number), layer.weights[number].input
-                needs = self.needs[number], wants[number], bool(number)
-                pairs.append(project_backward(self.rows[:, columns], *given, *needs))
-            return [grad for grads in zip(*pairs, strict=True) for grad in grads]
-        inputs, matrix = align(layer.inputs, self.matrix)
-        grad_inputs, grad_matrix = project_backward(self.rows, inputs, matrix, self.needs[0], any(wants))
-        features = layer.inputs.size(2)
-        if inputs.size(2) != features:
+            for direction, columns in enumerate(self._columns(slice(0, self.width))):
+                given = stack.inputs_of(direction), stack.layers[number][direction].input
+                needs = self.needs[direction], wants[direction], bool(direction)
+                pairs.append(project_backward(rows[:, columns], *given, *needs))
+            inputs, matrices = zip(*pairs, strict=True)
+            return inputs, matrices
+        x = self.inputs[number]
+        if x is None:
+            x = _outputs(self.hiddens, number - 1) if number else stack.inputs
+        features = x.size(2)
+        if x.is_cuda:
+            x, matrix = align(x, matrix)
+        need_inputs = number > 0 or self.needs[0]
+        grad_inputs, grad_matrix = project_backward(rows, x, matrix, need_inputs, wants[0] or wants[1])
+        if x.size(2) != features:
             grad_inputs, grad_matrix = cut_columns((grad_inputs, features), (grad_matrix, features))
-        return [grad_inputs, None, *_halves(grad_matrix, wants)]
+        return (grad_inputs, None), _halves(grad_matrix, wants)
 
-    def _recurrent(self) -> list[Tensor | None]:
+    def _recurrent(self, number: int, rows: Tensor, wants: tuple[bool, bool]) -> Sequence[Tensor | None]:
         """The gradients of ``U``."""
-        wants, steps = self._wants("recurrent"), self.gates.size(0)
-        if not any(wants):
-            return [None, None]
-        (hiddens,) = align_rows(self.hiddens.view(steps + 2, -1, 2, self.size))
-        before = hiddens[:steps, :, 0], hiddens[2:, :, 1]
-        columns = self._columns(recurrent_slice(self.layer.cell, self.size))
-        found = [
-            torch.mm(self.rows[:, block].t(), states.flatten(0, 1)) if want else None
-            for block, states, want in zip(columns, before, wants, strict=True)
-        ]
-        return found if hiddens.size(3) == self.size else cut_columns(*((grad, self.size) for grad in found))
+        size, hiddens = self.stack.size, self.hiddens
+        _, length, batch, width = hiddens.shape
+        start, pitch = number * length * batch * width, size
+        if size * hiddens.element_size() % ALIGNED_BYTES:
+            (hiddens,) = align_rows(hiddens[number].view(length, batch, 2, size))
+            start, pitch = 0, hiddens.size(3)
+        block, count = recurrent_slice(self.stack.cell, size), rows.size(0)
+        found: list[Tensor | None] = [None, None]
+        for direction in range(2):
+            if wants[direction]:
+                at = direction * self.width + block.start
+                gates = rows.as_strided((block.stop - block.start, count), (1, 2 * self.width), at)
+                # The states before the step at time t lie at t, those against time at t + 2.
+                at = start + direction * (4 * batch + 1) * pitch
+                found[direction] = torch.mm(gates, hiddens.as_strided((count, pitch), (2 * pitch, 1), at))
+        return found if pitch == size else cut_columns(*((grad, size) for grad in found))
 
-    def _biases(self) -> list[Tensor | None]:
-        wants = self._wants("bias")
-        return _halves(self.rows.sum(0) if any(wants) else None, wants)
-
-    def _sigmas(self) -> list[tuple[Tensor | None, Tensor | None]]:
-        """The gradients of ``s_i`` and ``s_f``."""
-        cell, size, wide = self.layer.cell, self.size, self.memories.dtype
+    def _sigmas(
+        self, number: int, grad_gates: Tensor, wants: Sequence[tuple[bool, bool]]
+    ) -> Sequence[tuple[Tensor | None, Tensor | None]]:
+        """The gradients of ``s_i`` and ``s_f``, along time and against it."""
+        cell, size, wide = self.stack.cell, self.stack.size, self.memories.dtype
         reads = cell.input_is_constant, cell.forget_is_constant
-        wants = list(zip(self._wants("sigma_i"), self._wants("sigma_f"), strict=True))
-        found: list[tuple[Tensor | None, Tensor | None]] = []
-        for number, columns in enumerate(self._columns(gate_slices(cell, size)[CANDIDATE])):
-            needs = [read and want for read, want in zip(reads, wants[number], strict=True)]
-            if not any(needs):
-                found.append((None, None))
-                continue
-            states = self.memories[:-2, :, :size] if number == 0 else self.memories[2:, :, size:]
-            grad, candidate = (tensor[..., columns].to(wide) for tensor in (self.grad_gates, self.gates))
-            grads = sigma_gradients(grad, candidate, states, self.layer.weights[number].sigma_i)
-            found.append((grads[0] if needs[0] else None, grads[1] if needs[1] else None))
+        found: list[tuple[Tensor | None, Tensor | None]] = [(None, None), (None, None)]
+        if not any(reads):
+            return found
+        memories, gates = self.memories[number], self.gates[number]
+        before = memories[:-2, :, :size], memories[2:, :, size:]
+        for direction, columns in enumerate(self._columns(gate_slices(cell, size)[CANDIDATE])):
+            needs = [read and want[direction] for read, want in zip(reads, wants, strict=True)]
+            if any(needs):
+                grad, candidate = (tensor[..., columns].to(wide) for tensor in (grad_gates, gates))
+                sigma_i = self.stack.layers[number][direction].sigma_i
+                to_i, to_f = sigma_gradients(grad, candidate, before[direction], sigma_i)
+                found[direction] = to_i if needs[0] else None, to_f if needs[1] else None
         return found
 
 
-def _halves(grad: Tensor | None, needed: Sequence[Any]) -> list[Tensor | None]:
+def _halves(grad: Tensor | None, wants: tuple[bool, bool]) -> Sequence[Tensor | None]:
     """The rows of each direction whose gradient is wanted."""
     if grad is None:
-        return [None, None]
-    return [half if need else None for half, need in zip(grad.chunk(2), needed, strict=True)]
+        return None, None
+    along, against = grad.chunk(2)
+    return along if wants[0] else None, against if wants[1] else None
 
 
-def _by_reference(layer: Layer, grads: Gradients, needs: Sequence[bool]) -> Gradients:
+def _by_reference(stack: Stack, grads: Gradients, needs: Sequence[bool]) -> Gradients:
     """As :meth:`_Backward.run`, by the reference: the gradients may be differentiated again."""
 
     def run(*arguments: Any) -> Sequence[Tensor]:
-        return in_turn(Layer.of(layer.cell, layer.keep, arguments), _reference)
+        return in_turn(stack.of(arguments), _reference)
 
-    return gradients_through(run, layer.arguments(), grads, needs)
+    return gradients_through(run, stack.arguments(), grads, needs)
 
 
 def _reference(

@@ -92,8 +92,9 @@ class Kernel:
 
 def addresses(stack: Tensor) -> list[int]:
     """Where each part along the first dimension of a contiguous tensor lies, for a kernel that takes them apart."""
-    first, step = stack.data_ptr(), stack.nbytes // len(stack)
-    return [first + i * step for i in range(len(stack))]
+    first, count = stack.data_ptr(), stack.size(0)
+    step = stack.nbytes // count
+    return [first + i * step for i in range(count)]
 
 
 class _Call:

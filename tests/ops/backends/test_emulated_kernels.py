@@ -42,6 +42,7 @@ def kernels(monkeypatch):
     taken = replace(dispatch.BACKENDS["blockwise"], refuses=lambda *_: None)
     monkeypatch.setattr(dispatch, "BACKENDS", {**dispatch.BACKENDS, "blockwise": taken})
     monkeypatch.setattr(dispatch, "_PROVEN", {})
+    monkeypatch.setattr(two_directions, "_PROVEN", {})
     monkeypatch.setattr(two_directions, "runs_at_once", lambda *_: True)
     yield made
     for cache in caches:

@@ -207,7 +207,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) blockwise_forward(
                     if (at.g == LANES - 1) {
                         next[n * PITCH + at.u] = h[n];
                         if (there) hiddens[to] = narrow(h[n]);
-                        if (DIRECTIONS == 2 && there)
+                        if (DIRECTIONS == 2 && output != nullptr && there)
                             output[course.of(row) * SIZE + at.u] = narrow(real[i][n] ? h[n] : 0.f);
                     }
                 }

@@ -152,7 +152,7 @@ Given = Tensor | int | None
 
 def launch_forward(
     cell: Cell, directions: Sequence[Weights], keep: Tensor | None, gates: Tensor, first: Sequence[Given],
-    last: Sequence[Given], hiddens: Tensor, memories: Tensor, output: Tensor | None = None, rows: int | None = None,
+    last: Sequence[Given], hiddens: Given, memories: Given, output: Tensor | None = None, rows: int | None = None,
 ) -> None:  # fmt: skip
     """Launch the forward kernel; the layouts are those of ``Course`` in ``blockwise.cu``.
 
@@ -165,7 +165,7 @@ def launch_forward(
         last: where the final ones go.
         hiddens: where all h go.
         memories: where all c go.
-        output: where the outputs of both directions go, zero at padding; None for one direction.
+        output: where the outputs of both directions go, zero at padding; None for no need of them.
         rows: the rows of a block; None lets all blocks run at a time, if they can.
     """
     given = gates, directions[0].bias, directions[0].recurrent, *first, *last, hiddens, memories, output
@@ -174,7 +174,7 @@ def launch_forward(
 
 
 def launch_backward(
-    cell: Cell, directions: Sequence[Weights], keep: Tensor | None, gates: Tensor, memories: Tensor,
+    cell: Cell, directions: Sequence[Weights], keep: Tensor | None, gates: Tensor, memories: Given,
     grad_output: Tensor | None, last: Sequence[Given], first: Sequence[Given], grad_gates: Tensor,
     rows: int | None = None,
 ) -> None:  # fmt: skip
