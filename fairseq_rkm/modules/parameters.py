@@ -1,5 +1,6 @@
 """The parameters of a stack of recurrences: names, shapes, first values, and the weights of one layer."""
 
+import functools
 import math
 import warnings
 from typing import Any
@@ -376,15 +377,16 @@ class RKMParameters(nn.Module):
             # A unit of h_{t-1} that is dropped at all steps is a column that is dropped.
             recurrent = own["weight_hh"]
             own["weight_hh"] = recurrent * F.dropout(recurrent.new_ones(recurrent.size(1)), self.state_dropout)
+        get = own.get
         return Weights(
-            input=own["weight_ih"],
-            recurrent=own.get("weight_hh"),
-            bias=own.get("bias"),
-            norm_weight=own.get("norm_weight"),
-            norm_bias=own.get("norm_bias"),
-            sigma_i=torch.sigmoid(own["sigma_i_logit"]) if "sigma_i_logit" in own else self.sigma_i2,
-            sigma_f=torch.sigmoid(own["sigma_f_logit"]) if "sigma_f_logit" in own else self.sigma_f2,
-            **self._kernel_tensors(name, own),
+            own["weight_ih"],
+            get("weight_hh"),
+            get("bias"),
+            get("norm_weight"),
+            get("norm_bias"),
+            torch.sigmoid(own["sigma_i_logit"]) if "sigma_i_logit" in own else self.sigma_i2,
+            torch.sigmoid(own["sigma_f_logit"]) if "sigma_f_logit" in own else self.sigma_f2,
+            **(self._kernel_tensors(name, own) if self._cell.kernel.parameters else {}),
         )
 
     def _own(self, name: str) -> dict[str, Tensor]:
@@ -392,14 +394,15 @@ class RKMParameters(nn.Module):
         if torch.compiler.is_compiling():
             return {kind: getattr(self, f"{kind}_{name}") for kind in self._kinds}
         held: dict[str, Any] = self._parameters  # at a tenth of an attribute's time
-        own = {kind: held.get(f"{kind}_{name}") for kind in self._kinds}
-        return {k: getattr(self, f"{k}_{name}") if tensor is None else tensor for k, tensor in own.items()}
+        own = {}
+        for kind, full_name in _names(self._kinds, name):
+            tensor = held.get(full_name)
+            own[kind] = getattr(self, full_name) if tensor is None else tensor
+        return own
 
     def _kernel_tensors(self, place: str, own: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The s and b of the candidate's kernel, ``(d,)`` each; empty for a kernel without."""
+        """The s and b of the candidate's kernel that it has, ``(d,)`` each."""
         kernel = self._cell.kernel
-        if not kernel.parameters:
-            return {}
         if self.learn_kernel:
             return {f"kernel_{name}": own[f"kernel_{name}_log"].exp() for name in kernel.parameters}
         values = self._first_kernel_values(int(place.removesuffix("_reverse")[1:]))
@@ -438,6 +441,12 @@ class RKMParameters(nn.Module):
         flags = ("layer_norm", "learn_sigma", "learn_initial_state", "bidirectional", "batch_first")
         text += "".join(f", {flag}=True" for flag in flags if getattr(self, flag))
         return text + ("" if self.feedback else ", feedback=False")
+
+
+@functools.cache
+def _names(kinds: tuple[str, ...], place: str) -> tuple[tuple[str, str], ...]:
+    """The kinds of a layer's and direction's parameters, and their names."""
+    return tuple((kind, f"{kind}_{place}") for kind in kinds)
 
 
 def settle_loaded(rkm: Any, _keys: object) -> None:

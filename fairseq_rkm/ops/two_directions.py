@@ -325,10 +325,7 @@ def _outputs(hiddens: Tensor, number: int) -> Tensor:
 def _product(x: Tensor, pair: Pair) -> tuple[Tensor, Tensor]:
     """``W X`` of both directions for n = 1, ``(T, B, 2 * G * d)``, and the matrix ``W`` of both."""
     matrix = torch.cat((pair[0].input, pair[1].input))
-    if x.is_cuda:
-        x, aligned = align(x, matrix)
-        return F.linear(x, aligned), matrix
-    return F.linear(x, matrix), matrix
+    return F.linear(*align(x, matrix)), matrix
 
 
 def _products(stack: Stack, pair: Pair) -> tuple[Tensor, None]:
@@ -407,11 +404,10 @@ class _Backward:
             grad_inputs, grads = self._of_layer(number, grad_gates)
             fields.append(grads)
             if number:
-                grad, mask = grad_inputs[0], stack.masks[number]
-                self.grad_output = grad if mask is None or grad is None else grad.mul_(mask)
-        hidden, memory = self.first
-        found: list[Tensor | None] = [*grad_inputs, hidden.to(self.hiddens.dtype) if need_hidden else None]
-        found += [memory if need_memory else None, *(None for _ in stack.layers)]
+                grad, mask = grad_inputs[0].contiguous(), stack.masks[number]  # type: ignore[union-attr]
+                self.grad_output = grad if mask is None else grad.mul_(mask)
+        found: list[Tensor | None] = [*grad_inputs, self.first[0].to(self.hiddens.dtype) if need_hidden else None]
+        found += [self.first[1] if need_memory else None, *(None for _ in stack.layers)]
         for grads in reversed(fields):
             found += grads
         return tuple(found)
@@ -454,8 +450,7 @@ class _Backward:
         if x is None:
             x = _outputs(self.hiddens, number - 1) if number else stack.inputs
         features = x.size(2)
-        if x.is_cuda:
-            x, matrix = align(x, matrix)
+        x, matrix = align(x, matrix)
         need_inputs = number > 0 or self.needs[0]
         grad_inputs, grad_matrix = project_backward(rows, x, matrix, need_inputs, wants[0] or wants[1])
         if x.size(2) != features:
