@@ -85,32 +85,26 @@ class Stack(NamedTuple):
                 )  # fmt: skip
         return found
 
-    def of(self, arguments: Sequence[Any]) -> "Stack":
-        """The same stack with other arguments."""
-        count = len(self.layers)
-        inputs, others, hidden, memory, *rest = arguments
-        layers, at = [], count
-        for pair in self.layers:
-            both = []
-            for own in pair:
-                matrix, recurrent, bias, s_i, s_f = rest[at : at + FIELDS]
-                s_i, s_f = own.sigma_i if s_i is None else s_i, own.sigma_f if s_f is None else s_f
-                both.append(Weights(matrix, recurrent, bias, None, None, s_i, s_f))
-                at += FIELDS
-            layers.append((both[0], both[1]))
-        return Stack(self.cell, self.size, self.keep, inputs, others, hidden, memory, rest[:count], layers)
+    def numbers(self) -> list[Any]:
+        """``s_i`` and ``s_f`` along time and against it, of each layer; None for a tensor."""
+        values = [value for pair in self.layers for weights in pair for value in weights[5:7]]
+        return [value if isinstance(value, float) else None for value in values]
 
-    def without_tensors(self) -> "Stack":
-        """The same stack, with its numbers alone."""
-        nothing: Any = None
-        layers = []
-        for pair in self.layers:
-            s_i, s_f, other_s_i, other_s_f = [
-                nothing if isinstance(value, Tensor) else value for weights in pair for value in weights[5:7]
-            ]
-            along = Weights(nothing, sigma_i=s_i, sigma_f=s_f)
-            layers.append((along, Weights(nothing, sigma_i=other_s_i, sigma_f=other_s_f)))
-        return Stack(self.cell, self.size, nothing, nothing, nothing, nothing, nothing, (), layers)
+    @classmethod
+    def of(
+        cls, cell: Cell, size: int, keep: Tensor | None, numbers: Sequence[Any], arguments: Sequence[Any]
+    ) -> "Stack":
+        """Undo :meth:`arguments` and :meth:`numbers`."""
+        count = len(numbers) // 4
+        inputs, others, hidden, memory, *rest = arguments
+        weights = []
+        for at in range(2 * count):
+            matrix, recurrent, bias, s_i, s_f = rest[count + FIELDS * at : count + FIELDS * (at + 1)]
+            s_i = numbers[2 * at] if s_i is None else s_i
+            s_f = numbers[2 * at + 1] if s_f is None else s_f
+            weights.append(Weights(matrix, recurrent, bias, None, None, s_i, s_f))
+        layers = list(zip(weights[::2], weights[1::2], strict=True))
+        return cls(cell, size, keep, inputs, others, hidden, memory, rest[:count], layers)
 
 
 ALIGNED_BYTES = 16
@@ -209,7 +203,7 @@ def _proven(stack: Stack, arguments: Sequence[Tensor | None], backend: str) -> t
         if tensor is None:
             kind.append(None)
             continue
-        kind += (tensor.shape[-2:], tensor.dtype, tensor.device)
+        kind += (tensor.shape, tensor.dtype, tensor.device)
         contiguous = contiguous and tensor.is_contiguous()
     key = tuple(kind)
     found = _PROVEN.get(key)
@@ -343,10 +337,10 @@ class _Recurrence(torch.autograd.Function):
     def forward(
         ctx: Any, directions: Directions, stack: Stack, keep: Tensor | None, *arguments: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        run = _Forward(directions, stack.of(arguments))
+        run = _Forward(directions, stack)
         ctx.set_materialize_grads(False)
         # The Function holds no tensors but by save_for_backward.
-        ctx.directions, ctx.stack = directions, stack.without_tensors()
+        ctx.directions, ctx.cell, ctx.size, ctx.numbers = directions, stack.cell, stack.size, stack.numbers()
         ctx.save_for_backward(
             keep, run.hiddens, run.memories, *run.inputs, *run.matrices, *run.gates, *arguments
         )  # fmt: skip
@@ -358,8 +352,8 @@ class _Recurrence(torch.autograd.Function):
         if grads[0] is None and grads[1] is None and grads[2] is None:
             return (None,) * (3 + len(needs))
         keep, hiddens, memories, *saved = ctx.saved_tensors
-        count = len(ctx.stack.layers)
-        stack = ctx.stack.of(saved[3 * count :])._replace(keep=keep)
+        count = hiddens.size(0)
+        stack = Stack.of(ctx.cell, ctx.size, keep, ctx.numbers, saved[3 * count :])
         with without_autocast(hiddens.device.type):
             if torch.is_grad_enabled() or not are_plain(*grads):
                 return None, None, None, *_by_reference(stack, grads, needs)
@@ -507,9 +501,10 @@ def _halves(grad: Tensor | None, wants: tuple[bool, bool]) -> Sequence[Tensor | 
 
 def _by_reference(stack: Stack, grads: Gradients, needs: Sequence[bool]) -> Gradients:
     """As :meth:`_Backward.run`, by the reference: the gradients may be differentiated again."""
+    numbers = stack.numbers()
 
     def run(*arguments: Any) -> Sequence[Tensor]:
-        return in_turn(stack.of(arguments), _reference)
+        return in_turn(Stack.of(stack.cell, stack.size, stack.keep, numbers, arguments), _reference)
 
     return gradients_through(run, stack.arguments(), grads, needs)
 

@@ -1,5 +1,6 @@
 """Both directions of a layer at once against one after the other: on a CPU with a stand-in for the kernels."""
 
+import gc
 import itertools
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -187,6 +188,21 @@ def test_a_backward_can_be_repeated_and_gives_the_same_bits():
             runs += [torch.autograd.grad(loss, leaves, retain_graph=True) for _ in range(2)]
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+def test_a_call_leaves_nothing_to_the_garbage_collector():
+    """Tensors in a circle keep a GPU's memory until Python looks for circles."""
+    rkm, x = stack(), torch.randn(6, 2, 3, dtype=torch.float64)
+    with at_once():
+        rkm(x)[0].sum().backward()
+        gc.collect()
+        gc.disable()
+        try:
+            rkm(x)
+            rkm(x)[0].sum().backward()
+            assert gc.collect() == 0
+        finally:
+            gc.enable()
 
 
 def test_gradients_of_some_alone_and_none():
