@@ -128,14 +128,14 @@ def runs_at_once(backend: str, cell: Cell, x: Tensor, size: int) -> bool:
         return False
     if backend != "auto":
         return dispatch.BACKENDS[backend].directions is not None
-    key = cell.key, x.size(1), x.dtype, x.device, size, dispatch.tf32(x)
+    key = cell.key, x.size(0), x.size(1), x.dtype, x.device, size, dispatch.tf32(x)
     if key not in _KNOWN:
         if len(_KNOWN) >= MOST_KNOWN:
             _KNOWN.clear()
         rows = len(cell.gates), len(cell.recurrent_gates)
         # The choice does not depend on the number of features.
         like = Weights(*(torch.empty(count * size, size, device="meta") for count in rows))
-        sketch = x.new_empty(1, x.size(1), size)
+        sketch = x.new_empty(1).expand(x.size(0), x.size(1), size)
         _KNOWN[key] = dispatch.pick(backend, cell, sketch, like).directions is not None
     return _KNOWN[key]
 
