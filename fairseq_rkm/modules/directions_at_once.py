@@ -14,9 +14,12 @@ from fairseq_rkm.ops.plain_tensors import are_plain
 from fairseq_rkm.ops.two_directions import Stack
 from fairseq_rkm.ops.weights import Weights
 
+Rows = Tensor | list[Tensor]
+"""The rows of all layers and directions, ``(B, d)`` each."""
+
 
 def run_at_once(
-    rkm: RKMParameters, x: Tensor, hidden: Tensor | list[Tensor] | None, memory: Tensor | list[Tensor] | None,
+    rkm: RKMParameters, x: Tensor, hidden: Rows | None, memory: Rows | None,
     context: list[Tensor] | None, keep: Tensor | None, autocast: torch.dtype | None,
 ) -> tuple[list[Tensor], RKMState] | None:  # fmt: skip
     """The last layer's output, ``(T, B, 2 * d)``, and the final state; None where directions must run in turn.
@@ -36,19 +39,36 @@ def run_at_once(
     padding = None if keep is None else ~keep.unsqueeze(-1)
     if padding is not None:
         x = x.masked_fill(padding, 0)
-    if rkm.ngram == 1 and (rkm.num_layers == 1 or is_plain_dropout(rkm.dropout)):
-        # Random numbers are drawn in the order of the plain way: they are the same.
-        like = x.new_empty((1, x.size(1), 2 * rkm.hidden_size))
-        masks: list[Tensor | None] = [None]
-        layers = []
-        for layer in range(rkm.num_layers):
-            if layer:
-                masks.append(rkm.dropout.mask(like))
+    whole = rkm.ngram == 1 and (rkm.num_layers == 1 or is_plain_dropout(rkm.dropout))
+    if whole:
+        return _whole(rkm, x, hidden, memory, keep, autocast)
+    return _layer_by_layer(rkm, x, hidden, memory, context, keep, padding, autocast)
+
+
+def _whole(
+    rkm: RKMParameters, x: Tensor, hidden: Rows | None, memory: Rows | None, keep: Tensor | None,
+    autocast: torch.dtype | None,
+) -> tuple[list[Tensor], RKMState]:  # fmt: skip
+    """All layers as one node of autograd."""
+    # Random numbers are drawn in the order of the plain way: they are the same.
+    masks: list[Tensor | None] = [None]
+    layers = [_weights(rkm, 0, autocast)]
+    if rkm.num_layers > 1:
+        dropout, like = rkm.dropout, x.new_empty((1, x.size(1), 2 * rkm.hidden_size))
+        for layer in range(1, rkm.num_layers):
+            masks.append(dropout.mask(like))
             layers.append(_weights(rkm, layer, autocast))
-        states = _rows(hidden, 0, 2 * rkm.num_layers), _rows(memory, 0, 2 * rkm.num_layers)
-        stack = Stack(rkm._cell, rkm.hidden_size, keep, x, None, *states, masks, layers)
-        output, last_hidden, last_memory = _run(rkm, stack, autocast)
-        return [output], RKMState(last_hidden, last_memory)
+    states = _rows(hidden, 0, 2 * rkm.num_layers), _rows(memory, 0, 2 * rkm.num_layers)
+    stack = Stack(rkm._cell, rkm.hidden_size, keep, x, None, *states, masks, layers)
+    output, last_hidden, last_memory = _run(rkm, stack, autocast)
+    return [output], RKMState(last_hidden, last_memory)
+
+
+def _layer_by_layer(
+    rkm: RKMParameters, x: Tensor, hidden: Rows | None, memory: Rows | None, context: list[Tensor] | None,
+    keep: Tensor | None, padding: Tensor | None, autocast: torch.dtype | None,
+) -> tuple[list[Tensor], RKMState]:  # fmt: skip
+    """Each layer as a node of its own: PyTorch makes its windows, or others see its inputs."""
     hiddens, memories, contexts = [], [], []
     for layer in range(rkm.num_layers):
         if layer:
@@ -88,7 +108,7 @@ def _weights(rkm: RKMParameters, layer: int, autocast: torch.dtype | None) -> tu
     return rkm._weights(f"l{layer}", autocast), rkm._weights(f"l{layer}_reverse", autocast)
 
 
-def _rows(rows: Tensor | list[Tensor] | None, start: int, stop: int) -> Tensor | None:
+def _rows(rows: Rows | None, start: int, stop: int) -> Tensor | None:
     """The states of some layers and directions, ``(stop - start, B, d)``."""
     if rows is None:
         return None

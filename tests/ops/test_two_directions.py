@@ -101,8 +101,8 @@ def compare_ways(rkm, steps=7, batch=4, mask="none", state=True):
 def test_all_variants(cell, ngram, padding):
     for mask, dropout, learned in itertools.product(("none", "mixed"), (0.0, 0.4), (False, True)):
         rkm = stack(
-            cell, ngram=ngram, ngram_padding=padding, dropout=dropout, weight_dropout=dropout, learn_sigma=learned,
-            bias=not learned, learn_initial_state=learned,
+            cell, ngram=ngram, ngram_padding=padding, dropout=dropout, weight_dropout=dropout, state_dropout=dropout,
+            learn_sigma=learned, bias=not learned, learn_initial_state=learned,
         )  # fmt: skip
         for state in (True, False):
             compare_ways(rkm, mask=mask, state=state)
