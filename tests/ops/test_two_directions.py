@@ -156,6 +156,25 @@ def test_float32_and_autocast_to_bfloat16():
         assert_close(given, wanted, dtype=torch.bfloat16)
 
 
+def test_weights_and_states_that_lie_otherwise_or_have_other_types():
+    rkm = stack(dtype=torch.float32)
+    for name in ("weight_ih_l0", "weight_hh_l1_reverse"):
+        setattr(rkm, name, nn.Parameter(getattr(rkm, name).detach().t().contiguous().t()))
+    x = torch.randn(4, 7, 3).transpose(0, 1)
+    state = torch.randn(4, 5, 4, dtype=torch.float64).transpose(1, 2), torch.randn(4, 4, 5, dtype=torch.bfloat16)
+    leaves = [x.requires_grad_(), *(tensor.requires_grad_() for tensor in state), *rkm.parameters()]
+    mask = random_mask("mixed", 7, 4).t()
+
+    def run():
+        output, final = rkm(x, state, mask)
+        loss = output.square().sum() + final.hidden.sum() + final.cell.square().sum()
+        return [output, *final, *torch.autograd.grad(loss, leaves)]
+
+    for wanted, given in zip(*both_ways(run), strict=True):
+        assert wanted.dtype == given.dtype
+        assert_close(given, wanted, dtype=torch.bfloat16 if given.dtype == torch.bfloat16 else torch.float32)
+
+
 def test_other_layouts_of_sequences():
     rkm = stack(ngram=2, batch_first=True)
     steps = [torch.randn(length, 3, dtype=torch.float64) for length in (2, 7, 4)]
