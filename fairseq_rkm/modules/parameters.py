@@ -378,14 +378,16 @@ class RKMParameters(nn.Module):
             recurrent = own["weight_hh"]
             own["weight_hh"] = recurrent * F.dropout(recurrent.new_ones(recurrent.size(1)), self.state_dropout)
         get = own.get
+        # With a forget gate no cell has constant scales.
+        s_i, s_f = (0.5, 0.5) if self._cell.forget_is_gate else (self.sigma_i2, self.sigma_f2)
         return Weights(
             own["weight_ih"],
             get("weight_hh"),
             get("bias"),
             get("norm_weight"),
             get("norm_bias"),
-            torch.sigmoid(own["sigma_i_logit"]) if "sigma_i_logit" in own else self.sigma_i2,
-            torch.sigmoid(own["sigma_f_logit"]) if "sigma_f_logit" in own else self.sigma_f2,
+            torch.sigmoid(own["sigma_i_logit"]) if "sigma_i_logit" in own else s_i,
+            torch.sigmoid(own["sigma_f_logit"]) if "sigma_f_logit" in own else s_f,
             **(self._kernel_tensors(name, own) if self._cell.kernel.parameters else {}),
         )
 

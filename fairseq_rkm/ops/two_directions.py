@@ -192,14 +192,14 @@ def _proven(stack: Stack, arguments: Sequence[Tensor | None], backend: str) -> t
 
     No passes are for directions that run in turn. Checks are made once for each kind of stack.
     """
-    inputs, keep, steps = stack.inputs, stack.keep, stack.steps
+    inputs, others, keep, steps = stack.inputs, stack.others, stack.keep, stack.steps
     kind: list[Any] = [
         str(backend), stack.cell.key, stack.size, dispatch.tf32(inputs), min(steps, 2), inputs.shape[1:], inputs.dtype,
         inputs.device, keep is None or (keep.shape == (steps, inputs.size(1)), keep.dtype, keep.device),
-        stack.others is None or stack.others.shape == inputs.shape, len(stack.layers),
+        others is None or (others.shape == inputs.shape, others.dtype, others.device), len(stack.layers),
     ]  # fmt: skip
-    contiguous = inputs.is_contiguous() and (keep is None or keep.is_contiguous())
-    for tensor in arguments[1:]:
+    contiguous = all(tensor is None or tensor.is_contiguous() for tensor in (inputs, others, keep))
+    for tensor in arguments[2:]:
         if tensor is None:
             kind.append(None)
             continue

@@ -223,6 +223,18 @@ def test_a_call_leaves_nothing_to_the_garbage_collector():
             gc.enable()
 
 
+@pytest.mark.parametrize("ngram", [1, 3])
+def test_checks_are_made_once_for_all_lengths(ngram):
+    rkm = stack(ngram=ngram)
+    with at_once():
+        for steps in (2, 5, 9):
+            rkm(torch.randn(steps, 2, 3, dtype=torch.float64))
+        assert len(two_directions._PROVEN) == (1 if ngram == 1 else 2)  # layers with n-grams have a node each
+        for steps, batch in ((1, 2), (5, 4)):
+            rkm(torch.randn(steps, batch, 3, dtype=torch.float64))
+        assert len(two_directions._PROVEN) == (3 if ngram == 1 else 6)
+
+
 def test_gradients_of_some_alone_and_none():
     rkm, x = stack(), torch.randn(6, 2, 3, dtype=torch.float64)
     rkm.requires_grad_(False)

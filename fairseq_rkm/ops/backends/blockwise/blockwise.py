@@ -216,6 +216,8 @@ def _launch(
 
 def _scales(cell: Cell, weights: Weights, like: Tensor, size: int) -> tuple[Tensor | None, Tensor | None]:
     """``s_f``, ``(d,)``, and ``s_i``, ``(1,)``, float32; None where the cell has gates in their place."""
+    if cell.forget_is_gate:
+        return None, None
     return (
         _scale(weights.sigma_f, like, size) if cell.forget_is_constant else None,
         _scale(weights.sigma_i, like, 1) if cell.input_is_constant else None,
