@@ -195,6 +195,21 @@ def test_missing_numbers_stay_where_they_are(cell):
     assert ran
 
 
+def test_the_state_of_a_row_that_is_padding_alone_does_not_reach_the_layer_above():
+    rkm, x = stack(), torch.randn(5, 3, 3, dtype=torch.float64)
+    state = [torch.randn(4, 3, 5, dtype=torch.float64) for _ in range(2)]
+    mask = random_mask("mixed", 3, 5)
+    for tensor in state:
+        tensor[:2, -1] = torch.nan
+
+    def run():
+        output, _ = rkm(x, state, mask)
+        return torch.autograd.grad(output.sum(), [rkm.weight_ih_l1, rkm.weight_ih_l1_reverse])
+
+    for wanted, given in zip(*both_ways(run), strict=True):
+        assert_close(given, wanted)
+
+
 def test_a_backward_can_be_repeated_and_gives_the_same_bits():
     rkm, x = stack(ngram=2, dropout=0.5), torch.randn(8, 3, 3, dtype=torch.float64, requires_grad=True)
     leaves = [x, *rkm.parameters()]
