@@ -116,7 +116,7 @@ FIRST_FIELD = 4
 
 
 def runs_at_once(backend: str, cell: Cell, x: Tensor, size: int) -> bool:
-    """Whether both directions of a layer without layer normalisation run at once.
+    """Whether both directions of a layer without layer normalisation run at once; through other kernels none does.
 
     Args:
         backend: ``"auto"`` or a backend's name.
@@ -124,7 +124,7 @@ def runs_at_once(backend: str, cell: Cell, x: Tensor, size: int) -> bool:
         x: its inputs, ``(T, B, m)``.
         size: d.
     """
-    if not x.is_cuda or not x.numel() or not cell.has_feedback:
+    if not x.is_cuda or not x.numel() or not cell.has_feedback or not cell.kernel.is_linear:
         return False
     if backend != "auto":
         return dispatch.BACKENDS[backend].directions is not None

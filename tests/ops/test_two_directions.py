@@ -27,6 +27,7 @@ from fairseq_rkm import CELLS, RKM, RKMError
 from fairseq_rkm.graphs.graphed_function import GraphedFunction
 from fairseq_rkm.modules import rkm as rkm_module
 from fairseq_rkm.ops import dispatch, two_directions
+from fairseq_rkm.ops.kernel_functions import resolve_kernel
 from ops.test_backends import check_missing_numbers_stay_where_they_are, compare, problem
 from ops.test_higher_derivatives import compare_derivatives, derivatives
 
@@ -391,6 +392,8 @@ def test_the_choice_follows_auto_s_and_a_name(monkeypatch):
     assert len(chosen) == 1
     assert two_directions.runs_at_once("blockwise", cell, sketch, 5)
     assert not two_directions.runs_at_once("stepwise", cell, sketch, 5)
+    gaussian = cell.through(resolve_kernel("gaussian", None))
+    assert not two_directions.runs_at_once("blockwise", gaussian, sketch, 5)
     assert len(chosen) == 1
 
 
