@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fairseq_rkm.modules.parameters import RKMParameters
-from fairseq_rkm.modules.single_steps import is_simple, layer_weights
+from fairseq_rkm.modules.short_calls import is_simple, layer_weights
 from fairseq_rkm.modules.state import RKMState
 from fairseq_rkm.ops import recurrence
 from fairseq_rkm.ops.plain_tensors import ORDINARY

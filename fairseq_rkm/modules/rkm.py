@@ -18,8 +18,8 @@ from fairseq_rkm.modules.per_sample_gradients import SLOT, watch
 from fairseq_rkm.modules.plain_calls import run_layer
 from fairseq_rkm.modules.projections import Projection
 from fairseq_rkm.modules.sequences import Batch, Packed, layout_of
+from fairseq_rkm.modules.short_calls import take_steps
 from fairseq_rkm.modules.side_by_side import run_side_by_side
-from fairseq_rkm.modules.single_steps import take_step
 from fairseq_rkm.modules.state import RKMState
 from fairseq_rkm.ops import anew, recurrence
 from fairseq_rkm.ops.dispatch import leaves_room
@@ -188,7 +188,7 @@ class RKM(ExchangeWithLSTM):
             RKMError: a shape, type or device does not fit, or an argument is given by both of its names.
         """
         if not return_memory and padding_mask is None and reset is None and input is None and hx is None:
-            taken = take_step(self, x, state)
+            taken = take_steps(self, x, state)
             if taken is None:
                 taken = run_layer(self, x, state)
             if taken is not None:

@@ -72,7 +72,7 @@ class Cell:
         return replace(self, name=name, gates=gates, recurrent_gates=(), squash_output=False, kernel=LINEAR)
 
     def __hash__(self) -> int:
-        return hash(self.name)  # every call looks up plans and kernels by their cell
+        return hash(self.key)  # every call looks up plans and kernels by their cell: others must not meet it
 
     @property
     def has_feedback(self) -> bool:

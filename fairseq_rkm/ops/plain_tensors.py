@@ -24,7 +24,7 @@ TRACED = FakeTensor, FunctionalTensor
 
 def are_plain(*tensors: Tensor | None) -> bool:
     """Whether kernels may run here and now, and on these tensors; quick: each call asks it."""
-    if torch._C._len_torch_dispatch_stack() or torch._ops._len_torch_dispatch_stack_pre_dispatch() or _follower():
+    if is_followed():
         return False
     try:
         for tensor in tensors:
@@ -37,6 +37,17 @@ def are_plain(*tensors: Tensor | None) -> bool:
     except RuntimeError:  # one has no storage
         return all(tensor is None or _is_plain(tensor) for tensor in tensors)
     return True
+
+
+def is_followed() -> bool:
+    """Whether a tool follows PyTorch's operators now, and would not see a kernel's work."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    )
 
 
 def obstacle(*tensors: Tensor | None) -> str | None:

@@ -367,5 +367,5 @@ def test_the_compiler_gets_kernels_with_their_header_in_place(monkeypatch):
     assert len(images) >= 5
     assert not any(b"#include" in image for image in images.values())
     with_numbers = {name for name, image in images.items() if b"float widen(Stored x)" in image}
-    assert with_numbers == {"persistent", "blockwise", "single_step"}
+    assert with_numbers == {"persistent", "blockwise", "few_steps"}
     assert all(image.count(b"typedef u16 Stored;") == 1 for name, image in images.items() if name in with_numbers)

@@ -10,6 +10,7 @@
 #include <math.h>
 #include <omp.h>
 #include <sched.h>
+#include <stdlib.h>
 #include <string.h>
 #ifdef __AVX__
 #include <immintrin.h>
@@ -383,6 +384,40 @@ void recurrence_forward(const Problem* p) {
             if ((RECURRENT || p->norm) && !part.alone) meet(&meeting, threads);
         }
     }
+}
+
+// Room for so many numbers, rounded up to whole vectors, at *room, which moves on.
+static float* take(float** room, size_t count) {
+    float* taken = *room;
+    *room += (count + LANES - 1) / LANES * LANES;
+    return taken;
+}
+
+// A few steps without a trace for a backward pass: as recurrence_forward, with all that it keeps in memory of its own.
+// A state of null is zeros. The result is whether there was memory. Arguments that come one by one take less time.
+int recurrence_steps(int steps, int batch, int size, int threads, const float* weights, const float* gain,
+                     const float* shift, float scale_i, float scale_f, float* gates, const float* first_hidden,
+                     const float* first_memory, float* output, float* last_hidden, float* last_memory) {
+    const size_t count = (size_t)batch * size, bytes = count * sizeof(float);
+    const size_t states = (steps + 1) * count, packed = RECURRENT * (size_t)size * (size + LANES);
+    float* const whole = malloc((2 * states + packed + size + 2 * (size_t)steps * batch + 5 * LANES) * sizeof(float));
+    if (!whole) return 0;
+    float *room = whole, *hidden = take(&room, states), *memory = take(&room, states), *scales = take(&room, size);
+    for (int j = 0; j < size; ++j) scales[j] = scale_f;
+    if (first_hidden) memcpy(hidden, first_hidden, bytes);
+    else memset(hidden, 0, bytes);
+    if (first_memory) memcpy(memory, first_memory, bytes);
+    else memset(memory, 0, bytes);
+    const Problem p = {.steps = steps, .batch = batch, .size = size, .threads = threads, .weights = weights,
+                       .norm = gain != NULL, .gain = gain, .shift = shift, .scale_f = scales, .scale_i = scale_i,
+                       .gates = gates, .hidden = hidden, .memory = memory,
+                       .moments = take(&room, 2 * (size_t)steps * batch), .packed = room};
+    recurrence_forward(&p);
+    memcpy(output, hidden + count, steps * bytes);
+    memcpy(last_hidden, hidden + steps * count, bytes);
+    memcpy(last_memory, memory + steps * count, bytes);
+    free(whole);
+    return 1;
 }
 
 // The backward pass.

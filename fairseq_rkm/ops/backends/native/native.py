@@ -78,12 +78,13 @@ def refuses(cell: Cell, inputs: Tensor, weights: Weights) -> str | None:
         return f"it computes in float32, not in {inputs.dtype}"
     if is_empty(inputs, weights.input):
         return "it needs at least one step and one sequence"
-    return _missing(_compiled_cell(cell, inputs.size(0) - weights.input.size(1) // inputs.size(2) + 1, weights))
+    steps = inputs.size(0) - weights.input.size(1) // inputs.size(2) + 1
+    return _missing(compiled_cell(cell, steps, weights.recurrent is not None))
 
 
-def _compiled_cell(cell: Cell, steps: int, weights: Weights) -> Cell:
+def compiled_cell(cell: Cell, steps: int, feedback: bool) -> Cell:
     """The cell to call in C; a single step calls it without feedback: PyTorch computes the product."""
-    return cell.without_feedback() if steps == 1 and weights.recurrent is not None else cell
+    return cell.without_feedback() if steps == 1 and feedback else cell
 
 
 HUGE_PAGE, MADV_HUGEPAGE = 2**21, 14

@@ -1,0 +1,67 @@
+"""``native`` for a few steps without gradients: PyTorch's products, and one call of C a layer."""
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fairseq_rkm.ops.backends.native.native import _missing, compiled_cell, library
+from fairseq_rkm.ops.cells import Cell
+from fairseq_rkm.ops.gate_layout import recurrent_slice
+from fairseq_rkm.ops.weights import Weights
+
+_TYPES: Any = (*[ctypes.c_int] * 4, *[ctypes.c_void_p] * 3, *[ctypes.c_float] * 2, *[ctypes.c_void_p] * 6)
+
+
+def takes(cell: Cell, dtype: torch.dtype, steps: int) -> bool:
+    """Whether :func:`run` takes so many steps of a cell with a linear kernel."""
+    return dtype is torch.float32 and _missing(compiled_cell(cell, steps, cell.has_feedback)) is None
+
+
+def run(
+    cell: Cell, x: Tensor, layers: Sequence[Weights], hidden: Tensor | None, memory: Tensor | None, batch_first: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`fairseq_rkm.ops.few_steps.way_for`."""
+    if batch_first and x.size(1) > 1:
+        output, *after = run(cell, x.transpose(0, 1).contiguous(), layers, hidden, memory, False)
+        return output.transpose(0, 1), after[0], after[1]
+    steps, batch = (1, x.size(0)) if batch_first else (x.size(0), x.size(1))
+    size = layers[0].input.size(0) // len(cell.gates)
+    states = len(layers), batch, size
+    last_hidden = x.new_empty(states) if hidden is None else torch.empty_like(hidden)
+    last_memory = x.new_empty(states) if memory is None else torch.empty_like(memory)
+    h, c, h_after, c_after = _address(hidden), _address(memory), last_hidden.data_ptr(), last_memory.data_ptr()
+    function, threads, onward = _function(cell, steps == 1), torch.get_num_threads(), 4 * batch * size
+    for number, weights in enumerate(layers):
+        matrix, recurrent, bias, gain, shift, scale_i, scale_f, *_ = weights
+        gates = F.linear(x.view(steps * batch, x.size(2)), matrix, bias)
+        if recurrent is not None and steps == 1:  # packed for C, the weights would cost more than the product
+            if hidden is not None:
+                fed = gates if gates.size(1) == recurrent.size(0) else gates[:, recurrent_slice(cell, size)]
+                fed.addmm_(hidden[number], recurrent.t())
+            recurrent = None
+        x = x.new_empty((batch, 1, size) if batch_first else (steps, batch, size))
+        done = function(
+            steps, batch, size, threads, _address(recurrent), _address(gain), _address(shift), scale_i, scale_f,
+            gates.data_ptr(), h, c, x.data_ptr(), h_after, c_after,
+        )  # fmt: skip
+        if not done:
+            raise MemoryError(f"no memory for {steps} steps of {batch} sequences and {size} units")
+        h, c, h_after, c_after = h and h + onward, c and c + onward, h_after + onward, c_after + onward
+    return x, last_hidden, last_memory
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+@functools.cache
+def _function(cell: Cell, alone: bool) -> Any:
+    """``recurrence_steps`` of ``native.c``, for a single step or for several."""
+    function = library(compiled_cell(cell, 1 if alone else 2, cell.has_feedback)).recurrence_steps
+    function.argtypes, function.restype = _TYPES, ctypes.c_int
+    return function

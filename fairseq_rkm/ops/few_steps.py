@@ -1,0 +1,227 @@
+"""A few steps without gradients, with little work for the host: where they are short, the host is what takes time.
+
+On GPUs a kernel takes a whole step, products included, as long as it is not slower than cuBLAS and one more kernel. On
+CPUs C takes all steps, beside one or two of PyTorch's products. PyTorch's operators take one step of what is left.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fairseq_rkm.ops.backends.batched import remembered
+from fairseq_rkm.ops.backends.native import native_steps
+from fairseq_rkm.ops.cells import OUTPUT, Cell
+from fairseq_rkm.ops.compilation import nvrtc
+from fairseq_rkm.ops.compilation.cell_macros import cell_macros
+from fairseq_rkm.ops.gate_layout import gate_slices, recurrent_slice
+from fairseq_rkm.ops.weights import LAYER_NORM_EPS, Weights, memory_dtype
+
+SOURCE = Path(__file__).with_suffix(".cu")
+MOST_STEPS = {"cpu": 16, "cuda": 4}
+"""The most steps by the type of device: for more, one launch or a call of C for a whole sequence takes less time."""
+MOST_PRODUCTS = 1 << 27
+"""The most multiplications of a layer that the kernel of a whole step does in a call. An H200 needs some 15 us."""
+FLOATS = torch.float64, torch.float32, torch.float16, torch.bfloat16
+BLOCK_THREADS = 128
+"""The threads of a block."""
+MOST_ROWS = 16
+"""The most rows of a warp: more sums do not fit in its registers."""
+
+Result = tuple[Tensor, Tensor, Tensor]
+Way = Callable[[Cell, Tensor, Sequence[Weights], Tensor | None, Tensor | None, bool], Result]
+
+
+@functools.lru_cache(maxsize=1024)
+def way_for(
+    cell: Cell, shape: tuple[int, ...], batch_first: bool, size: int, dtype: torch.dtype, cuda: bool, norm: bool
+) -> Way | None:
+    """The function that takes these steps through a stack of layers; None where there is none.
+
+    Args:
+        cell: the cell, with a linear kernel.
+        shape: of the inputs, ``(T, B, m)``, or ``(B, T, m)`` with ``batch_first``.
+        batch_first: the layout of inputs and outputs.
+        size: d.
+        dtype: of inputs and weights.
+        cuda: whether they are on a GPU; else they are on a CPU.
+        norm: whether the memory is normalised.
+
+    Returns:
+        A function of the cell; the inputs; the layers' weights, of n = 1, with numbers for scales; the hidden states
+        and the memories, ``(L, B, d)``, or None for zeros; and ``batch_first``. It gives the last layer's output, in
+        the inputs' layout, the hidden states and the memories after the last step, in memory of their own. All tensors
+        are plain, contiguous, on one device, and of ``dtype``; memories are of the memory's dtype.
+    """
+    batch, steps = shape[:2] if batch_first else (shape[1], shape[0])
+    if not 0 < steps <= MOST_STEPS["cuda" if cuda else "cpu"] or not batch:
+        return None
+    if not cuda and native_steps.takes(cell, dtype, steps):
+        return native_steps.run
+    if cuda and not norm and dtype in FLOATS[1:] and nvrtc.available() is None:
+        products = steps * batch * size * (len(cell.gates) * max(shape[2], size) + len(cell.recurrent_gates) * size)
+        if products <= MOST_PRODUCTS:
+            return _by_kernel
+        return _by_products if steps == 1 else None
+    if steps > 1 or dtype not in FLOATS or (norm and dtype.itemsize < torch.float32.itemsize):  # normalised in float32
+        return None
+    return _by_operators
+
+
+def _by_kernel(
+    cell: Cell, x: Tensor, layers: Sequence[Weights], hidden: Tensor | None, memory: Tensor | None, batch_first: bool
+) -> Result:
+    """See :func:`way_for`: on a GPU, a launch a layer and step."""
+    steps, batch = (x.size(1), x.size(0)) if batch_first else (x.size(0), x.size(1))
+    features, size, element = x.size(2), layers[0].input.size(0) // len(cell.gates), x.element_size()
+    states = len(layers), batch, size
+    last_hidden = x.new_empty(states) if hidden is None else torch.empty_like(hidden)
+    last_memory = x.new_empty(states, dtype=torch.float32) if memory is None else torch.empty_like(memory)
+    # The number of elements from row to row, and of bytes from step to step.
+    between, onward = (steps, element) if batch_first else (1, batch * element)
+    h, c, h_after, c_after = _address(hidden), _address(memory), last_hidden.data_ptr(), last_memory.data_ptr()
+    output = x
+    for weights in layers:
+        inputs, output = output, x.new_empty((batch, steps, size) if batch_first else (steps, batch, size))
+        read, written = inputs.data_ptr(), output.data_ptr()
+        matrix, recurrent = weights.input.data_ptr(), _address(weights.recurrent)
+        bias = _address(weights.bias)
+        aligned = read | matrix | h | recurrent | features * element | (size * element if recurrent else 0)
+        kernel, blocks = _whole_step(
+            cell, x.dtype, weights.sigma_i, weights.sigma_f, batch, size, aligned & -aligned & 15, x.get_device()
+        )
+        fed, fed_row, before = h, size, c
+        for step in range(steps):
+            kernel.launch(
+                blocks, BLOCK_THREADS, read, fed, before, matrix, recurrent, bias, written,
+                h_after if step == steps - 1 else 0, c_after, between * features, fed_row, between * size, features,
+                size, batch,
+            )  # fmt: skip
+            fed, fed_row, before = written, between * size, c_after
+            read, written = read + features * onward, written + size * onward
+        features = size
+        h, h_after = h and h + batch * size * element, h_after + batch * size * element
+        c, c_after = c and c + batch * size * 4, c_after + batch * size * 4
+    return output, last_hidden, last_memory
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+@functools.lru_cache(maxsize=1024)
+def _whole_step(
+    cell: Cell, dtype: torch.dtype, sigma_i: float, sigma_f: float, batch: int, size: int, aligned: int, device: int
+) -> tuple[nvrtc.Kernel, int]:
+    """A compiled ``whole_step`` of ``few_steps.cu`` and the blocks to launch.
+
+    ``aligned``: the largest power of two below 16 that divides all addresses and lengths of rows in bytes; 0 for 16.
+    """
+    rows = min(MOST_ROWS, 1 << (batch - 1).bit_length())
+    more = ("ROWS", rows), ("WIDTH", (aligned or 16) // dtype.itemsize), ("THREADS", BLOCK_THREADS)
+    blocks = -(-size // (BLOCK_THREADS // 32)) * -(-batch // rows)
+    return _kernel("whole_step", cell, dtype, sigma_i, sigma_f, device, more), blocks
+
+
+def _by_products(
+    cell: Cell, x: Tensor, layers: Sequence[Weights], hidden: Tensor | None, memory: Tensor | None, batch_first: bool
+) -> Result:
+    """See :func:`way_for`: one step on a GPU, by two products of cuBLAS and a kernel."""
+    return _layer_by_layer(_step_by_products, cell, x, layers, hidden, memory, batch_first)
+
+
+def _by_operators(
+    cell: Cell, x: Tensor, layers: Sequence[Weights], hidden: Tensor | None, memory: Tensor | None, batch_first: bool
+) -> Result:
+    """See :func:`way_for`: one step by PyTorch's operators."""
+    return _layer_by_layer(_step_by_operators, cell, x, layers, hidden, memory, batch_first)
+
+
+def _layer_by_layer(
+    step: Callable[..., Result], cell: Cell, x: Tensor, layers: Sequence[Weights], hidden: Tensor | None,
+    memory: Tensor | None, batch_first: bool,
+) -> Result:  # fmt: skip
+    rows, size = x.numel() // x.size(2), layers[0].input.size(0) // len(cell.gates)
+    output, after = x.view(rows, -1), []
+    for number, weights in enumerate(layers):
+        h, c = (None if state is None else state[number] for state in (hidden, memory))
+        output, *states = step(cell, output, weights, size, h, c)
+        after.append(states)
+    hidden, memory = (
+        states[0].unsqueeze(0) if len(layers) == 1 else torch.stack(states) for states in zip(*after, strict=True)
+    )
+    return output.view(rows, 1, size) if batch_first else output.unsqueeze(0), hidden, memory
+
+
+def _step_by_products(
+    cell: Cell, x: Tensor, weights: Weights, size: int, hidden: Tensor | None, memory: Tensor | None
+) -> Result:
+    """The output, the hidden state and the memory after a step, ``(B, d)`` each; ``x``: ``(B, m)``."""
+    # The kernel adds the bias: for a single row cuBLAS would need another launch.
+    gates = _gates(cell, x, weights, None, size, hidden)
+    output, after = (x.new_empty((x.size(0), size)) for _ in range(2))
+    kept = x.new_empty((x.size(0), size), dtype=torch.float32)
+    count = kept.numel()
+    kernel = _kernel("pointwise_step", cell, x.dtype, weights.sigma_i, weights.sigma_f, x.get_device(), ())
+    given = gates, weights.bias, memory, output, after, kept
+    kernel.launch(-(-count // BLOCK_THREADS), BLOCK_THREADS, *given, size, count)
+    return output, after, kept
+
+
+def _gates(cell: Cell, x: Tensor, weights: Weights, bias: Tensor | None, size: int, hidden: Tensor | None) -> Tensor:
+    """The pre-activations, ``(B, G)``."""
+    gates = F.linear(x, weights.input, bias)
+    if weights.recurrent is not None and hidden is not None:
+        whole = len(cell.recurrent_gates) == len(cell.gates)
+        fed = gates if whole else gates[:, recurrent_slice(cell, size)]
+        fed.addmm_(hidden, weights.recurrent.t())
+    return gates
+
+
+def _step_by_operators(
+    cell: Cell, x: Tensor, weights: Weights, size: int, hidden: Tensor | None, memory: Tensor | None
+) -> Result:
+    """As :func:`_step_by_products`."""
+    wide = memory_dtype(x.dtype)
+    gates = _gates(cell, x, weights, weights.bias, size, hidden).to(wide)
+    memory = gates.new_zeros((x.size(0), size)) if memory is None else memory
+    if cell.squash_candidate:
+        gates[:, :size].tanh_()
+    if len(cell.gates) > 1:
+        gates[:, size:].sigmoid_()
+    after = torch.empty_like(memory)
+    remembered(cell, weights, gates, memory, after)
+    if cell.clip is not None:
+        after.clamp_(-cell.clip, cell.clip)
+    if weights.norm_weight is not None:
+        after = F.layer_norm(after, (size,), weights.norm_weight, weights.norm_bias, LAYER_NORM_EPS)
+    output = after.tanh() if cell.squash_output else after
+    if cell.output_is_gate:
+        output = output * gates[..., gate_slices(cell, size)[OUTPUT]]
+    output = output.to(x.dtype)
+    return output, output.clone(), after
+
+
+@functools.lru_cache(maxsize=1024)
+def _kernel(
+    name: str,
+    cell: Cell,
+    dtype: torch.dtype,
+    sigma_i: float,
+    sigma_f: float,
+    device: int,
+    more: tuple[tuple[str, int], ...],
+) -> nvrtc.Kernel:
+    """A compiled kernel of ``few_steps.cu``."""
+    macros = (
+        *cell_macros(cell).items(),
+        ("ELEMENT", dtype.itemsize),
+        ("BF16", int(dtype == torch.bfloat16)),
+        ("SCALE_I", f"{sigma_i!r}f"),
+        ("SCALE_F", f"{sigma_f!r}f"),
+        *more,
+    )
+    return nvrtc.compile_kernel(SOURCE, name, macros, 0, device, cooperative=False)
