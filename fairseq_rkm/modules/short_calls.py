@@ -53,7 +53,10 @@ def _way(rkm: RKMParameters, x: Any) -> Way | None:
         return None
     if torch.is_autocast_enabled("cuda" if cuda else "cpu"):
         return None
-    return way_for(rkm._cell, shape, rkm.batch_first, rkm.hidden_size, x.dtype, cuda, rkm.layer_norm)
+    layers = rkm.num_layers
+    if layers > 1 and rkm.wavefront is not None:  # they are to run side by side
+        return None
+    return way_for(rkm._cell, layers, shape, rkm.batch_first, rkm.hidden_size, x.dtype, cuda, rkm.layer_norm)
 
 
 def _state_before(rkm: RKMParameters, x: Tensor, state: Any) -> tuple[bool, Tensor | None, Tensor | None]:

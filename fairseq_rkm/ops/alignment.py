@@ -83,10 +83,12 @@ def clear_and_align(workspace: Tensor, inputs: Tensor, weight: Tensor, *others: 
 
 
 def _align(matrices: Sequence[Tensor], workspace: Tensor | None) -> list[Tensor]:
+    if _are_aligned(matrices):
+        if workspace is not None:
+            workspace.fill_(-1)
+        return list(matrices)
     inputs, weight, *others = matrices
     size = inputs.size(-1)
-    if workspace is None and _are_aligned(matrices):
-        return list(matrices)
     if weight.size(1) == size:
         return _align_rows(matrices, workspace)
     inputs, weight, *others = _align_rows((inputs, weight.unflatten(1, (-1, size)), *others), workspace)
@@ -95,8 +97,11 @@ def _align(matrices: Sequence[Tensor], workspace: Tensor | None) -> list[Tensor]
 
 def _are_aligned(matrices: Sequence[Tensor]) -> bool:
     """Whether rows are aligned; with those of the inputs, so is each input's part of their weight."""
-    columns = (GPU_BYTES if matrices[0].is_cuda else CPU_BYTES) // matrices[0].element_size()
-    return not any(matrix.size(-1) % columns for matrix in matrices)
+    first = matrices[0]
+    columns = (GPU_BYTES if first.is_cuda else CPU_BYTES) // first.element_size()
+    if first.size(-1) % columns:
+        return False
+    return not any(matrix.size(-1) % columns for matrix in matrices[2:])
 
 
 def _launch(name: str, copies: list[tuple[Tensor, Tensor, int]], *more: Tensor | int | None) -> None:

@@ -136,6 +136,33 @@ def _fastest(cell: Cell, inputs: Tensor, weights: Weights) -> Backend:
     return BACKENDS["reference"] if best is None else best
 
 
+_PICKED: dict[tuple[Any, ...], Backend] = {}
+"""As :data:`_PROVEN`, for :func:`picked`."""
+
+
+def picked(cell: Cell, inputs: Tensor, weights: Weights) -> Backend:
+    """The backend for ``"auto"``, looked up where a problem of this kind was met before.
+
+    There are several steps, n is 1, and the tensors are known to fit together.
+    """
+    kind = (
+        cell.key,
+        inputs.shape,
+        inputs.dtype,
+        inputs.device,
+        weights.norm_weight is None,
+        weights.input.size(0),
+        _tf32(inputs),
+    )
+    chosen = _PICKED.get(kind)
+    if chosen is None:
+        chosen = pick("auto", cell, inputs, weights)
+        if len(_PICKED) >= MOST_PROVEN:
+            _PICKED.clear()
+        _PICKED[kind] = chosen
+    return chosen
+
+
 def leaves_room(name: str, cell: Cell, size: int, dtype: torch.dtype, norm: bool) -> bool:
     """Whether a backend leaves most of a GPU idle, so that another recurrence may run beside this one.
 

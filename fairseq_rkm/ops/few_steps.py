@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fairseq_rkm.ops import dispatch
 from fairseq_rkm.ops.backends.batched import remembered
 from fairseq_rkm.ops.backends.native import native_steps
 from fairseq_rkm.ops.cells import OUTPUT, Cell
@@ -21,8 +22,10 @@ from fairseq_rkm.ops.gate_layout import gate_slices, recurrent_slice
 from fairseq_rkm.ops.weights import LAYER_NORM_EPS, Weights, memory_dtype
 
 SOURCE = Path(__file__).with_suffix(".cu")
-MOST_STEPS = {"cpu": 16, "cuda": 4}
-"""The most steps by the type of device: for more, one launch or a call of C for a whole sequence takes less time."""
+MOST_STEPS = 16
+"""The most steps of a stack or a CPU: of more, the host is not what takes time."""
+MOST_LAUNCHES = 8
+"""The most steps that are launched one by one: of more, a backend's launch for all takes less time."""
 MOST_PRODUCTS = 1 << 27
 """The most multiplications of a layer that the kernel of a whole step does in a call. An H200 needs some 15 us."""
 FLOATS = torch.float64, torch.float32, torch.float16, torch.bfloat16
@@ -37,18 +40,20 @@ Way = Callable[[Cell, Tensor, Sequence[Weights], Tensor | None, Tensor | None, b
 
 @functools.lru_cache(maxsize=1024)
 def way_for(
-    cell: Cell, shape: tuple[int, ...], batch_first: bool, size: int, dtype: torch.dtype, cuda: bool, norm: bool
-) -> Way | None:
+    cell: Cell, layers: int, shape: tuple[int, ...], batch_first: bool, size: int, dtype: torch.dtype, cuda: bool,
+    norm: bool,
+) -> Way | None:  # fmt: skip
     """The function that takes these steps through a stack of layers; None where there is none.
 
     Args:
         cell: the cell, with a linear kernel.
+        layers: L.
         shape: of the inputs, ``(T, B, m)``, or ``(B, T, m)`` with ``batch_first``.
         batch_first: the layout of inputs and outputs.
         size: d.
         dtype: of inputs and weights.
         cuda: whether they are on a GPU; else they are on a CPU.
-        norm: whether the memory is normalised.
+        norm: whether the memory is normalised, in float32 or float64: of 16 bits none is taken.
 
     Returns:
         A function of the cell; the inputs; the layers' weights, of n = 1, with numbers for scales; the hidden states
@@ -57,18 +62,18 @@ def way_for(
         are plain, contiguous, on one device, and of ``dtype``; memories are of the memory's dtype.
     """
     batch, steps = shape[:2] if batch_first else (shape[1], shape[0])
-    if not 0 < steps <= MOST_STEPS["cuda" if cuda else "cpu"] or not batch:
+    if not steps or not batch or dtype not in FLOATS or (norm and dtype.itemsize < torch.float32.itemsize):
         return None
-    if not cuda and native_steps.takes(cell, dtype, steps):
-        return native_steps.run
-    if cuda and not norm and dtype in FLOATS[1:] and nvrtc.available() is None:
+    if cuda and dtype != torch.float64 and nvrtc.available() is None:
         products = steps * batch * size * (len(cell.gates) * max(shape[2], size) + len(cell.recurrent_gates) * size)
-        if products <= MOST_PRODUCTS:
+        if not norm and steps <= MOST_LAUNCHES and products <= MOST_PRODUCTS:
             return _by_kernel
-        return _by_products if steps == 1 else None
-    if steps > 1 or dtype not in FLOATS or (norm and dtype.itemsize < torch.float32.itemsize):  # normalised in float32
-        return None
-    return _by_operators
+        if steps > 1:
+            return _by_backend if steps <= MOST_STEPS or layers == 1 else None
+        return _by_operators if norm else _by_products
+    if not cuda and steps <= MOST_STEPS and native_steps.takes(cell, dtype, steps):
+        return native_steps.run
+    return _by_operators if steps == 1 else None
 
 
 def _by_kernel(
@@ -126,6 +131,20 @@ def _whole_step(
     return _kernel("whole_step", cell, dtype, sigma_i, sigma_f, device, more), blocks
 
 
+def _by_backend(
+    cell: Cell, x: Tensor, layers: Sequence[Weights], hidden: Tensor | None, memory: Tensor | None, batch_first: bool
+) -> Result:
+    """See :func:`way_for`: several steps on a GPU, by the backend that ``"auto"`` takes."""
+    output = x.transpose(0, 1).contiguous() if batch_first else x
+    after = []
+    for number, weights in enumerate(layers):
+        backend = dispatch.picked(cell, output, weights)
+        h, c = (None if state is None else state[number] for state in (hidden, memory))
+        output, *states = backend.operator.passes.forward(cell, output, weights, h, c, None)[:3]
+        after.append(states)
+    return output.transpose(0, 1) if batch_first else output, *_stacked(after)
+
+
 def _by_products(
     cell: Cell, x: Tensor, layers: Sequence[Weights], hidden: Tensor | None, memory: Tensor | None, batch_first: bool
 ) -> Result:
@@ -150,10 +169,15 @@ def _layer_by_layer(
         h, c = (None if state is None else state[number] for state in (hidden, memory))
         output, *states = step(cell, output, weights, size, h, c)
         after.append(states)
-    hidden, memory = (
-        states[0].unsqueeze(0) if len(layers) == 1 else torch.stack(states) for states in zip(*after, strict=True)
-    )
-    return output.view(rows, 1, size) if batch_first else output.unsqueeze(0), hidden, memory
+    return output.unsqueeze(1 if batch_first else 0), *_stacked(after)
+
+
+def _stacked(states: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
+    """The layers' hidden states and memories."""
+    if len(states) == 1:
+        return states[0][0].unsqueeze(0), states[0][1].unsqueeze(0)
+    hiddens, memories = zip(*states, strict=True)
+    return torch.stack(hiddens), torch.stack(memories)
 
 
 def _step_by_products(

@@ -149,9 +149,8 @@ def project(
     """
     if inputs.is_cuda:  # on a CPU only the result needs alignment
         inputs, weight = align(inputs, weight)
-    size = inputs.size(2)
-    if weight.size(1) == size and out is None and bias is None:
-        return torch.mm(inputs.view(-1, size), weight.t()).view(inputs.size(0), inputs.size(1), weight.size(0))
+    if bias is None and out is None and weight.size(1) == inputs.size(2):
+        return F.linear(inputs, weight)
     (newest, taps), *older = _taps(inputs, weight, against_time)
     result = torch.mm(newest, taps.t(), out=out) if bias is None else torch.addmm(bias, newest, taps.t(), out=out)
     for window, taps in older:

@@ -42,6 +42,19 @@ def assert_the_same(rkm, x, state, monkeypatch):
         assert_close(a, b, name, product_type(kind, x.device.type) if isinstance(kind, torch.dtype) else kind)
 
 
+def watch_ways(monkeypatch):
+    """Write down the names of the functions that take the steps."""
+    taken, way_for = [], short_calls.way_for
+
+    def watched(*problem):
+        way = way_for(*problem)
+        taken.append(None if way is None else way.__name__)
+        return way
+
+    monkeypatch.setattr(short_calls, "way_for", watched)
+    return taken
+
+
 def random_state(rkm, batch):
     return rkm.initial_state(batch).map(lambda t: torch.randn(t.shape, dtype=t.dtype, device=t.device))
 
@@ -77,26 +90,36 @@ def test_some_steps_give_what_the_long_way_gives(cell, device, ways, monkeypatch
             dtype=dtype, sigma_i2=0.3, sigma_f2=0.7,
         )  # fmt: skip
         rkm = randomized(rkm).to(device)
-        x = torch.randn(*((4, 3, 3) if batch_first else (3, 4, 3)), dtype=dtype, device=device)
-        for state in (random_state(rkm, 4), None):
+        for steps, state in itertools.product((3, 9) if device == "cuda" else (3,), (random_state(rkm, 4), None)):
+            x = torch.randn(*((4, steps, 3) if batch_first else (steps, 4, 3)), dtype=dtype, device=device)
             ways.clear()
             assert_the_same(rkm, x, state, monkeypatch)
-            assert ways == ["short" if in_c or (device == "cuda" and not layer_norm) else "long"]
+            short = in_c if device == "cpu" else not (layer_norm and dtype.itemsize < 4)
+            assert ways == ["short" if short else "long"]
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_sizes_and_alignments_on_a_gpu(dtype, ways, monkeypatch):
-    """The kernel of a whole step reads 2 to 16 bytes at once; each of its numbers of rows; and larger problems."""
-    for (features, size), batch, steps in itertools.product(
-        ((64, 64), (63, 65), (30, 130), (700, 4), (512, 1150), (1150, 512)), (1, 2, 3, 7, 16, 33), (1, 4)
-    ):
-        rkm = randomized(RKM(features, size, 1, device="cuda", dtype=dtype))
-        x = torch.randn(steps * batch * features + 1, dtype=dtype, device="cuda")
-        for first in (0, 1):
-            here = x[first : first + steps * batch * features].view(steps, batch, features)
-            assert_the_same(rkm, here, random_state(rkm, batch), monkeypatch)
-    assert "short" in ways
+@pytest.mark.parametrize("cell", ["rkm_lstm", "ran"])
+def test_sizes_and_alignments_on_a_gpu(cell, dtype, monkeypatch):
+    """A whole step reads 2 to 16 bytes at once and takes 1 to 16 rows; more by other ways; all in float32."""
+    taken = watch_ways(monkeypatch)
+    for features, size in ((64, 64), (63, 65), (30, 130), (700, 4), (512, 1150), (1150, 512)):
+        rkm = randomized(RKM(features, size, cell=cell, dtype=dtype)).to("cuda")
+        exact = RKM(features, size, cell=cell, dtype=torch.float64, device="cuda", backend="reference")
+        exact.load_state_dict(rkm.state_dict())
+        for batch, steps, first in itertools.product((1, 2, 3, 7, 16, 33), (1, 4), (0, 1)):
+            whole = torch.randn(steps * batch * features + 1, dtype=dtype, device="cuda")
+            x = whole[first : first + steps * batch * features].view(steps, batch, features)
+            state = random_state(rkm, batch)
+            with torch.no_grad():
+                output, after = rkm(x, state)
+                wanted, after_wanted = exact(x.double(), state.to(torch.float64))
+            tf32 = dtype == torch.float32 and taken[-1] == "_by_backend"
+            for name, a, b in zip(("output", "h", "c"), (output, *after), (wanted, *after_wanted), strict=True):
+                assert_close(a, b, f"{name} of {features, size, batch, steps, first}", "tf32" if tf32 else dtype)
+    assert {"_by_kernel", "_by_backend"} <= set(taken)
 
 
 @pytest.mark.gpu

@@ -92,28 +92,47 @@ def test_who_takes_which_steps(monkeypatch):
     float32, float16, float64 = torch.float32, torch.float16, torch.float64
     for shape, batch_first, size, dtype, norm, wanted in (
         ((1, 8, 64), False, 64, float32, False, few_steps._by_kernel),
-        ((4, 8, 64), False, 64, float16, False, few_steps._by_kernel),
+        ((8, 8, 64), False, 64, float16, False, few_steps._by_kernel),
         ((8, 4, 64), True, 64, float32, False, few_steps._by_kernel),
-        ((5, 8, 64), False, 64, float32, False, None),
+        ((9, 8, 64), False, 64, float32, False, few_steps._by_backend),
         ((0, 8, 64), False, 64, float32, False, None),
         ((1, 0, 64), False, 64, float32, False, None),
         ((1, 64, 512), False, 512, float32, False, few_steps._by_kernel),
         ((1, 64, 1150), False, 1150, float32, False, few_steps._by_products),
-        ((2, 64, 1150), False, 1150, float32, False, None),
+        ((2, 64, 1150), False, 1150, float32, False, few_steps._by_backend),
         ((1, 8, 64), False, 64, float64, False, few_steps._by_operators),
         ((2, 8, 64), False, 64, float64, False, None),
         ((1, 8, 64), False, 64, float32, True, few_steps._by_operators),
+        ((2, 8, 64), False, 64, float32, True, few_steps._by_backend),
         ((1, 8, 64), False, 64, float16, True, None),
         ((1, 8, 64), False, 64, torch.int64, False, None),
     ):
-        assert way_for(cell, shape, batch_first, size, dtype, True, norm) is wanted, (shape, size, dtype, norm)
+        assert way_for(cell, 1, shape, batch_first, size, dtype, True, norm) is wanted, (shape, size, dtype, norm)
+    assert way_for(cell, 2, (16, 8, 64), False, 64, float32, True, False) is few_steps._by_backend
+    assert way_for(cell, 2, (17, 8, 64), False, 64, float32, True, False) is None
     monkeypatch.setattr(native_steps, "_missing", lambda _: "no compiler")
-    assert way_for(cell, (1, 8, 64), False, 64, float32, False, False) is few_steps._by_operators
-    assert way_for(cell, (2, 8, 64), False, 64, float32, False, False) is None
+    assert way_for(cell, 1, (1, 8, 64), False, 64, float32, False, False) is few_steps._by_operators
+    assert way_for(cell, 1, (2, 8, 64), False, 64, float32, False, False) is None
     monkeypatch.setattr(native_steps, "_missing", lambda _: None)
     for norm in (False, True):
-        assert way_for(cell, (16, 8, 64), False, 64, float32, False, norm) is native_steps.run
-        assert way_for(cell, (17, 8, 64), False, 64, float32, False, norm) is None
+        assert way_for(cell, 1, (16, 8, 64), False, 64, float32, False, norm) is native_steps.run
+        assert way_for(cell, 1, (17, 8, 64), False, 64, float32, False, norm) is None
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_steps_by_a_backend(layers, batch_first):
+    rkm = randomized(RKM(3, 4, layers, batch_first=batch_first))
+    exact = RKM(3, 4, layers, batch_first=batch_first, backend="reference")
+    exact.load_state_dict(rkm.state_dict())
+    x, state = torch.randn(5, 6, 3), None
+    all_weights = [layer_weights(rkm, layer) for layer in range(layers)]
+    for _ in range(2):
+        with torch.no_grad():
+            found = few_steps._by_backend(rkm._cell, x, all_weights, *(state or (None, None)), batch_first)
+            output, state = exact(x, state)
+        for name, a, b in zip(("output", "h", "c"), found, (output, *state), strict=True):
+            assert_close(a, b, name)
 
 
 @pytest.mark.skipif(native._missing(CELLS["rkm_lstm"]) is not None, reason="needs a C compiler")
