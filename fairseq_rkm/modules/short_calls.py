@@ -15,7 +15,7 @@ from fairseq_rkm.modules.per_sample_gradients import SLOT
 from fairseq_rkm.modules.state import RKMState
 from fairseq_rkm.ops.cells import Cell
 from fairseq_rkm.ops.few_steps import Way, way_for
-from fairseq_rkm.ops.plain_tensors import ORDINARY, is_followed
+from fairseq_rkm.ops.plain_tensors import ORDINARY, is_followed, is_ready
 from fairseq_rkm.ops.weights import Weights
 
 Shape = tuple[int, ...]
@@ -36,7 +36,7 @@ def take_steps(rkm: RKMParameters, x: Any, state: Any) -> tuple[Tensor, RKMState
     try:
         known, hidden, memory = _state_before(rkm, x, state)
         layers = _layers(rkm, kind, place)
-        if not known or layers is None or not _is_ready(x, x.shape, kind, place):
+        if not known or layers is None or not is_ready(x, x.shape, kind, place):
             return None
     except RuntimeError:  # a tensor has no storage
         return None
@@ -69,7 +69,7 @@ def _state_before(rkm: RKMParameters, x: Tensor, state: Any) -> tuple[bool, Tens
     kind, place = x.dtype, x.get_device()
     wide = kind if kind.itemsize >= torch.float32.itemsize else torch.float32
     shape = rkm.num_layers, x.size(0 if rkm.batch_first else 1), rkm.hidden_size
-    return _is_ready(hidden, shape, kind, place) and _is_ready(memory, shape, wide, place), hidden, memory
+    return is_ready(hidden, shape, kind, place) and is_ready(memory, shape, wide, place), hidden, memory
 
 
 def _layers(rkm: RKMParameters, kind: torch.dtype, place: int) -> list[Weights] | None:
@@ -79,28 +79,11 @@ def _layers(rkm: RKMParameters, kind: torch.dtype, place: int) -> list[Weights] 
         weights = layer_weights(rkm, number)
         shapes = _shapes(rkm._cell, size, features, rkm.bias, rkm.layer_norm)
         for tensor, shape in zip(weights, shapes, strict=False):
-            if tensor is not shape and not _is_ready(tensor, shape, kind, place):  # both may be None
+            if tensor is not shape and not is_ready(tensor, shape, kind, place):  # both may be None
                 return None
         layers.append(weights)
         features = size
     return layers
-
-
-def _is_ready(tensor: Any, shape: Shape | None, kind: torch.dtype, place: int) -> bool:
-    """Whether a kernel may read a tensor as it lies: plain, contiguous, not empty, and as given.
-
-    Raises:
-        RuntimeError: it has no storage.
-    """
-    return (
-        type(tensor) in ORDINARY
-        and tensor.dtype is kind
-        and tensor.shape == shape
-        and tensor.get_device() == place
-        and tensor.is_contiguous()
-        and tensor.data_ptr() != 0
-        and not tensor.is_neg()
-    )
 
 
 @functools.lru_cache(maxsize=256)

@@ -19,7 +19,7 @@ from fairseq_rkm.ops.cells import Cell
 from fairseq_rkm.ops.higher_derivatives import REFERENCE, zeros_for_none
 from fairseq_rkm.ops.operators import Operator
 from fairseq_rkm.ops.passes import Directions
-from fairseq_rkm.ops.plain_tensors import are_plain, obstacle
+from fairseq_rkm.ops.plain_tensors import are_plain, is_followed, is_ready, obstacle
 from fairseq_rkm.ops.problem_checks import check, check_inputs, laid_out
 from fairseq_rkm.ops.weights import Weights
 
@@ -136,31 +136,25 @@ def _fastest(cell: Cell, inputs: Tensor, weights: Weights) -> Backend:
     return BACKENDS["reference"] if best is None else best
 
 
-_PICKED: dict[tuple[Any, ...], Backend] = {}
-"""As :data:`_PROVEN`, for :func:`picked`."""
+def picked(name: str, cell: Cell, inputs: Tensor, weights: Weights) -> Backend:
+    """As :func:`pick`, looked up where a problem of this kind was met before.
 
-
-def picked(cell: Cell, inputs: Tensor, weights: Weights) -> Backend:
-    """The backend for ``"auto"``, looked up where a problem of this kind was met before.
-
-    There are several steps, n is 1, and the tensors are known to fit together.
+    All tensors are plain and known to fit together, and n is 1.
     """
-    kind = (
-        cell.key,
-        inputs.shape,
-        inputs.dtype,
-        inputs.device,
-        weights.norm_weight is None,
-        weights.input.size(0),
-        _tf32(inputs),
-    )
-    chosen = _PICKED.get(kind)
+    steps, batch, features = inputs.shape
+    of_weights = weights.input.size(0), weights.norm_weight is None, weights.recurrent is None
+    kind = str(name), cell.key, min(steps, 2), batch, features, inputs.dtype, inputs.device, tf32(inputs), *of_weights
+    chosen = _PROVEN.get(kind)
     if chosen is None:
-        chosen = pick("auto", cell, inputs, weights)
-        if len(_PICKED) >= MOST_PROVEN:
-            _PICKED.clear()
-        _PICKED[kind] = chosen
+        chosen = pick(name, cell, inputs, weights)
+        _remember(kind, chosen)
     return chosen
+
+
+def _remember(kind: tuple[Any, ...], chosen: Backend) -> None:
+    if len(_PROVEN) >= MOST_PROVEN:
+        _PROVEN.clear()
+    _PROVEN[kind] = chosen
 
 
 def leaves_room(name: str, cell: Cell, size: int, dtype: torch.dtype, norm: bool) -> bool:
@@ -191,8 +185,11 @@ def recurrence(
         RKMError: inputs, weights, state and mask differ in device or dtype; a shape does not fit; numbers are not
             floating-point ones; or the backend refuses.
     """
-    if not torch.compiler.is_compiling() and are_plain(inputs, hidden, memory, keep, *weights.tensors()):
-        return _run_plain(backend, cell, inputs, weights, size, hidden, memory, keep)
+    if not torch.compiler.is_compiling():
+        if keep is None and not is_followed() and _are_ready(cell, inputs, weights, size, hidden, memory):
+            return _run(picked(backend, cell, inputs, weights), cell, inputs, weights, hidden, memory, keep)
+        if are_plain(inputs, hidden, memory, keep, *weights.tensors()):
+            return _run_plain(backend, cell, inputs, weights, size, hidden, memory, keep)
     if backend == "auto" and exported_loop.is_recording():
         return exported_loop.recurrence(cell, inputs, weights, size, hidden, memory, keep)
     if not torch.jit.is_tracing():  # tracing warns of each comparison
@@ -220,6 +217,14 @@ def _run_plain(
     chosen = proven(backend, cell, inputs, weights, size, hidden, memory, keep)
     if not is_laid_out(inputs, weights, hidden, memory):
         inputs, weights, hidden, memory = laid_out(inputs, weights, hidden, memory)
+    return _run(chosen, cell, inputs, weights, hidden, memory, keep)
+
+
+def _run(
+    chosen: Backend, cell: Cell, inputs: Tensor, weights: Weights, hidden: Tensor | None, memory: Tensor | None,
+    keep: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Run a backend on plain tensors, laid out as all backends read them."""
     if chosen is BACKENDS["reference"]:
         hidden, memory = zeros_for_none(cell, inputs, weights, hidden, memory)
         return reference.recurrence(cell, inputs, weights, hidden, memory, keep)
@@ -241,10 +246,36 @@ def proven(
     if chosen is None:
         check(cell, inputs, weights, size, hidden, memory, keep)
         chosen = pick(backend, cell, inputs, weights)
-        if len(_PROVEN) >= MOST_PROVEN:
-            _PROVEN.clear()
-        _PROVEN[kind] = chosen
+        _remember(kind, chosen)
     return chosen
+
+
+def _are_ready(
+    cell: Cell, inputs: Tensor, weights: Weights, size: int, hidden: Tensor | None, memory: Tensor | None
+) -> bool:
+    """Whether it is seen at once that tensors are plain, fit together, and are laid out as all backends read them.
+
+    Most problems are so: n = 1, without layer norm, with numbers for scales. For others the answer is no.
+    """
+    matrix, recurrent, bias, gain, shift, scale_i, scale_f, *of_kernel = weights
+    if type(scale_i) is not float or type(scale_f) is not float or inputs.dim() != 3:
+        return False
+    if gain is not None or shift is not None or of_kernel != [None, None] or not inputs.is_floating_point():
+        return False
+    kind, place, shape = inputs.dtype, inputs.get_device(), inputs.shape
+    wide = kind if kind.itemsize >= torch.float32.itemsize else torch.float32
+    width, row = len(cell.gates) * size, (shape[1], size)
+    given: tuple[tuple[Any, tuple[int, ...], torch.dtype], ...] = (
+        (inputs, shape, kind), (matrix, (width, shape[2]), kind), (bias, (width,), kind), (hidden, row, kind),
+        (memory, row, wide), (recurrent, (len(cell.recurrent_gates) * size, size), kind),
+    )  # fmt: skip
+    try:
+        for tensor, wanted, dtype in given:
+            if tensor is not None and not is_ready(tensor, wanted, dtype, place):
+                return False
+    except RuntimeError:  # one has no storage
+        return False
+    return True
 
 
 def _kind(

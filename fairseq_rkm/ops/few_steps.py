@@ -26,8 +26,9 @@ MOST_STEPS = 16
 """The most steps of a stack or a CPU: of more, the host is not what takes time."""
 MOST_LAUNCHES = 8
 """The most steps that are launched one by one: of more, a backend's launch for all takes less time."""
-MOST_PRODUCTS = 1 << 27
-"""The most multiplications of a layer that the kernel of a whole step does in a call. An H200 needs some 15 us."""
+MOST_PRODUCTS = 1 << 28
+"""The most multiplications of a layer that the kernel of a whole step does in a call. An H200 should need some 25 us
+for them, no more than the host for the call (estimated)."""
 FLOATS = torch.float64, torch.float32, torch.float16, torch.bfloat16
 BLOCK_THREADS = 128
 """The threads of a block."""
@@ -138,7 +139,7 @@ def _by_backend(
     output = x.transpose(0, 1).contiguous() if batch_first else x
     after = []
     for number, weights in enumerate(layers):
-        backend = dispatch.picked(cell, output, weights)
+        backend = dispatch.picked("auto", cell, output, weights)
         h, c = (None if state is None else state[number] for state in (hidden, memory))
         output, *states = backend.operator.passes.forward(cell, output, weights, h, c, None)[:3]
         after.append(states)

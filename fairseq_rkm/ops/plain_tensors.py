@@ -8,6 +8,7 @@ differentiation, ``torch.jit.trace`` and the ONNX exporters follow PyTorch's own
 """
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +48,23 @@ def is_followed() -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
+    )
+
+
+def is_ready(tensor: Any, shape: tuple[int, ...] | None, kind: torch.dtype, place: int) -> bool:
+    """Whether a kernel may read a tensor as it lies: plain, contiguous, not empty, and as given.
+
+    Raises:
+        RuntimeError: it has no storage.
+    """
+    return (
+        type(tensor) in ORDINARY
+        and tensor.dtype is kind
+        and tensor.shape == shape
+        and tensor.get_device() == place
+        and tensor.is_contiguous()
+        and tensor.data_ptr() != 0
+        and not tensor.is_neg()
     )
 
 

@@ -69,15 +69,13 @@ def test_mixed_dtypes_and_devices_are_refused():
         RKM(2, 2)(torch.zeros(1, 1, 2, device="meta"))
 
 
-@pytest.fixture
-def asked(monkeypatch):
-    """The problems that were checked, while nothing is remembered from before."""
-    problems = []
-    check = dispatch.check
+def watch(monkeypatch, name):
+    """The calls of a function of ``dispatch``, while nothing is remembered from before."""
+    calls, function = [], getattr(dispatch, name)
     monkeypatch.setattr(dispatch, "_PROVEN", {})
     monkeypatch.setattr(dispatch, "MOST_PROVEN", 40)
-    monkeypatch.setattr(dispatch, "check", lambda *problem: problems.append(problem) or check(*problem))
-    return problems
+    monkeypatch.setattr(dispatch, name, lambda *problem: calls.append(problem) or function(*problem))
+    return calls
 
 
 def problem(cell="rkm_lstm", steps=2, batch=3, size=4, features=3, dtype=torch.float32, backend="auto", **others):
@@ -92,15 +90,15 @@ def problem(cell="rkm_lstm", steps=2, batch=3, size=4, features=3, dtype=torch.f
     return cell, torch.zeros(steps, batch, features, dtype=dtype), weights, size, *given.values(), backend
 
 
-def test_checks_and_choices_are_remembered_for_all_that_they_depend_on(asked):
+def test_checks_and_choices_are_remembered_for_all_that_they_depend_on(monkeypatch):
+    asked = watch(monkeypatch, "pick")
     keep = torch.ones(2, 3, dtype=torch.bool)
     problems = [
         problem(), problem(batch=4), problem(steps=1), problem(steps=0), problem(size=5), problem(features=2),
         problem(dtype=torch.float64), problem("lstm"), problem(CELLS["rkm_lstm"].clipped(1)), problem(norm=True),
-        problem(CELLS["rkm_lstm"].without_feedback()), problem(bias=torch.zeros(16)), problem(keep=keep),
-        problem(hidden=torch.zeros(3, 4)), problem(memory=torch.zeros(3, 4)), problem(backend="batched"),
+        problem(CELLS["rkm_lstm"].without_feedback()), problem(keep=keep), problem(backend="batched"),
         problem(memory=torch.zeros(3, 4).double()), problem("linear_kernel", sigma_f=torch.zeros(4)),
-        problem("linear_kernel", sigma_f=0.3), problem("linear_kernel", sigma_i=0.3),
+        problem("linear_kernel", sigma_f=0.3),
     ]  # fmt: skip
     first = [dispatch.recurrence(*each) for each in problems]
     assert len(asked) == len(problems)
@@ -108,7 +106,12 @@ def test_checks_and_choices_are_remembered_for_all_that_they_depend_on(asked):
     assert len(asked) == len(problems)
     for results in zip(first, again, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    dispatch.recurrence(*problem(steps=7))
+    of_no_matter = (
+        problem(steps=7), problem(bias=torch.zeros(16)), problem(hidden=torch.zeros(3, 4)),
+        problem(memory=torch.zeros(3, 4)), problem("linear_kernel", sigma_i=0.3),
+    )  # fmt: skip
+    for each in of_no_matter:
+        dispatch.recurrence(*each)
     assert len(asked) == len(problems)
     for batch in range(100, 180):
         dispatch.recurrence(*problem(batch=batch))
@@ -131,13 +134,17 @@ def test_checks_and_choices_are_remembered_for_all_that_they_depend_on(asked):
     ],
     ids=str,
 )
-def test_what_does_not_fit_is_refused_after_what_does(asked, others, message):
-    fitting = {"bias": torch.zeros(16), "hidden": torch.zeros(3, 4), "keep": torch.ones(2, 3, dtype=torch.bool)}
-    for _ in range(2):
-        dispatch.recurrence(*problem(**fitting))
-        with pytest.raises(RKMError, match=message):
-            dispatch.recurrence(*problem(**{**fitting, **others}))
-    assert len(asked) == 3
+def test_what_does_not_fit_is_refused_after_what_does(others, message, monkeypatch):
+    asked = watch(monkeypatch, "check")
+    fitting = {"bias": torch.zeros(16), "hidden": torch.zeros(3, 4)}
+    keep = {"keep": torch.ones(2, 3, dtype=torch.bool)}
+    for more in ({}, keep):
+        for _ in range(2):
+            dispatch.recurrence(*problem(**fitting, **more))
+            with pytest.raises(RKMError, match=message):
+                dispatch.recurrence(*problem(**{**fitting, **more, **others}))
+    # Without a mask it is seen at once whether tensors fit.
+    assert len(asked) == 1 + 2 * 2 - 2 * ("backend" in others)
 
 
 @pytest.mark.parametrize(
@@ -158,6 +165,8 @@ def test_constant_scales_of_another_shape_are_refused_by_cells_that_read_them(sc
 
 def test_tf32_is_another_choice_on_gpus(monkeypatch):
     cell, x, weights, *_ = problem()
+    monkeypatch.setattr(dispatch, "_PROVEN", {})
+    monkeypatch.setattr(dispatch, "pick", lambda *_: dispatch.BACKENDS["batched"])
     on_gpu = SimpleNamespace(is_cuda=True, shape=x.shape, dtype=x.dtype, device=torch.device("cuda", 0))
     kinds = set()
     for allowed in (False, True):
@@ -165,7 +174,9 @@ def test_tf32_is_another_choice_on_gpus(monkeypatch):
         for device in ("cuda:0", "cuda:1"):
             on_gpu.device = torch.device(device)
             kinds.add(dispatch._kind("auto", cell, on_gpu, weights, 4, None, None, None))
-    assert len(kinds) == 4
+            for _ in range(2):
+                dispatch.picked("auto", cell, on_gpu, weights)
+    assert len(kinds) == len(dispatch._PROVEN) == 4
 
 
 @pytest.mark.parametrize("backend", ["batched", "auto", "reference"])

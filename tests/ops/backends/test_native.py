@@ -11,6 +11,7 @@ import torch
 from helpers import assert_close, training_losses
 
 from fairseq_rkm import CELLS, RKM, RKMError
+from fairseq_rkm.ops import dispatch
 from fairseq_rkm.ops.backends.native import native
 from fairseq_rkm.ops.compilation import c_compiler
 from ops.test_backends import (
@@ -168,6 +169,7 @@ def test_training_follows_the_reference():
 def test_without_a_compiler_it_says_so_once_and_auto_falls_back(monkeypatch, caplog):
     monkeypatch.setattr(c_compiler.shutil, "which", lambda _name: None)
     monkeypatch.setattr(native, "library", native.library.__wrapped__)
+    monkeypatch.setattr(dispatch, "_PROVEN", {})
     for function in ("_missing", "_say"):
         monkeypatch.setattr(native, function, functools.cache(getattr(native, function).__wrapped__))
     with caplog.at_level(logging.WARNING):
