@@ -72,7 +72,7 @@ def way_for(
         if steps > 1:
             return _by_backend if steps <= MOST_STEPS or layers == 1 else None
         return _by_operators if norm else _by_products
-    if not cuda and steps <= MOST_STEPS and native_steps.takes(cell, dtype, steps):
+    if not cuda and steps <= MOST_STEPS and native_steps.takes(cell, dtype, steps, batch, size):
         return native_steps.run
     return _by_operators if steps == 1 else None
 

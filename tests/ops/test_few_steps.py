@@ -117,6 +117,8 @@ def test_who_takes_which_steps(monkeypatch):
     for norm in (False, True):
         assert way_for(cell, 1, (16, 8, 64), False, 64, float32, False, norm) is native_steps.run
         assert way_for(cell, 1, (17, 8, 64), False, 64, float32, False, norm) is None
+        assert way_for(cell, 1, (2, 2000, 64), False, 512, float32, False, norm) is None
+        assert way_for(cell, 1, (1, 4000, 64), False, 512, float32, False, norm) is native_steps.run
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
@@ -141,3 +143,18 @@ def test_c_without_memory_says_so(monkeypatch):
     monkeypatch.setattr(native_steps, "_function", lambda *_: lambda *_: 0)
     with torch.no_grad(), pytest.raises(MemoryError, match="2 steps of 5 sequences and 4 units"):
         rkm(torch.randn(2, 5, 3))
+
+
+@pytest.mark.skipif(native._missing(CELLS["rkm_lstm"]) is not None, reason="needs a C compiler")
+def test_threads_come_with_the_work_and_change_no_bit(monkeypatch):
+    rkm, seen, results = RKM(8, 64), [], []
+    function = native_steps._function
+    monkeypatch.setattr(
+        native_steps, "_function", lambda *of: lambda *given: seen.append(given[3]) or function(*of)(*given)
+    )
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)  # noqa: B023 - called at once
+        with torch.no_grad():
+            results.append([rkm(torch.ones(steps, batch, 8))[0] for steps, batch in ((1, 1), (2, 1), (16, 64))])
+    assert seen == [1, 1, 1, 1, 1, 3]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -17,9 +17,17 @@ from fairseq_rkm.ops.weights import Weights
 _TYPES: Any = (*[ctypes.c_int] * 4, *[ctypes.c_void_p] * 3, *[ctypes.c_float] * 2, *[ctypes.c_void_p] * 6)
 
 
-def takes(cell: Cell, dtype: torch.dtype, steps: int) -> bool:
+MOST_NUMBERS = 1 << 20
+"""The most numbers of all outputs of several steps: for more, :mod:`.native` has memory in huge pages."""
+WORK_OF_A_THREAD, POINTWISE_WORK = 1 << 20, 64
+"""A thread is worth its start for so many multiplications; a unit's step without products counts for so many."""
+
+
+def takes(cell: Cell, dtype: torch.dtype, steps: int, batch: int, size: int) -> bool:
     """Whether :func:`run` takes so many steps of a cell with a linear kernel."""
-    return dtype is torch.float32 and _missing(compiled_cell(cell, steps, cell.has_feedback)) is None
+    if dtype is not torch.float32 or (steps > 1 and steps * batch * size > MOST_NUMBERS):
+        return False
+    return _missing(compiled_cell(cell, steps, cell.has_feedback)) is None
 
 
 def run(
@@ -35,7 +43,9 @@ def run(
     last_hidden = x.new_empty(states) if hidden is None else torch.empty_like(hidden)
     last_memory = x.new_empty(states) if memory is None else torch.empty_like(memory)
     h, c, h_after, c_after = _address(hidden), _address(memory), last_hidden.data_ptr(), last_memory.data_ptr()
-    function, threads, onward = _function(cell, steps == 1), torch.get_num_threads(), 4 * batch * size
+    function, onward = _function(cell, steps == 1), 4 * batch * size
+    each = POINTWISE_WORK if steps == 1 else size * len(cell.recurrent_gates) + POINTWISE_WORK
+    threads = min(torch.get_num_threads(), 1 + steps * batch * size * each // WORK_OF_A_THREAD)
     for number, weights in enumerate(layers):
         matrix, recurrent, bias, gain, shift, scale_i, scale_f, *_ = weights
         gates = F.linear(x.view(steps * batch, x.size(2)), matrix, bias)
