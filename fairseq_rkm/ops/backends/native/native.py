@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fairseq_rkm.ops.cells import Cell
 from fairseq_rkm.ops.compilation.c_compiler import compile_library
@@ -96,6 +97,8 @@ def _buffer(like: Tensor, *shape: int) -> Tensor:
     Memory of this size is new at each call. Page faults of 4 kB each would take a tenth of a pass's time.
     """
     tensor = like.new_empty(shape)
+    if tensor.nbytes < 4 * HUGE_PAGE:
+        return tensor
     first = -(-tensor.data_ptr() // HUGE_PAGE) * HUGE_PAGE
     length = (tensor.data_ptr() + tensor.nbytes - first) // HUGE_PAGE * HUGE_PAGE
     if length >= 4 * HUGE_PAGE and sys.platform == "linux":
@@ -110,8 +113,10 @@ def forward(
     """The forward pass of :data:`PASSES`."""
     width, ngram = weights.input.size(0), weights.input.size(1) // inputs.size(2)
     steps, batch, size = inputs.size(0) - ngram + 1, inputs.size(1), width // len(cell.gates)
-    out = _buffer(inputs, steps * batch, width)
-    gates = project(inputs, weights.input, weights.bias, out)
+    if ngram == 1 and steps * batch * width * inputs.element_size() < 4 * HUGE_PAGE:
+        gates = F.linear(inputs, weights.input, weights.bias)
+    else:
+        gates = project(inputs, weights.input, weights.bias, _buffer(inputs, steps * batch, width))
     hiddens, memories = (_buffer(inputs, steps + 1, batch, size) for _ in range(2))
     for states, first in ((hiddens, hidden), (memories, memory)):
         _ = states[0].zero_() if first is None else states[0].copy_(first)
