@@ -1,7 +1,8 @@
 """A few steps without gradients, with little work for the host: where they are short, the host is what takes time.
 
-On GPUs a kernel takes a whole step, products included, as long as it is not slower than cuBLAS and one more kernel. On
-CPUs C takes all steps, beside one or two of PyTorch's products. PyTorch's operators take one step of what is left.
+On GPUs a kernel takes a whole step, products included, as long as it is not slower than cuBLAS and one more kernel.
+More steps go straight to the backend that ``"auto"`` takes. On CPUs C takes all steps, beside one or two of PyTorch's
+products. PyTorch's operators take one step of what is left.
 """
 
 import functools
@@ -29,6 +30,8 @@ MOST_LAUNCHES = 8
 MOST_PRODUCTS = 1 << 28
 """The most multiplications of a layer that the kernel of a whole step does in a call. An H200 should need some 25 us
 for them, no more than the host for the call (estimated)."""
+AT_ONCE = 128
+"""The numbers that a warp reads at once, of float32."""
 FLOATS = torch.float64, torch.float32, torch.float16, torch.bfloat16
 BLOCK_THREADS = 128
 """The threads of a block."""
@@ -66,7 +69,7 @@ def way_for(
     if not steps or not batch or dtype not in FLOATS or (norm and dtype.itemsize < torch.float32.itemsize):
         return None
     if cuda and dtype != torch.float64 and nvrtc.available() is None:
-        products = steps * batch * size * (len(cell.gates) * max(shape[2], size) + len(cell.recurrent_gates) * size)
+        products = steps * batch * size * _products_of_a_unit(cell, max(shape[2], size), size)
         if not norm and steps <= MOST_LAUNCHES and products <= MOST_PRODUCTS:
             return _by_kernel
         if steps > 1:
@@ -75,6 +78,12 @@ def way_for(
     if not cuda and steps <= MOST_STEPS and native_steps.takes(cell, dtype, steps, batch, size):
         return native_steps.run
     return _by_operators if steps == 1 else None
+
+
+def _products_of_a_unit(cell: Cell, features: int, size: int) -> int:
+    """The multiplications that a warp has time for, a step, unit and row: of short rows some lanes read nothing."""
+    read, fed = (-(-depth // AT_ONCE) * AT_ONCE for depth in (features, size))
+    return len(cell.gates) * read + len(cell.recurrent_gates) * fed
 
 
 def _by_kernel(

@@ -99,6 +99,8 @@ def test_who_takes_which_steps(monkeypatch):
         ((1, 0, 64), False, 64, float32, False, None),
         ((1, 64, 512), False, 512, float32, False, few_steps._by_kernel),
         ((1, 64, 1150), False, 1150, float32, False, few_steps._by_products),
+        ((1, 40_000, 4), False, 4, float32, False, few_steps._by_kernel),
+        ((1, 80_000, 4), False, 4, float32, False, few_steps._by_products),
         ((2, 64, 1150), False, 1150, float32, False, few_steps._by_backend),
         ((1, 8, 64), False, 64, float64, False, few_steps._by_operators),
         ((2, 8, 64), False, 64, float64, False, None),
