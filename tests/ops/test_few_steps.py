@@ -160,3 +160,29 @@ def test_threads_come_with_the_work_and_change_no_bit(monkeypatch):
             results.append([rkm(torch.ones(steps, batch, 8))[0] for steps, batch in ((1, 1), (2, 1), (16, 64))])
     assert seen == [1, 1, 1, 1, 1, 3]
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.skipif(native._missing(CELLS["rkm_lstm"]) is not None, reason="needs a C compiler")
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("cell", CELLS)
+def test_c_takes_steps_at_once_or_one_by_one(cell, large, monkeypatch):
+    monkeypatch.setattr(native_steps, "LARGE_WEIGHTS", 0 if large else 1 << 30)
+    for layer_norm, batch_first, batch, given in (
+        (False, False, 2, True),
+        (True, True, 1, True),
+        (True, False, 3, False),
+    ):
+        options = {"cell": cell, "layer_norm": layer_norm, "batch_first": batch_first}
+        rkm, exact = randomized(RKM(3, 20, 2, **options)), RKM(3, 20, 2, **options, backend="reference")
+        exact.load_state_dict(rkm.state_dict())
+        x = torch.randn(*((batch, 4) if batch_first else (4, batch)), 3)
+        state = rkm.initial_state(batch).map(torch.randn_like) if given else None
+        with torch.no_grad():
+            all_weights = [layer_weights(rkm, layer) for layer in range(2)]
+            found = native_steps.run(rkm._cell, x, all_weights, *(state or (None, None)), batch_first)
+            output, after = exact(x, state)
+        for name, a, b in zip(("output", "h", "c"), found, (output, *after), strict=True):
+            assert_close(a, b, f"{name} of {options}")
+    if rkm.feedback:
+        assert native_steps._at_once(rkm._cell, 4, 2, 20) == (1 if large else 4)

@@ -19,6 +19,8 @@ _TYPES: Any = (*[ctypes.c_int] * 4, *[ctypes.c_void_p] * 3, *[ctypes.c_float] * 
 
 MOST_NUMBERS = 1 << 20
 """The most numbers of all outputs of several steps: for more, :mod:`.native` has memory in huge pages."""
+FEW_ROWS, LARGE_WEIGHTS = 2, 1 << 18
+"""Up to so many rows, and from so many weights on, PyTorch's products a step at a time take less time than C's."""
 WORK_OF_A_THREAD, POINTWISE_WORK = 1 << 20, 64
 """A thread is worth its start for so many multiplications; a unit's step without products counts for so many."""
 
@@ -27,7 +29,16 @@ def takes(cell: Cell, dtype: torch.dtype, steps: int, batch: int, size: int) -> 
     """Whether :func:`run` takes so many steps of a cell with a linear kernel."""
     if dtype is not torch.float32 or (steps > 1 and steps * batch * size > MOST_NUMBERS):
         return False
-    return _missing(compiled_cell(cell, steps, cell.has_feedback)) is None
+    return _missing(compiled_cell(cell, _at_once(cell, steps, batch, size), cell.has_feedback)) is None
+
+
+def _at_once(cell: Cell, steps: int, batch: int, size: int) -> int:
+    """The steps that a call of C takes: all, or one, with PyTorch's product before it.
+
+    For a single step, and for a few rows and large weights, it would take longer to pack the weights for C.
+    """
+    large = size * size * len(cell.recurrent_gates) >= LARGE_WEIGHTS
+    return 1 if cell.has_feedback and batch <= FEW_ROWS and large else steps
 
 
 def run(
@@ -43,24 +54,30 @@ def run(
     last_hidden = x.new_empty(states) if hidden is None else torch.empty_like(hidden)
     last_memory = x.new_empty(states) if memory is None else torch.empty_like(memory)
     h, c, h_after, c_after = _address(hidden), _address(memory), last_hidden.data_ptr(), last_memory.data_ptr()
-    function, onward = _function(cell, steps == 1), 4 * batch * size
-    each = POINTWISE_WORK if steps == 1 else size * len(cell.recurrent_gates) + POINTWISE_WORK
-    threads = min(torch.get_num_threads(), 1 + steps * batch * size * each // WORK_OF_A_THREAD)
+    at_once, onward = _at_once(cell, steps, batch, size), 4 * batch * size
+    function = _function(cell, at_once == 1)
+    each = POINTWISE_WORK if at_once == 1 else size * len(cell.recurrent_gates) + POINTWISE_WORK
+    threads = min(torch.get_num_threads(), 1 + at_once * batch * size * each // WORK_OF_A_THREAD)
     for number, weights in enumerate(layers):
         matrix, recurrent, bias, gain, shift, scale_i, scale_f, *_ = weights
         gates = F.linear(x.view(steps * batch, x.size(2)), matrix, bias)
-        if recurrent is not None and steps == 1:  # packed for C, the weights would cost more than the product
-            if hidden is not None:
-                fed = gates if gates.size(1) == recurrent.size(0) else gates[:, recurrent_slice(cell, size)]
-                fed.addmm_(hidden[number], recurrent.t())
-            recurrent = None
         x = x.new_empty((batch, 1, size) if batch_first else (steps, batch, size))
-        done = function(
-            steps, batch, size, threads, _address(recurrent), _address(gain), _address(shift), scale_i, scale_f,
-            gates.data_ptr(), h, c, x.data_ptr(), h_after, c_after,
-        )  # fmt: skip
-        if not done:
-            raise MemoryError(f"no memory for {steps} steps of {batch} sequences and {size} units")
+        fed, before = None if hidden is None else hidden[number], c
+        for step in range(0, steps, at_once):
+            if at_once == 1 and recurrent is not None:
+                if fed is not None:
+                    rows = gates if steps == 1 else gates[step * batch : (step + 1) * batch]
+                    rows = rows if rows.size(1) == recurrent.size(0) else rows[:, recurrent_slice(cell, size)]
+                    rows.addmm_(fed, recurrent.t())
+                fed = x[step] if steps > 1 else None
+            done = function(
+                at_once, batch, size, threads, None if at_once == 1 else _address(recurrent), _address(gain),
+                _address(shift), scale_i, scale_f, gates.data_ptr() + step * 4 * batch * gates.size(1), h, before,
+                x.data_ptr() + step * onward, h_after, c_after,
+            )  # fmt: skip
+            if not done:
+                raise MemoryError(f"no memory for {steps} steps of {batch} sequences and {size} units")
+            before = c_after
         h, c, h_after, c_after = h and h + onward, c and c + onward, h_after + onward, c_after + onward
     return x, last_hidden, last_memory
 
