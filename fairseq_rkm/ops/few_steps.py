@@ -23,14 +23,14 @@ from fairseq_rkm.ops.gate_layout import gate_slices, recurrent_slice
 from fairseq_rkm.ops.weights import LAYER_NORM_EPS, Weights, memory_dtype
 
 SOURCE = Path(__file__).with_suffix(".cu")
-MOST_STEPS = 16
+MOST_SHORT_STEPS = 16
 """The most steps of a stack or a CPU: of more, the host is not what takes time."""
 MOST_LAUNCHES = 8
 """The most steps that are launched one by one: of more, a backend's launch for all takes less time."""
 MOST_PRODUCTS = 1 << 28
 """The most multiplications of a layer that the kernel of a whole step does in a call. An H200 should need some 25 us
 for them, no more than the host for the call (estimated)."""
-AT_ONCE = 128
+READ_AT_ONCE = 128
 """The numbers that a warp reads at once, of float32."""
 FLOATS = torch.float64, torch.float32, torch.float16, torch.bfloat16
 BLOCK_THREADS = 128
@@ -73,16 +73,16 @@ def way_for(
         if not norm and steps <= MOST_LAUNCHES and products <= MOST_PRODUCTS:
             return _by_kernel
         if steps > 1:
-            return _by_backend if steps <= MOST_STEPS or layers == 1 else None
+            return _by_backend if steps <= MOST_SHORT_STEPS or layers == 1 else None
         return _by_operators if norm else _by_products
-    if not cuda and steps <= MOST_STEPS and native_steps.takes(cell, dtype, steps, batch, size):
+    if not cuda and steps <= MOST_SHORT_STEPS and native_steps.takes(cell, dtype, steps, batch, size):
         return native_steps.run
     return _by_operators if steps == 1 else None
 
 
 def _products_of_a_unit(cell: Cell, features: int, size: int) -> int:
     """The multiplications that a warp has time for, a step, unit and row: of short rows some lanes read nothing."""
-    read, fed = (-(-depth // AT_ONCE) * AT_ONCE for depth in (features, size))
+    read, fed = (-(-depth // READ_AT_ONCE) * READ_AT_ONCE for depth in (features, size))
     return len(cell.gates) * read + len(cell.recurrent_gates) * fed
 
 
