@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from fairseq_rkm.ops import dispatch
 from fairseq_rkm.ops.backends.batched import remembered
 from fairseq_rkm.ops.backends.native import native_steps
+from fairseq_rkm.ops.backends.stepwise.step_loop import FEW_STEPS
 from fairseq_rkm.ops.cells import OUTPUT, Cell
 from fairseq_rkm.ops.compilation import nvrtc
 from fairseq_rkm.ops.compilation.cell_macros import cell_macros
@@ -27,9 +28,9 @@ MOST_SHORT_STEPS = 16
 """The most steps of a stack or a CPU: of more, the host is not what takes time."""
 MOST_LAUNCHES = 8
 """The most steps that are launched one by one: of more, a backend's launch for all takes less time."""
-MOST_PRODUCTS = 1 << 28
-"""The most multiplications of a layer that the kernel of a whole step does in a call. An H200 should need some 25 us
-for them, no more than the host for the call (estimated)."""
+MOST_PRODUCTS = 1 << 29
+"""The most multiplications of a layer that the kernel of a whole step does in a call. On an H200 a call of 170 million
+takes 45 us, and of 270 million, in two steps, 82; other ways take 100 us and more."""
 READ_AT_ONCE = 128
 """The numbers that a warp reads at once, of float32."""
 FLOATS = torch.float64, torch.float32, torch.float16, torch.bfloat16
@@ -72,9 +73,11 @@ def way_for(
         products = steps * batch * size * _products_of_a_unit(cell, max(shape[2], size), size)
         if not norm and steps <= MOST_LAUNCHES and products <= MOST_PRODUCTS:
             return _by_kernel
+        if steps <= FEW_STEPS and not norm:
+            return _by_products
         if steps > 1:
             return _by_backend if steps <= MOST_SHORT_STEPS or layers == 1 else None
-        return _by_operators if norm else _by_products
+        return _by_operators
     if not cuda and steps <= MOST_SHORT_STEPS and native_steps.takes(cell, dtype, steps, batch, size):
         return native_steps.run
     return _by_operators if steps == 1 else None
@@ -158,8 +161,17 @@ def _by_backend(
 def _by_products(
     cell: Cell, x: Tensor, layers: Sequence[Weights], hidden: Tensor | None, memory: Tensor | None, batch_first: bool
 ) -> Result:
-    """See :func:`way_for`: one step on a GPU, by two products of cuBLAS and a kernel."""
-    return _layer_by_layer(_step_by_products, cell, x, layers, hidden, memory, batch_first)
+    """See :func:`way_for`: a step or a few on a GPU, by two products of cuBLAS and a kernel for each.
+
+    ``stepwise`` does the same from a recording, of more steps than these.
+    """
+    time = 1 if batch_first else 0
+    steps, found = x.split(1, time), []
+    for step in steps:
+        found.append(_layer_by_layer(_step_by_products, cell, step, layers, hidden, memory, batch_first))
+        _, hidden, memory = found[-1]
+    output, *states = found[-1]
+    return (output if len(steps) == 1 else torch.cat([each[0] for each in found], time)), states[0], states[1]
 
 
 def _by_operators(

@@ -100,8 +100,9 @@ def test_who_takes_which_steps(monkeypatch):
         ((1, 64, 512), False, 512, float32, False, few_steps._by_kernel),
         ((1, 64, 1150), False, 1150, float32, False, few_steps._by_products),
         ((1, 40_000, 4), False, 4, float32, False, few_steps._by_kernel),
-        ((1, 80_000, 4), False, 4, float32, False, few_steps._by_products),
-        ((2, 64, 1150), False, 1150, float32, False, few_steps._by_backend),
+        ((1, 160_000, 4), False, 4, float32, False, few_steps._by_products),
+        ((3, 64, 1150), False, 1150, float32, False, few_steps._by_products),
+        ((4, 64, 1150), False, 1150, float32, False, few_steps._by_backend),
         ((1, 8, 64), False, 64, float64, False, few_steps._by_operators),
         ((2, 8, 64), False, 64, float64, False, None),
         ((1, 8, 64), False, 64, float32, True, few_steps._by_operators),
@@ -125,7 +126,10 @@ def test_who_takes_which_steps(monkeypatch):
 
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("layers", [1, 2])
-def test_steps_by_a_backend(layers, batch_first):
+@pytest.mark.parametrize("way", ["_by_backend", "_by_products"])
+def test_steps_by_a_backend_and_by_products(way, layers, batch_first, monkeypatch):
+    """A CPU's step by operators stands in for a GPU's by products."""
+    monkeypatch.setattr(few_steps, "_step_by_products", few_steps._step_by_operators)
     rkm = randomized(RKM(3, 4, layers, batch_first=batch_first))
     exact = RKM(3, 4, layers, batch_first=batch_first, backend="reference")
     exact.load_state_dict(rkm.state_dict())
@@ -133,7 +137,7 @@ def test_steps_by_a_backend(layers, batch_first):
     all_weights = [layer_weights(rkm, layer) for layer in range(layers)]
     for _ in range(2):
         with torch.no_grad():
-            found = few_steps._by_backend(rkm._cell, x, all_weights, *(state or (None, None)), batch_first)
+            found = getattr(few_steps, way)(rkm._cell, x, all_weights, *(state or (None, None)), batch_first)
             output, state = exact(x, state)
         for name, a, b in zip(("output", "h", "c"), found, (output, *state), strict=True):
             assert_close(a, b, name)
