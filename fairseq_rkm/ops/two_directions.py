@@ -8,6 +8,7 @@ Every call here is felt: a stack of small layers keeps the host busier than the 
 found by their addresses in those of the stack, where kernels and ``as_strided`` can.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -128,19 +129,38 @@ def runs_at_once(backend: str, cell: Cell, x: Tensor, size: int) -> bool:
         return False
     if backend != "auto":
         return dispatch.BACKENDS[backend].directions is not None
+    return _automatic(cell, x, size) is not None
+
+
+def _automatic(cell: Cell, x: Tensor, size: int) -> str | None:
+    """The backend that ``"auto"`` stands for where both directions run at once; None where they run in turn."""
     key = cell.key, x.size(0), x.size(1), x.dtype, x.device, size, dispatch.tf32(x)
     if key not in _KNOWN:
         if len(_KNOWN) >= MOST_KNOWN:
             _KNOWN.clear()
-        rows = len(cell.gates), len(cell.recurrent_gates)
-        # The choice does not depend on the number of features.
-        like = Weights(*(torch.empty(count * size, size, device="meta") for count in rows))
-        sketch = x.new_empty(1).expand(x.size(0), x.size(1), size)
-        _KNOWN[key] = dispatch.pick(backend, cell, sketch, like).directions is not None
+        _KNOWN[key] = _faster_at_once(cell, x, size)
     return _KNOWN[key]
 
 
-_KNOWN: dict[tuple[Any, ...], bool] = {}
+def _faster_at_once(cell: Cell, x: Tensor, size: int) -> str | None:
+    """See :func:`_automatic`: by estimates, a layer of both directions being one of twice the batch."""
+    counts = len(cell.gates), len(cell.recurrent_gates)
+    like = Weights(*(torch.empty(count * size, size, device="meta") for count in counts))
+    # The choice does not depend on the number of features.
+    one, both = (x.new_empty(1).expand(x.size(0), batch, size) for batch in (x.size(1), 2 * x.size(1)))
+    picked = dispatch.pick("auto", cell, one, like)
+    in_turn = math.inf if picked.step_time is None else 2 * picked.step_time(cell, one, like)
+    for name, backend in dispatch.BACKENDS.items():
+        if backend is picked and backend.directions is not None:
+            return name
+        if backend.directions is None or backend.step_time is None or backend.refuses(cell, both, like) is not None:
+            continue
+        if backend.step_time(cell, both, like) < in_turn:
+            return name
+    return None
+
+
+_KNOWN: dict[tuple[Any, ...], str | None] = {}
 MOST_KNOWN = 4096
 
 
@@ -218,6 +238,8 @@ def _proven(stack: Stack, arguments: Sequence[Tensor | None], backend: str) -> t
 def _prove(stack: Stack, backend: str) -> _Proven:
     """Make all checks of a stack."""
     chosen = []
+    if backend == "auto" and stack.inputs.is_cuda:
+        backend = _automatic(stack.cell, stack.inputs, stack.size) or backend
     above = stack.inputs.new_empty(1).expand(stack.steps, stack.inputs.size(1), 2 * stack.size)
     for number, pair in enumerate(stack.layers):
         for direction, weights in enumerate(pair):
