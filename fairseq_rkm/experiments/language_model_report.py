@@ -9,6 +9,7 @@ itself: the other files need not be kept.
 import json
 import re
 import statistics
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from itertools import groupby
@@ -295,18 +296,22 @@ def plot(runs: list[Run], path: Path) -> None:
     figure, (by_update, by_time) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
     for axes in (by_update, by_time):
         axes.set_prop_cycle(color=[colours(i) for i in range(len(runs))])
+    shared = [label for label, count in Counter(run.label for run in runs).items() if count > 1]
     for run in runs:
         values = [point.perplexity for point in run.curve]
-        by_update.plot([p.updates for p in run.curve], values, marker=".", label=f"{run.name} ({run.label})")
+        label = f"{run.label} ({run.name})" if run.label in shared else run.label
+        by_update.plot([p.updates for p in run.curve], values, marker=".", label=label)
         by_time.plot([p.seconds / 60 for p in run.curve], values, marker=".")
-    lowest = min(point.perplexity for run in runs for point in run.curve)
-    by_update.set(xlabel="updates", ylabel="validation perplexity", yscale="log", ylim=(0.97 * lowest, 4 * lowest))
+    all_values = [point.perplexity for run in runs for point in run.curve]
+    lowest, highest = min(all_values), max(all_values)
+    limits = 0.97 * lowest, min(4 * lowest, 1.05 * highest)
+    by_update.set(xlabel="updates", ylabel="validation perplexity", yscale="log", ylim=limits)
     by_time.set(xlabel="minutes of training and validation")
     by_update.yaxis.set_major_formatter("{x:.0f}")
     by_update.yaxis.set_minor_formatter("{x:.0f}")
     for axes in (by_update, by_time):
         axes.grid(alpha=0.3, which="both")
-    by_update.legend(fontsize="small")
+    figure.legend(loc="outside lower center", fontsize="small")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
