@@ -6,9 +6,7 @@ logits as they are, once for the costs and once for the gradient.
 """
 
 import functools
-import importlib.util
 import logging
-import os
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,14 +15,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from fairseq_rkm.ops.triton_presence import INTERPRETED, has_triton
+
 logger = logging.getLogger(__name__)
 
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 """The logits that kernels take; others go through PyTorch."""
 WORDS_AT_ONCE, ROW_WARPS = 4096, 8
 """The columns that a program takes at a time, and its warps."""
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Whether Triton runs its kernels on the CPU."""
 
 
 def word_costs(
@@ -103,7 +101,7 @@ def _are_taken(logits: Tensor) -> bool:
 @functools.cache
 def _compiles(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether Triton compiles for a device and logits of a dtype; where it is there and fails, say so once."""
-    if importlib.util.find_spec("triton") is None:
+    if not has_triton():
         return False
     try:
         logits = torch.zeros(1, 1, device=device, dtype=dtype)

@@ -4,9 +4,6 @@ The gates are one matrix product over all steps. The memory remains: a linear re
 cell without memory needs none. Layer normalisation makes the recurrence nonlinear: it goes step by step, in one launch.
 """
 
-import functools
-import importlib.util
-import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -20,6 +17,7 @@ from fairseq_rkm.ops.gradients import parameter_gradients
 from fairseq_rkm.ops.kernel_candidates import gradients_of_taken, product_bias, take_candidates
 from fairseq_rkm.ops.ngram import is_empty, last_real_step, project
 from fairseq_rkm.ops.passes import Extent, Gradients, Passes, Results, Saved, Sketch
+from fairseq_rkm.ops.triton_presence import INTERPRETED, has_triton
 from fairseq_rkm.ops.weights import LAYER_NORM_EPS, Weights, memory_dtype
 
 BLOCK_T, BLOCK_D, WARPS = 32, 32, 4
@@ -27,13 +25,6 @@ MAX_NORMED = 8192
 """The most units of a layer that one program normalises, 16 in a thread."""
 LARGEST_CLIP = 1e30
 """The largest bound of a memory: sums over a chunk of its size are finite in float32."""
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Whether Triton runs its kernels on the CPU; it too looks once."""
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def refuses(cell: Cell, inputs: Tensor, weights: Weights) -> str | None:
@@ -52,7 +43,7 @@ def refuses(cell: Cell, inputs: Tensor, weights: Weights) -> str | None:
         return f"it normalises up to {MAX_NORMED} units"
     if is_empty(inputs, weights.input):
         return "it needs at least one step and one sequence"
-    return None if _has_triton() else "it needs Triton, which is not installed"
+    return None if has_triton() else "it needs Triton, which is not installed"
 
 
 def forward(

@@ -5,7 +5,6 @@ of the inputs and gradients of the weights are one matrix product each over all 
 Candidates through any kernel are taken within the loop; those that do not see ``h_{t-1}`` before it.
 """
 
-import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -13,7 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fairseq_rkm.ops.backends.scan.scan import INTERPRETED, MAX_NORMED
+from fairseq_rkm.ops.backends.scan.scan import MAX_NORMED
 from fairseq_rkm.ops.backends.stepwise.step_loop import FEW_STEPS, LOOPS, Kind, StepLoop, on_device, rows_for
 from fairseq_rkm.ops.backends.stepwise.step_loop import Sequence as Tensors
 from fairseq_rkm.ops.cells import Cell
@@ -32,12 +31,8 @@ from fairseq_rkm.ops.kernel_candidates import (
 from fairseq_rkm.ops.kernel_functions import LINEAR, slopes_of
 from fairseq_rkm.ops.ngram import is_empty, project
 from fairseq_rkm.ops.passes import Extent, Gradients, Passes, Results, Saved, Sketch
+from fairseq_rkm.ops.triton_presence import INTERPRETED, has_triton
 from fairseq_rkm.ops.weights import Weights
-
-
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def refuses(_cell: Cell, inputs: Tensor, weights: Weights) -> str | None:
@@ -52,7 +47,7 @@ def refuses(_cell: Cell, inputs: Tensor, weights: Weights) -> str | None:
         return f"it normalises up to {MAX_NORMED} units"
     if is_empty(inputs, weights.input):
         return "it needs at least one step and one sequence"
-    return None if _has_triton() else "it needs Triton, which is not installed"
+    return None if has_triton() else "it needs Triton, which is not installed"
 
 
 def forward(
