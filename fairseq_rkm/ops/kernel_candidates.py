@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fairseq_rkm.ops import pointwise_candidates
 from fairseq_rkm.ops.cells import CANDIDATE, Cell
 from fairseq_rkm.ops.gradients import parameter_gradients, sigma_gradients
-from fairseq_rkm.ops.kernel_functions import Terms
+from fairseq_rkm.ops.kernel_functions import Terms, slopes_of
 from fairseq_rkm.ops.ngram import project
 from fairseq_rkm.ops.passes import Saved
 from fairseq_rkm.ops.weights import Weights, memory_dtype
@@ -83,9 +84,20 @@ def take_candidates(cell: Cell, weights: Weights, inputs: Tensor, gates: Tensor)
         inputs: extended inputs, ``(T + n - 1, B, m)``.
         gates: ``(T, B, G * d)``. The candidate's block holds ``w^T z``, and gets ``c~_t`` before a squashing.
     """
+    filters = filters_of(cell, weights)
+    if pointwise_candidates.takes(gates):
+        pointwise_candidates.take(cell.kernel, gates, torch.stack(filters), _windows_read(cell, weights, inputs))
+        return
     dots = gates[..., : gates.size(2) // len(cell.gates)]
     windows = squared_windows(inputs, weights.input.size(1) // inputs.size(2))
-    dots.copy_(candidate(cell, dots.to(windows.dtype), filters_of(cell, weights), windows))
+    dots.copy_(candidate(cell, dots.to(windows.dtype), filters, windows))
+
+
+def _windows_read(cell: Cell, weights: Weights, inputs: Tensor) -> Tensor | None:
+    """``|X_t|^2`` of all steps, ``(T, B, 1)``; None for a kernel that reads none."""
+    if not pointwise_candidates.reads_windows(cell.kernel):
+        return None
+    return squared_windows(inputs, weights.input.size(1) // inputs.size(2))
 
 
 def sees_hidden(cell: Cell) -> bool:
@@ -237,8 +249,35 @@ def gradients_of_taken(
     The candidate's block of ``grad_gates`` holds the gradient of ``c~_t`` before a squashing, and gets that of
     ``w^T z``.
     """
+    if pointwise_candidates.takes(grad_gates):
+        return _gradients_in_one_launch(saved, hidden, memory, gates, grad_gates, known, needs)
     slopes = CandidateSlopes(saved.cell, saved.weights, saved.inputs, hidden[:-1])
     block = grad_gates[..., : memory.size(2)]
     to_candidate = block.to(memory.dtype, copy=True)
     block.copy_(to_candidate * slopes.dot)
     return slopes.parameter_gradients(hidden, memory, gates, grad_gates, to_candidate, known, needs)
+
+
+def _gradients_in_one_launch(
+    saved: Saved, hidden: Tensor, memory: Tensor, gates: Tensor, grad_gates: Tensor,
+    known: Mapping[str, Tensor | None], needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """As :func:`gradients_of_taken`."""
+    cell, weights, inputs, size = saved.cell, saved.weights, saved.inputs, memory.size(2)
+    wanted = dict(zip(("inputs", *Weights._fields), needs, strict=True))
+    found = dict(known)
+    if (wanted["sigma_i"] or wanted["sigma_f"]) and "sigma_i" not in found:
+        candidates, grads = (tensor[..., :size].to(memory.dtype) for tensor in (gates, grad_gates))
+        found["sigma_i"], found["sigma_f"] = sigma_gradients(grads, candidates, memory[:-1], weights.sigma_i)
+    dots, filters = project(inputs, weights.input[:size], None), torch.stack(filters_of(cell, weights))
+    windows = _windows_read(cell, weights, inputs)
+    sums, through_windows = pointwise_candidates.differentiate(cell.kernel, grad_gates, dots, filters, windows)
+    read = slopes_of(cell.kernel)
+    totals = Totals(
+        sums["bias"] if wanted["bias"] else None,
+        sums["filters"] if "filters" in read else None,
+        through_windows,
+        sums["scale"] if "scale" in read and wanted["kernel_scale"] else None,
+        sums["offset"] if "offset" in read and wanted["kernel_offset"] else None,
+    )
+    return gradients_with_totals(cell, weights, inputs, hidden, memory, gates, grad_gates, totals, found, needs)

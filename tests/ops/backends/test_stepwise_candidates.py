@@ -211,5 +211,5 @@ def test_auto_takes_it(kernel, cell):
 
 @pytest.mark.slow
 def test_these_under_the_interpreter():
-    functions = Path(__file__).parents[1] / "test_triton_kernel_functions.py"
-    run_interpreted("test_stepwise_candidates.py", str(functions))
+    others = ("test_triton_kernel_functions.py", "test_pointwise_candidates.py")
+    run_interpreted("test_stepwise_candidates.py", *(str(Path(__file__).parents[1] / name) for name in others))
