@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from fairseq_rkm.ops.triton_presence import INTERPRETED, has_triton
+from fairseq_rkm.triton_presence import INTERPRETED, has_triton
 
 logger = logging.getLogger(__name__)
 

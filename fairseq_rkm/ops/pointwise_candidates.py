@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fairseq_rkm.ops.kernel_functions import Kernel, slopes_of
-from fairseq_rkm.ops.triton_presence import INTERPRETED, has_triton
+from fairseq_rkm.triton_presence import INTERPRETED, has_triton
 
 MOST_UNITS_AT_ONCE = 512
 """The units that a program takes at a time."""

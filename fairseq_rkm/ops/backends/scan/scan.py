@@ -17,8 +17,8 @@ from fairseq_rkm.ops.gradients import parameter_gradients
 from fairseq_rkm.ops.kernel_candidates import gradients_of_taken, product_bias, take_candidates
 from fairseq_rkm.ops.ngram import is_empty, last_real_step, project
 from fairseq_rkm.ops.passes import Extent, Gradients, Passes, Results, Saved, Sketch
-from fairseq_rkm.ops.triton_presence import INTERPRETED, has_triton
 from fairseq_rkm.ops.weights import LAYER_NORM_EPS, Weights, memory_dtype
+from fairseq_rkm.triton_presence import INTERPRETED, has_triton
 
 BLOCK_T, BLOCK_D, WARPS = 32, 32, 4
 MAX_NORMED = 8192

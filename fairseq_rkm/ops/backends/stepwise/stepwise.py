@@ -31,8 +31,8 @@ from fairseq_rkm.ops.kernel_candidates import (
 from fairseq_rkm.ops.kernel_functions import LINEAR, slopes_of
 from fairseq_rkm.ops.ngram import is_empty, project
 from fairseq_rkm.ops.passes import Extent, Gradients, Passes, Results, Saved, Sketch
-from fairseq_rkm.ops.triton_presence import INTERPRETED, has_triton
 from fairseq_rkm.ops.weights import Weights
+from fairseq_rkm.triton_presence import INTERPRETED, has_triton
 
 
 def refuses(_cell: Cell, inputs: Tensor, weights: Weights) -> str | None:
