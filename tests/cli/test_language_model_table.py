@@ -94,7 +94,7 @@ def test_a_table_is_stopped_and_goes_on_until_all_its_runs_are_done(data, tmp_pa
         assert f"{name}: valid {run['valid_perplexity']}, test {run['test_perplexity']}" in whole.stdout
         assert f"{run['valid_perplexity']:10.2f}  {name.removesuffix('-1')}" in whole.stdout
         variants.append(run["variant"])
-    assert variants[0] == "memory clip 1"
+    assert variants[0] == "memory clip 1, partial shuffle"
     assert variants[1] == (
         "memory clip 1, partial shuffle, overlap 3, past decode 0.01, skip connections, state dropout 0.3"
     )
