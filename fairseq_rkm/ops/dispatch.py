@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from fairseq_rkm.errors import RKMError
-from fairseq_rkm.ops import eager, exported_loop, operators, reference
+from fairseq_rkm.ops import eager, exported_loop, operators
 from fairseq_rkm.ops.backends import batched, blockwise, native, persistent, scan, stepwise
 from fairseq_rkm.ops.cells import Cell
-from fairseq_rkm.ops.higher_derivatives import REFERENCE, zeros_for_none
+from fairseq_rkm.ops.higher_derivatives import REFERENCE, recurrence_by_reference
 from fairseq_rkm.ops.operators import Operator
 from fairseq_rkm.ops.passes import Directions
 from fairseq_rkm.ops.plain_tensors import are_plain, is_followed, is_ready, obstacle
@@ -226,8 +226,7 @@ def _run(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Run a backend on plain tensors, laid out as all backends read them."""
     if chosen is BACKENDS["reference"]:
-        hidden, memory = zeros_for_none(cell, inputs, weights, hidden, memory)
-        return reference.recurrence(cell, inputs, weights, hidden, memory, keep)
+        return recurrence_by_reference(cell, inputs, weights, hidden, memory, keep)
     return eager.run(chosen.operator, cell, inputs, weights, hidden, memory, keep)
 
 
@@ -334,8 +333,7 @@ def _choose_and_run(
     chosen = pick(backend, cell, inputs, weights, reason)
     inputs, weights, hidden, memory = laid_out(inputs, weights, hidden, memory)
     if chosen is BACKENDS["reference"] and (unroll or reason is not None):
-        hidden, memory = zeros_for_none(cell, inputs, weights, hidden, memory)
-        return reference.recurrence(cell, inputs, weights, hidden, memory, keep)
+        return recurrence_by_reference(cell, inputs, weights, hidden, memory, keep)
     run = eager.run if plain else Operator.forward
     return run(chosen.operator, cell, inputs, weights, hidden, memory, keep)
 

@@ -66,9 +66,7 @@ def by_reference(saved: Saved, grads: Gradients, needs: Sequence[bool]) -> Gradi
     cell = saved.cell
 
     def run(inputs: Any, hidden: Any, memory: Any, *fields: Any) -> Sequence[Tensor]:
-        weights = Weights(*fields)
-        hidden, memory = zeros_for_none(cell, inputs, weights, hidden, memory)
-        return reference.recurrence(cell, inputs, weights, hidden, memory, saved.keep)
+        return recurrence_by_reference(cell, inputs, Weights(*fields), hidden, memory, saved.keep)
 
     return gradients_through(run, (saved.inputs, saved.hidden, saved.memory, *saved.weights), grads, needs)
 
@@ -113,11 +111,18 @@ def zeros_for_none(
     return hidden, memory
 
 
+def recurrence_by_reference(
+    cell: Cell, inputs: Tensor, weights: Weights, hidden: Tensor | None, memory: Tensor | None, keep: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`fairseq_rkm.ops.reference.recurrence`; None for an initial state is zeros."""
+    hidden, memory = zeros_for_none(cell, inputs, weights, hidden, memory)
+    return reference.recurrence(cell, inputs, weights, hidden, memory, keep)
+
+
 def _reference_forward(
     cell: Cell, inputs: Tensor, weights: Weights, hidden: Tensor | None, memory: Tensor | None, keep: Tensor | None
 ) -> Results:
-    hidden, memory = zeros_for_none(cell, inputs, weights, hidden, memory)
-    return Results(*reference.recurrence(cell, inputs, weights, hidden, memory, keep))
+    return Results(*recurrence_by_reference(cell, inputs, weights, hidden, memory, keep))
 
 
 def _reference_backward(saved: Saved, grads: Gradients, needs: Sequence[bool]) -> Gradients:

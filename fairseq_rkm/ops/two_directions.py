@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fairseq_rkm.ops import dispatch, reference
+from fairseq_rkm.ops import dispatch
 from fairseq_rkm.ops.alignment import align, align_rows
 from fairseq_rkm.ops.cells import CANDIDATE, Cell
 from fairseq_rkm.ops.gate_layout import gate_slices, recurrent_slice
 from fairseq_rkm.ops.gradients import cut_columns, sigma_gradients
-from fairseq_rkm.ops.higher_derivatives import gradients_through, without_autocast, zeros_for_none
+from fairseq_rkm.ops.higher_derivatives import gradients_through, recurrence_by_reference, without_autocast
 from fairseq_rkm.ops.ngram import project, project_backward
 from fairseq_rkm.ops.passes import Directions, Gradients
 from fairseq_rkm.ops.plain_tensors import are_plain
@@ -526,16 +526,9 @@ def _by_reference(stack: Stack, grads: Gradients, needs: Sequence[bool]) -> Grad
     numbers = stack.numbers()
 
     def run(*arguments: Any) -> Sequence[Tensor]:
-        return in_turn(Stack.of(stack.cell, stack.size, stack.keep, numbers, arguments), _reference)
+        return in_turn(Stack.of(stack.cell, stack.size, stack.keep, numbers, arguments), recurrence_by_reference)
 
     return gradients_through(run, stack.arguments(), grads, needs)
-
-
-def _reference(
-    cell: Cell, inputs: Tensor, weights: Weights, hidden: Tensor | None, memory: Tensor | None, keep: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    hidden, memory = zeros_for_none(cell, inputs, weights, hidden, memory)
-    return reference.recurrence(cell, inputs, weights, hidden, memory, keep)
 
 
 # Function.apply looks for torch.func's transforms and tensors first. Such a call does not come here.

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fairseq_rkm.ops import dispatch, reference
+from fairseq_rkm.ops import dispatch
 from fairseq_rkm.ops.cells import Cell
 from fairseq_rkm.ops.gradients import parameter_gradients
-from fairseq_rkm.ops.higher_derivatives import gradients_through, without_autocast, zeros_for_none
+from fairseq_rkm.ops.higher_derivatives import gradients_through, recurrence_by_reference, without_autocast
 from fairseq_rkm.ops.ngram import add_input_gradients, extend, project
 from fairseq_rkm.ops.passes import Gradients
 from fairseq_rkm.ops.plain_tensors import are_plain
@@ -439,16 +439,9 @@ def _by_reference(stack: Stack, grads: Gradients, needs: Sequence[bool]) -> Grad
     """As :meth:`_Backward.run`, by the reference: the gradients may be differentiated again."""
 
     def run(*arguments: Any) -> list[Tensor]:
-        return in_order(stack.of(*arguments), _reference)
+        return in_order(stack.of(*arguments), recurrence_by_reference)
 
     return gradients_through(run, stack.arguments(), grads, needs)
-
-
-def _reference(
-    cell: Cell, inputs: Tensor, weights: Weights, hidden: Tensor | None, memory: Tensor | None, keep: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    hidden, memory = zeros_for_none(cell, inputs, weights, hidden, memory)
-    return reference.recurrence(cell, inputs, weights, hidden, memory, keep)
 
 
 # Function.apply looks for torch.func's transforms and tensors first. Such a call does not come here.

@@ -59,23 +59,28 @@ def random_state(rkm, batch):
     return rkm.initial_state(batch).map(lambda t: torch.randn(t.shape, dtype=t.dtype, device=t.device))
 
 
-@pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("cell", CELLS)
-def test_a_step_gives_what_the_long_way_gives(cell, device, ways, monkeypatch):
-    dtypes = [torch.float64, torch.float32, *([torch.bfloat16, torch.float16] if device == "cuda" else [])]
+def layers_of(cell, dtypes, device):
+    """Layers of a cell with and without all that a short call may meet, and their dtypes."""
     options = itertools.product((None, False), (False, True), (1, 2), (False, True), (True, False), dtypes)
     for feedback, layer_norm, layers, batch_first, bias, dtype in options:
         rkm = RKM(
             3, 5, layers, cell=cell, feedback=feedback, layer_norm=layer_norm, batch_first=batch_first, bias=bias,
             dtype=dtype, sigma_i2=0.3, sigma_f2=0.7,
         )  # fmt: skip
-        rkm = randomized(rkm).to(device)
-        x = torch.randn(*((4, 1, 3) if batch_first else (1, 4, 3)), dtype=dtype, device=device)
+        yield randomized(rkm).to(device), dtype
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_step_gives_what_the_long_way_gives(cell, device, ways, monkeypatch):
+    dtypes = [torch.float64, torch.float32, *([torch.bfloat16, torch.float16] if device == "cuda" else [])]
+    for rkm, dtype in layers_of(cell, dtypes, device):
+        x = torch.randn(*((4, 1, 3) if rkm.batch_first else (1, 4, 3)), dtype=dtype, device=device)
         for state in (random_state(rkm, 4), None):
             ways.clear()
             assert_the_same(rkm, x, state, monkeypatch)
-            assert ways == ["long" if layer_norm and dtype.itemsize < 4 else "short"]
+            assert ways == ["long" if rkm.layer_norm and dtype.itemsize < 4 else "short"]
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -83,19 +88,13 @@ def test_a_step_gives_what_the_long_way_gives(cell, device, ways, monkeypatch):
 @pytest.mark.parametrize("cell", CELLS)
 def test_some_steps_give_what_the_long_way_gives(cell, device, ways, monkeypatch):
     dtypes = [torch.float32, *([torch.bfloat16, torch.float16] if device == "cuda" else [])]
-    options = itertools.product((None, False), (False, True), (1, 2), (False, True), (True, False), dtypes)
-    for feedback, layer_norm, layers, batch_first, bias, dtype in options:
-        rkm = RKM(
-            3, 5, layers, cell=cell, feedback=feedback, layer_norm=layer_norm, batch_first=batch_first, bias=bias,
-            dtype=dtype, sigma_i2=0.3, sigma_f2=0.7,
-        )  # fmt: skip
-        rkm = randomized(rkm).to(device)
+    for rkm, dtype in layers_of(cell, dtypes, device):
         more = (9,) if device == "cuda" and cell == "rkm_lstm" else ()
         for steps, state in itertools.product((3, *more), (random_state(rkm, 4), None)):
-            x = torch.randn(*((4, steps, 3) if batch_first else (steps, 4, 3)), dtype=dtype, device=device)
+            x = torch.randn(*((4, steps, 3) if rkm.batch_first else (steps, 4, 3)), dtype=dtype, device=device)
             ways.clear()
             assert_the_same(rkm, x, state, monkeypatch)
-            short = in_c if device == "cpu" else not (layer_norm and dtype.itemsize < 4)
+            short = in_c if device == "cpu" else not (rkm.layer_norm and dtype.itemsize < 4)
             assert ways == ["short" if short else "long"]
 
 
