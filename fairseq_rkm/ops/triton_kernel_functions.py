@@ -16,6 +16,15 @@ from fairseq_rkm.ops import triton_functions
 from fairseq_rkm.ops.kernel_functions import Kernel, Terms
 
 
+def _operation(form: str) -> Callable[..., "Number"]:
+    """A method of :class:`Number` that writes a line: ``{0}`` is the number itself, the others are arguments."""
+
+    def write(self: "Number", *others: "Number | float") -> "Number":
+        return self.write(form.format(self, *others))
+
+    return write
+
+
 class Number:
     """A name in a Triton function that is being written, in place of a tensor of float32.
 
@@ -37,52 +46,17 @@ class Number:
         self._lines.append(f"{name} = {value}")
         return Number(self._lines, name)
 
-    def __add__(self, other: "Number | float") -> "Number":
-        return self.write(f"{self} + {other}")
-
-    def __sub__(self, other: "Number | float") -> "Number":
-        return self.write(f"{self} - {other}")
-
-    def __rsub__(self, other: "Number | float") -> "Number":
-        return self.write(f"{other} - {self}")
-
-    def __mul__(self, other: "Number | float") -> "Number":
-        return self.write(f"{self} * {other}")
-
-    def __truediv__(self, other: "Number | float") -> "Number":
-        return self.write(f"{self} / {other}")
-
-    def __rtruediv__(self, other: "Number | float") -> "Number":
-        return self.write(f"{other} / {self}")
-
     def __pow__(self, exponent: int) -> "Number | float":
         return self.write(" * ".join([str(self)] * exponent)) if exponent else 1.0
 
-    def __neg__(self) -> "Number":
-        return self.write(f"-{self}")
-
-    def __invert__(self) -> "Number":
-        return self.write(f"~{self}")
-
-    def __and__(self, other: "Number | float") -> "Number":
-        return self.write(f"{self} & {other}")
-
-    def __gt__(self, other: "Number | float") -> "Number":
-        return self.write(f"{self} > {other}")
-
-    def __ge__(self, other: "Number | float") -> "Number":
-        return self.write(f"{self} >= {other}")
-
-    __radd__, __rmul__ = __add__, __mul__
-
-    def abs(self) -> "Number":
-        return self.write(f"tl.abs({self})")
-
-    def clamp(self, low: float, high: float) -> "Number":
-        return self.write(f"clamp({self}, {low}, {high})")
-
-    def sqrt(self) -> "Number":
-        return self.write(f"tl.sqrt_rn({self})")  # tl.sqrt takes the smallest numbers for 0
+    __add__, __radd__ = _operation("{0} + {1}"), _operation("{1} + {0}")
+    __sub__, __rsub__ = _operation("{0} - {1}"), _operation("{1} - {0}")
+    __mul__, __rmul__ = _operation("{0} * {1}"), _operation("{1} * {0}")
+    __truediv__, __rtruediv__ = _operation("{0} / {1}"), _operation("{1} / {0}")
+    __and__, __gt__, __ge__ = _operation("{0} & {1}"), _operation("{0} > {1}"), _operation("{0} >= {1}")
+    __neg__, __invert__, abs = _operation("-{0}"), _operation("~{0}"), _operation("tl.abs({0})")
+    clamp = _operation("clamp({0}, {1}, {2})")
+    sqrt = _operation("tl.sqrt_rn({0})")  # tl.sqrt takes the smallest numbers for 0
 
     @classmethod
     def __torch_function__(cls, function: Any, _types: Any, arguments: Any = (), _keywords: Any = None) -> Any:
