@@ -15,8 +15,8 @@ from fairseq_rkm.triton_presence import INTERPRETED, has_triton
 
 MOST_UNITS_AT_ONCE = 512
 """The units that a program takes at a time."""
-MOST_PROGRAMS = 2048
-"""The most programs that share the rows backward: each has sums of its own over them."""
+MOST_PROGRAMS = 1024
+"""The most programs backward: each has sums of its own over its rows, of 8 MB together."""
 SUMS = ("bias", "filters", "scale", "offset")
 
 
@@ -64,8 +64,9 @@ def differentiate(
     """
     steps, batch, size = dots.shape
     rows, block = steps * batch, _block(size)
-    each = -(-rows // MOST_PROGRAMS)
-    grid = -(-rows // each), -(-size // block)
+    parts = -(-size // block)
+    each = -(-rows // max(1, MOST_PROGRAMS // parts))
+    grid = -(-rows // each), parts
     totals = filters.new_empty(grid[0], len(SUMS), size)
     shares = None if windows is None else filters.new_empty(steps, batch, grid[1])
     _launch(

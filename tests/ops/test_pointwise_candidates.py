@@ -47,7 +47,7 @@ def results(cell, weights, inputs, gates, grads, memory):
 @pytest.mark.parametrize("kernel", ALL, ids=lambda row: row.key)
 def test_candidates_and_all_gradients(kernel, dtype, monkeypatch):
     """Sizes that fill no block, and more rows and units than one program takes."""
-    monkeypatch.setattr(pointwise_candidates, "MOST_PROGRAMS", 4)
+    monkeypatch.setattr(pointwise_candidates, "MOST_PROGRAMS", 12)
     monkeypatch.setattr(pointwise_candidates, "MOST_UNITS_AT_ONCE", 16)
     for steps, batch, features, size in ((1, 1, 3, 5), (7, 3, 4, 37)):
         cell, weights = layer(kernel, size, features, dtype)
