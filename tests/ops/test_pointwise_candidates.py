@@ -5,7 +5,7 @@ The last test of ``backends/test_stepwise_candidates.py`` runs these in the inte
 
 import pytest
 import torch
-from helpers import assert_close
+from helpers import assert_close, join_scales
 
 from fairseq_rkm.ops import kernel_candidates, pointwise_candidates
 from fairseq_rkm.ops.cells import resolve_cell
@@ -39,7 +39,7 @@ def results(cell, weights, inputs, gates, grads, memory):
     found = kernel_candidates.gradients_of_taken(saved, memory, memory, gates, grads, {}, needs)
     names = ("inputs", *Weights._fields)
     kept = {name: value for name, value in zip(names, found, strict=True) if value is not None}
-    return {"gates": gates, "grad_gates": grads, **kept}
+    return join_scales({"gates": gates, "grad_gates": grads, **kept})
 
 
 @pytest.mark.usefixtures("poisoned")
