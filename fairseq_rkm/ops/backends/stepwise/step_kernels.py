@@ -138,12 +138,35 @@ def forward(
         bias = _address(table, BIAS, NARROW)
         place = at * (N_GATES * size) + units
         product = row.to(tl.int64) * sums_pitch
+        last = fed + row.to(tl.int64) * fed_pitch + units
+        # All is fetched before the first store: a load behind a store waits for the stored value's own loads.
         candidate = _pre_activation(
             gates, bias, sums, place, units, product, inside, size, 0, FIRST_RECURRENT, RECURRENT,
             HAS_BIAS and VALUE is None,
         )  # fmt: skip
+        before = tl.load(memories + at * size + units, mask=inside, other=0.0)
+        if FORGET >= 0:
+            f = _pre_activation(
+                gates, bias, sums, place, units, product, inside, size, FORGET, FIRST_RECURRENT, RECURRENT, HAS_BIAS
+            )  # fmt: skip
+        else:
+            f = tl.load(_address(table, SCALE_F, tl.float32) + units, mask=inside, other=0.0)
+        if INPUT >= 0:
+            i = _pre_activation(
+                gates, bias, sums, place, units, product, inside, size, INPUT, FIRST_RECURRENT, RECURRENT, HAS_BIAS
+            )  # fmt: skip
+        elif FORGET < 0:
+            i = tl.zeros_like(candidate) + tl.load(_address(table, SCALE_I, tl.float32))
+        if OUTPUT >= 0:
+            o = _pre_activation(
+                gates, bias, sums, place, units, product, inside, size, OUTPUT, FIRST_RECURRENT, RECURRENT, HAS_BIAS
+            )  # fmt: skip
+        real = True
+        if MASK:
+            real = tl.load(_address(table, KEEP, tl.uint8) + at) != 0
+            h_before = tl.load(last, mask=inside, other=0.0).to(tl.float32)
+        kept = candidate
         if VALUE is not None:
-            tl.store(gates + place, candidate, mask=inside)
             squares = tl.zeros_like(candidate)
             if CHUNK > 0:
                 of_inputs = tl.load(_address(table, WINDOWS, tl.float32) + at)
@@ -152,25 +175,14 @@ def forward(
             candidate = VALUE(candidate, filter_squares, squares, scale, offset) + candidate_bias
         if SQUASH_CANDIDATE:
             candidate = tanh(candidate)
-        before = tl.load(memories + at * size + units, mask=inside, other=0.0)
+        if VALUE is None:
+            kept = candidate
         if FORGET >= 0:
-            f = tl.sigmoid(_pre_activation(
-                gates, bias, sums, place, units, product, inside, size, FORGET, FIRST_RECURRENT, RECURRENT, HAS_BIAS
-            ))  # fmt: skip
-            tl.store(gates + place + FORGET * size, f, mask=inside)
-        else:
-            f = tl.load(_address(table, SCALE_F, tl.float32) + units, mask=inside, other=0.0)
+            f = tl.sigmoid(f)
         if INPUT >= 0:
-            i = tl.sigmoid(_pre_activation(
-                gates, bias, sums, place, units, product, inside, size, INPUT, FIRST_RECURRENT, RECURRENT, HAS_BIAS
-            ))  # fmt: skip
-            tl.store(gates + place + INPUT * size, i, mask=inside)
+            i = tl.sigmoid(i)
         elif FORGET >= 0:
             i = 1 - f
-        else:
-            i = tl.zeros_like(candidate) + tl.load(_address(table, SCALE_I, tl.float32))
-        if VALUE is None:
-            tl.store(gates + place, candidate, mask=inside)
         c = i * candidate + f * before
         if CLIP is not None:
             c = clamp(c, -CLIP, CLIP)
@@ -179,30 +191,32 @@ def forward(
             centred = tl.where(inside, c - mean, 0.0)
             inverse = 1 / tl.sqrt(tl.sum(centred * centred, axis=0) / size + EPSILON)
             moments = _address(table, MOMENTS, tl.float32)
-            tl.store(moments + at * 2, mean)
-            tl.store(moments + at * 2 + 1, inverse)
             gain = tl.load(_address(table, GAIN, tl.float32) + units, mask=inside, other=0.0)
             shift = tl.load(_address(table, SHIFT, tl.float32) + units, mask=inside, other=0.0)
+            tl.store(moments + at * 2, mean)
+            tl.store(moments + at * 2 + 1, inverse)
             c = centred * inverse * gain + shift
-        real = True
         if MASK:
-            real = tl.load(_address(table, KEEP, tl.uint8) + at) != 0
             c = tl.where(real, c, before)
-        tl.store(memories + (at + batch) * size + units, c, mask=inside)
         h = c
         if SQUASH_OUTPUT:
             h = tanh(c)
         if OUTPUT >= 0:
-            o = tl.sigmoid(_pre_activation(
-                gates, bias, sums, place, units, product, inside, size, OUTPUT, FIRST_RECURRENT, RECURRENT, HAS_BIAS
-            ))  # fmt: skip
-            tl.store(gates + place + OUTPUT * size, o, mask=inside)
+            o = tl.sigmoid(o)
             h = h * o
-        last = fed + row.to(tl.int64) * fed_pitch + units
         if MASK:
-            h = tl.where(real, h, tl.load(last, mask=inside, other=0.0).to(tl.float32))
-        tl.store(hiddens + (at + batch) * size + units, h, mask=inside)
+            h = tl.where(real, h, h_before)
+        # h first: the next product waits for it.
         tl.store(last, h, mask=inside)
+        tl.store(hiddens + (at + batch) * size + units, h, mask=inside)
+        tl.store(memories + (at + batch) * size + units, c, mask=inside)
+        tl.store(gates + place, kept, mask=inside)
+        if FORGET >= 0:
+            tl.store(gates + place + FORGET * size, f, mask=inside)
+        if INPUT >= 0:
+            tl.store(gates + place + INPUT * size, i, mask=inside)
+        if OUTPUT >= 0:
+            tl.store(gates + place + OUTPUT * size, o, mask=inside)
 
 
 @triton.jit
