@@ -16,6 +16,8 @@ from fairseq_rkm.ops.weights import LAYER_NORM_EPS, Weights
 
 SOURCE = Path(__file__).with_name("persistent.cu")
 KERNELS = {"forward": "recurrence_forward", "backward": "recurrence_backward"}
+RING = 8
+"""The steps whose published values are held at a time: an even number, of at least 6."""
 
 
 class States(NamedTuple):
@@ -165,7 +167,7 @@ def _compiled(problem: Problem, plan: Plan, mask: bool, direction: str) -> tuple
     kernel = nvrtc.compile_kernel(SOURCE, KERNELS[direction], macros, launch.shared, problem.device, launch.cluster)
     values = plan.slices * plan.units * (len(problem.cell.recurrent_gates) if direction == "backward" else 1)
     row = launch.cluster * -(-values // launch.cluster * problem.dtype.itemsize // 64) * 64
-    published = 4 * plan.groups * plan.rows * row
+    published = RING * plan.groups * plan.rows * row
     exchanged = 2 * plan.blocks * plan.rows * 16 if problem.norm else 0
     return kernel, launch.warps * 32, (published + exchanged) // 4
 
@@ -192,6 +194,7 @@ def _macros(
         ("CLUSTER", launch.cluster),
         ("VECTORS", launch.vectors),
         ("HELD", launch.held),
+        ("RING", RING),
         ("MAX_PASS_TILES", launch.pass_tiles),
         ("FOLD", int(launch.fold)),
     )

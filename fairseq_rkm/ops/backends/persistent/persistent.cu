@@ -11,9 +11,9 @@
 //
 // No barrier and no flag: a published vector of WORDS 32-bit words (2 or 4) is written and read whole, and one whose
 // first word is MISSING is not there yet. Published values rotate through RING buffers. Once a block has everything of
-// step t, all others have read step t - 1. The block can then mark its own part of that buffer as missing. The part is
-// read next at step t + 3, by blocks that have seen this block's step t + 2. A fence stands between the marking and the
-// publication of step t + 2.
+// step t, all others have read step t - 1. At every MARKED-th step the block then marks its own parts of the last
+// MARKED buffers as missing, and fences: at each step a fence would cost 1000 clocks. The first of these parts is read
+// next at step t + MARKED, by blocks that have seen this block's step t + MARKED - 1, and that one comes after the fence.
 //
 // Backward, a block would have to read the gates' gradients of all units: RECURRENT times as much as h. The blocks of a
 // group therefore work in clusters of CLUSTER. Each block of a cluster reads a CLUSTER-th of the gradients, from the
@@ -33,7 +33,8 @@
 #define LANE_ELEMENTS (16 / ELEMENT)       // a lane moves 16 bytes
 #define CHUNK (64 / ELEMENT)               // of the product's K: 64 bytes of each row, two tensor-core steps
 #define VECTOR (WORDS * 4 / ELEMENT)       // values that are published at once, by neighbouring units
-#define RING 4
+#define MARKED (RING / 2)
+static_assert(MARKED > 2, "a fence stands between the marking of a buffer and the publication before its next use");
 #define MISSING 0xffffffffu                // two NaNs that no conversion gives
 #define CEIL(a, b) (((a) + (b) - 1) / (b))
 #define PASS_TILES (TILES < MAX_PASS_TILES ? TILES : MAX_PASS_TILES)
@@ -98,6 +99,13 @@ __device__ __forceinline__ void publish(void* p, uint4 v) {
 #else
     publish_whole(p, v);
 #endif
+}
+
+// Mark one place as missing in the buffers of the MARKED steps before `step`.
+__device__ __forceinline__ void mark_missing(Stored* place, int step, size_t buffer) {
+#pragma unroll 1
+    for (int back = 1; back <= MARKED; ++back)
+        publish(place + (step - back) % RING * buffer, make_uint4(MISSING, 0, 0, 0));
 }
 
 // The values of VECTOR neighbouring lanes as one vector, in the first of them. All lanes of a warp must call.
@@ -602,15 +610,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_forward(
             now_h[i] = at.real ? a[i].output() * (SQUASH_OUTPUT ? hyperbolic(now[i]) : now[i]) : 0.f;
             if (!real_step[i]) now[i] = before[i], now_h[i] = before_h[i];
             const uint4 vector = gather_lanes(now_h[i]);
-            if (at.publishes()) {
-                Stored* const to = block.published + at.n * k_padded + at.j;
-                publish(to + (t + 1) % RING * block.buffer, vector);
-                if (t) publish(to + (t + 3) % RING * block.buffer, make_uint4(MISSING, 0, 0, 0));
-            }
+            if (at.publishes())
+                publish(block.published + at.n * k_padded + at.j + (t + 1) % RING * block.buffer, vector);
             before[i] = now[i];
             before_h[i] = now_h[i];
         }
-        __threadfence();
+        if (t && t % MARKED == 0) {
+#pragma unroll
+            for (int i = 0; i < ITEMS; ++i) {
+                const Place at(i, block);
+                if (at.publishes()) mark_missing(block.published + at.n * k_padded + at.j, t, block.buffer);
+            }
+            __threadfence();
+        }
         // What only the backward pass needs is written while the others' values are on their way.
 #pragma unroll
         for (int i = 0; i < ITEMS; ++i) {
@@ -788,12 +800,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) recurrence_backward(
 #pragma unroll
             for (int r = 0; r < RECURRENT; ++r) {
                 const uint4 vector = gather_lanes(to_gate[i][FIRST_RECURRENT + r]);
-                if (!at.publishes()) continue;
-                publish(to + (done + 1) % RING * block.buffer + r * UNITS, vector);
-                if (done > 1) publish(to + (done + 3) % RING * block.buffer + r * UNITS, make_uint4(MISSING, 0, 0, 0));
+                if (at.publishes()) publish(to + (done + 1) % RING * block.buffer + r * UNITS, vector);
             }
         }
-        __threadfence();
+        if (done && done % MARKED == 0) {
+#pragma unroll
+            for (int i = 0; i < ITEMS; ++i) {
+                const Place at(i, block);
+                if (!at.publishes()) continue;
+                Stored* const to = own_part + at.n * k_padded + block.slice % PART_SLICES * own + at.u;
+#pragma unroll
+                for (int r = 0; r < RECURRENT; ++r) mark_missing(to + r * UNITS, done, block.buffer);
+            }
+            __threadfence();
+        }
 #pragma unroll
         for (int i = 0; i < ITEMS; ++i) {
             const Place at(i, block);
