@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fairseq_rkm import CELLS
+from fairseq_rkm.ops.backends.persistent.launch import FEW_FENCES, MANY_FENCES, ring_of
 from fairseq_rkm.ops.backends.persistent.plan import Plan, Problem, make_plan
 from fairseq_rkm.ops.batch_rounding import round_up
 from fairseq_rkm.ops.weights import Weights
@@ -65,3 +66,13 @@ def test_groups_have_rows_for_the_whole_batch_and_no_launch_is_empty():
         launches, share = plan.launches(batch), plan.rows_for(batch)
         assert share <= rows
         assert (launches - 1) * groups * share < batch <= launches * groups * share
+
+
+@pytest.mark.parametrize(
+    ("size", "batch", "ring"),
+    [(512, 8, FEW_FENCES), (1024, 1, FEW_FENCES), (1536, 32, FEW_FENCES), (1536, 8, MANY_FENCES)],
+)
+def test_blocks_fence_as_often_as_was_measured_to_be_best(size, batch, ring):
+    plan = make_plan(4, size, batch, 2, False, ((1, 132), (2, 132), (4, 128), (8, 120)), 232_448)
+    assert plan is not None
+    assert ring_of(plan) is ring

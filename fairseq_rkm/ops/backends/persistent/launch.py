@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fairseq_rkm.ops.backends.persistent.plan import KernelPlan, Plan, Problem, plan_for
+from fairseq_rkm.ops.backends.persistent.plan import TILE, KernelPlan, Plan, Problem, plan_for
 from fairseq_rkm.ops.batch_rounding import round_up
 from fairseq_rkm.ops.cells import Cell
 from fairseq_rkm.ops.compilation import nvrtc
@@ -16,8 +16,25 @@ from fairseq_rkm.ops.weights import LAYER_NORM_EPS, Weights
 
 SOURCE = Path(__file__).with_name("persistent.cu")
 KERNELS = {"forward": "recurrence_forward", "backward": "recurrence_backward"}
-RING = 8
-"""The steps whose published values are held at a time: an even number, of at least 6."""
+
+
+class Ring(NamedTuple):
+    """How published values are held.
+
+    Attributes:
+        buffers: the steps whose values are held at a time.
+        marked: the steps after which a block marks its parts of as many buffers as missing, and fences.
+    """
+
+    buffers: int
+    marked: int
+
+
+FEW_FENCES, MANY_FENCES = Ring(buffers=8, marked=4), Ring(buffers=4, marked=1)
+"""The first takes 0.4 us of a step forward and backward less, but 0.2 to 0.5 us more where one group of 128 blocks
+publishes 8 bytes at a time for up to 8 rows (d = 1536 in 16 bits on an H200): their polls are in the way."""
+MANY_SLICES = 96
+"""The slices from which such a group has the second: no plan between was measured."""
 
 
 class States(NamedTuple):
@@ -160,6 +177,12 @@ def prepare(
     return Launch(kernel, plan.blocks, threads, words, rows, starts)
 
 
+def ring_of(plan: Plan) -> Ring:
+    """How a plan's kernels hold published values."""
+    polled = plan.words == 2 and plan.rows <= TILE and plan.slices >= MANY_SLICES
+    return MANY_FENCES if polled else FEW_FENCES
+
+
 def _compiled(problem: Problem, plan: Plan, mask: bool, direction: str) -> tuple[nvrtc.Kernel, int, int]:
     """A compiled kernel, the threads of a block, and the 32-bit words of workspace of a launch."""
     launch = plan.forward if direction == "forward" else plan.backward
@@ -167,7 +190,7 @@ def _compiled(problem: Problem, plan: Plan, mask: bool, direction: str) -> tuple
     kernel = nvrtc.compile_kernel(SOURCE, KERNELS[direction], macros, launch.shared, problem.device, launch.cluster)
     values = plan.slices * plan.units * (len(problem.cell.recurrent_gates) if direction == "backward" else 1)
     row = launch.cluster * -(-values // launch.cluster * problem.dtype.itemsize // 64) * 64
-    published = RING * plan.groups * plan.rows * row
+    published = ring_of(plan).buffers * plan.groups * plan.rows * row
     exchanged = 2 * plan.blocks * plan.rows * 16 if problem.norm else 0
     return kernel, launch.warps * 32, (published + exchanged) // 4
 
@@ -194,7 +217,8 @@ def _macros(
         ("CLUSTER", launch.cluster),
         ("VECTORS", launch.vectors),
         ("HELD", launch.held),
-        ("RING", RING),
+        ("RING", ring_of(plan).buffers),
+        ("MARKED", ring_of(plan).marked),
         ("MAX_PASS_TILES", launch.pass_tiles),
         ("FOLD", int(launch.fold)),
     )

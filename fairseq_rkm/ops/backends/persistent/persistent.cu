@@ -12,8 +12,8 @@
 // No barrier and no flag: a published vector of WORDS 32-bit words (2 or 4) is written and read whole, and one whose
 // first word is MISSING is not there yet. Published values rotate through RING buffers. Once a block has everything of
 // step t, all others have read step t - 1. At every MARKED-th step the block then marks its own parts of the last
-// MARKED buffers as missing, and fences: at each step a fence would cost 1000 clocks. The first of these parts is read
-// next at step t + MARKED, by blocks that have seen this block's step t + MARKED - 1, and that one comes after the fence.
+// MARKED buffers as missing, and fences: a fence takes 1000 clocks. The first of these parts is read next at step
+// t + RING - MARKED, by blocks that have seen this block's step before that one, and it was published after the fence.
 //
 // Backward, a block would have to read the gates' gradients of all units: RECURRENT times as much as h. The blocks of a
 // group therefore work in clusters of CLUSTER. Each block of a cluster reads a CLUSTER-th of the gradients, from the
@@ -33,8 +33,7 @@
 #define LANE_ELEMENTS (16 / ELEMENT)       // a lane moves 16 bytes
 #define CHUNK (64 / ELEMENT)               // of the product's K: 64 bytes of each row, two tensor-core steps
 #define VECTOR (WORDS * 4 / ELEMENT)       // values that are published at once, by neighbouring units
-#define MARKED (RING / 2)
-static_assert(MARKED > 2, "a fence stands between the marking of a buffer and the publication before its next use");
+static_assert(RING - MARKED > 2, "a fence stands between the marking of a buffer and the step before its next use");
 #define MISSING 0xffffffffu                // two NaNs that no conversion gives
 #define CEIL(a, b) (((a) + (b) - 1) / (b))
 #define PASS_TILES (TILES < MAX_PASS_TILES ? TILES : MAX_PASS_TILES)
