@@ -1,7 +1,8 @@
 // A step without gradients; few_steps.py compiles this with the cell as macros.
 //
-// `whole_step` is all of it, products included: a warp takes one unit of ROWS rows of the batch. Its lanes share the
-// products' sums, and read WIDTH numbers at once. For larger problems cuBLAS multiplies, and `pointwise_step` follows.
+// `step_by_warps` is all of it, products included: a warp takes one unit of ROWS rows of the batch. Its lanes share the
+// products' sums, and read WIDTH numbers at once. So is `step_by_tiles`: a block takes UNITS units on the tensor cores,
+// ROWS rows at a time. For larger problems cuBLAS multiplies, and `pointwise_step` follows.
 
 #include "numbers.cuh"
 
@@ -48,7 +49,32 @@ extern "C" __global__ void pointwise_step(
     output[i] = hidden[i] = narrow(output_of(a, c));
 }
 
-#ifdef ROWS
+// What a step leaves.
+struct Results {
+    const float* before;
+    Stored *output, *hidden;
+    float* memory;
+    int output_row, size;
+    __device__ __forceinline__ void finish(int row, int unit, const float* sums) const {
+        const int at = row * size + unit;
+        const float c = next_memory(sums, before != nullptr ? before[at] : 0.f);
+        const Stored result = narrow(output_of(sums, c));
+        memory[at] = c;
+        output[row * output_row + unit] = result;
+        if (hidden != nullptr) hidden[at] = result;
+    }
+};
+// x: [batch] rows, x_row numbers apart, of `features`. h: [batch] rows, h_row numbers apart, of `size`; null for zeros.
+// before: [batch][size]; null for zeros; may be `memory`. input: [GATES * size][features].
+// recurrent: [RECURRENT * size][size]. bias: [GATES * size]; null for zeros. output: [batch] rows, output_row numbers
+// apart. hidden: [batch][size], the output once more; null if it is not wanted. memory: [batch][size].
+#define CALL_ARGUMENTS                                                                                              \
+    const Stored *__restrict__ x, const Stored *__restrict__ h, const float *before,                                \
+        const Stored *__restrict__ input, const Stored *__restrict__ recurrent, const Stored *__restrict__ bias,    \
+        Stored *__restrict__ output, Stored *__restrict__ hidden, float *memory, int x_row, int h_row,              \
+        int output_row, int features, int size, int batch
+
+#ifdef WIDTH
 constexpr int UNROLL = ROWS > 8 ? 1 : ROWS > 1 ? 2 : 4;
 
 struct alignas(WIDTH * ELEMENT) Vector {
@@ -94,17 +120,8 @@ __device__ __forceinline__ void gather(float (&sums)[ROWS][GATES], int lane) {
     if constexpr (HALF > 1) gather<COUNT / 2, HALF / 2>(sums, lane);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) whole_step(
-    const Stored* __restrict__ x,          // [B] rows, x_row numbers apart, of `features`
-    const Stored* __restrict__ h,          // [B] rows, h_row numbers apart, of `size`; null for zeros
-    const float* before,                   // [B][size]; null for zeros; may be `memory`
-    const Stored* __restrict__ input,      // [GATES * size][features]
-    const Stored* __restrict__ recurrent,  // [RECURRENT * size][size]
-    const Stored* __restrict__ bias,       // [GATES * size]; null for zeros
-    Stored* __restrict__ output,           // [B] rows, output_row numbers apart
-    Stored* __restrict__ hidden,           // [B][size], the output once more; null if it is not wanted
-    float* memory,                         // [B][size]
-    int x_row, int h_row, int output_row, int features, int size, int batch) {
+extern "C" __global__ void __launch_bounds__(THREADS) step_by_warps(CALL_ARGUMENTS) {
+    const Results results{before, output, hidden, memory, output_row, size};
     const int lane = threadIdx.x % LANES, tiles = (batch + ROWS - 1) / ROWS;
     const int unit = blockIdx.x / tiles * (THREADS / LANES) + threadIdx.x / LANES, start = blockIdx.x % tiles * ROWS;
     if (unit >= size) return;
@@ -130,11 +147,162 @@ extern "C" __global__ void __launch_bounds__(THREADS) whole_step(
     if (lane % lanes || row >= batch) return;
 #pragma unroll
     for (int g = 0; g < GATES; ++g) sums[0][g] += bias != nullptr ? widen(bias[g * size + unit]) : 0.f;
-    const int at = row * size + unit;
-    const float c = next_memory(sums[0], before != nullptr ? before[at] : 0.f);
-    const Stored result = narrow(output_of(sums[0], c));
-    memory[at] = c;
-    output[row * output_row + unit] = result;
-    if (hidden != nullptr) hidden[at] = result;
+    results.finish(row, unit, sums[0]);
+}
+#endif
+
+#ifdef UNITS
+#define M_TILES ((UNITS * GATES + 15) / 16)  // of 16 rows of weights, the gates of a block's units one after another
+#define N_TILES (ROWS / 8)                   // of 8 rows of the batch
+#define WARPS (THREADS / LANES)
+#define PAIRS (WORDS == 4 ? 2 : 1)           // of 4-byte words that a lane gets of a row at a time, each for one product
+#define CHUNK (8 * PAIRS)                    // words of a row that a warp multiplies at a time
+#define PITCH (M_TILES * 16 + 4)             // from row to row of the sums: lanes meet in no bank
+#if ELEMENT == 4
+#define MMA "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32"
+#elif BF16
+#define MMA "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+#else
+#define MMA "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+#endif
+
+extern __shared__ float4 room[];  // the warps' sums, [WARPS][ROWS][PITCH]
+
+// A tensor core cuts float32 off; rounded they come closer.
+__device__ __forceinline__ u32 operand(u32 x) {
+#if ELEMENT == 4
+    u32 y;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(__uint_as_float(x)));
+    return y;
+#else
+    return x;
+#endif
+}
+
+__device__ __forceinline__ void multiply_tile(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm(MMA " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+struct alignas(WORDS * 4) Words {
+    u32 at[WORDS];
+};
+
+// A lane's words of a chunk; zeros beyond `depth`, and of no row. Consecutive words of a row are a pair: the order
+// within a chunk does not matter to the product, as long as both factors have the same.
+struct Pairs {
+    u32 at[2 * PAIRS];
+    __device__ __forceinline__ void read(const u32* row, int k, int depth) {
+#pragma unroll
+        for (int i = 0; i < 2 * PAIRS; i += WORDS) {
+            Words words;
+#pragma unroll
+            for (int w = 0; w < WORDS; ++w) words.at[w] = 0;
+            if (row != nullptr && k + 4 * i < depth) words = *reinterpret_cast<const Words*>(row + k + 4 * i);
+#pragma unroll
+            for (int w = 0; w < WORDS; ++w) at[i + w] = operand(words.at[w]);
+        }
+    }
+};
+
+// What a lane multiplies at a time.
+struct Operands {
+    Pairs weights[M_TILES][2], values[N_TILES];
+    __device__ __forceinline__ void read(const u32* const (&matrix)[M_TILES][2], const u32* const (&rows)[N_TILES],
+                                         int k, int depth) {
+#pragma unroll
+        for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) weights[m][half].read(matrix[m][half], k, depth);
+#pragma unroll
+        for (int n = 0; n < N_TILES; ++n) values[n].read(rows[n], k, depth);
+    }
+    __device__ __forceinline__ void multiply(float (&sums)[M_TILES][N_TILES][4]) const {
+#pragma unroll
+        for (int p = 0; p < 2 * PAIRS; p += 2)
+#pragma unroll
+            for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+                for (int n = 0; n < N_TILES; ++n) {
+                    const u32 *upper = weights[m][0].at + p, *lower = weights[m][1].at + p, *v = values[n].at + p;
+                    multiply_tile(sums[m][n], upper[0], lower[0], upper[1], lower[1], v[0], v[1]);
+                }
+    }
+};
+
+// Add this warp's share of the products of `batch` rows with COUNT gates of the units from `first` on, from the gate
+// FIRST on. The warps take chunks of the depth in turns, and read one ahead.
+template <int FIRST, int COUNT>
+__device__ __forceinline__ void multiply_tiles(float (&sums)[M_TILES][N_TILES][4], const Stored* x, int row,
+                                               const Stored* weights, int size, int first, int depth, int batch) {
+    const int lane = threadIdx.x % LANES, words = depth * ELEMENT / 4;
+    const u32 *matrix[M_TILES][2], *rows[N_TILES];
+#pragma unroll
+    for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int i = m * 16 + half * 8 + lane / 4, gate = i / UNITS - FIRST, unit = first + i % UNITS;
+            const bool there = gate >= 0 && gate < COUNT && unit < size;
+            const Stored* at = weights + ((long long)gate * size + unit) * depth;
+            matrix[m][half] = there ? reinterpret_cast<const u32*>(at) : nullptr;
+        }
+#pragma unroll
+    for (int n = 0; n < N_TILES; ++n) {
+        const int b = n * 8 + lane / 4;
+        rows[n] = b < batch ? reinterpret_cast<const u32*>(x + (long long)b * row) : nullptr;
+    }
+    int k = threadIdx.x / LANES * CHUNK + lane % 4 * WORDS;
+    Operands now, next;
+    now.read(matrix, rows, k, words);
+    for (int start = threadIdx.x / LANES * CHUNK; start < words; start += WARPS * CHUNK) {
+        k += WARPS * CHUNK;
+        next.read(matrix, rows, k, words);
+        now.multiply(sums);
+        now = next;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) step_by_tiles(CALL_ARGUMENTS) {
+    const Results results{before, output, hidden, memory, output_row, size};
+    const int lane = threadIdx.x % LANES, first = blockIdx.x * UNITS;
+    float* shares = reinterpret_cast<float*>(room);
+    for (int start = 0; start < batch; start += ROWS) {
+        const int count = min(ROWS, batch - start);
+        float sums[M_TILES][N_TILES][4];
+#pragma unroll
+        for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+            for (int n = 0; n < N_TILES; ++n)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) sums[m][n][i] = 0.f;
+        multiply_tiles<0, GATES>(sums, x + (long long)start * x_row, x_row, input, size, first, features, count);
+#if RECURRENT
+        if (h != nullptr)
+            multiply_tiles<FIRST_RECURRENT, RECURRENT>(sums, h + (long long)start * h_row, h_row, recurrent, size, first,
+                                                       size, count);
+#endif
+        float* mine = shares + (threadIdx.x / LANES * ROWS + lane % 4 * 2) * PITCH + lane / 4;
+        __syncthreads();  // all threads have read the shares before
+#pragma unroll
+        for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+            for (int n = 0; n < N_TILES; ++n)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) mine[(n * 8 + i % 2) * PITCH + m * 16 + i / 2 * 8] = sums[m][n][i];
+        __syncthreads();
+        for (int i = threadIdx.x; i < UNITS * count; i += THREADS) {
+            const int u = i % UNITS, row = i / UNITS, unit = first + u;
+            if (unit >= size) continue;
+            float a[GATES];
+#pragma unroll
+            for (int g = 0; g < GATES; ++g) {
+                a[g] = bias != nullptr ? widen(bias[g * size + unit]) : 0.f;
+#pragma unroll
+                for (int w = 0; w < WARPS; ++w) a[g] += shares[(w * ROWS + row) * PITCH + g * UNITS + u];
+            }
+            results.finish(start + row, unit, a);
+        }
+    }
 }
 #endif

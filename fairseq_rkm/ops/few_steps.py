@@ -1,13 +1,15 @@
 """A few steps without gradients, with little work for the host: where they are short, the host is what takes time.
 
-On GPUs a kernel takes a whole step, products included, as long as it is not slower than cuBLAS and one more kernel.
-More steps go straight to the backend that ``"auto"`` takes. On CPUs C takes all steps, beside one or two of PyTorch's
+On GPUs a launch takes a whole step, products included (``few_steps.cu``): by warps, as long as this is not slower than
+cuBLAS and one more kernel, and beyond by tiles of the tensor cores. More steps go straight to the backend that
+``"auto"`` takes. On CPUs C takes all steps, beside one or two of PyTorch's
 products. PyTorch's operators take one step of what is left.
 """
 
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,16 +28,21 @@ from fairseq_rkm.ops.weights import LAYER_NORM_EPS, Weights, memory_dtype
 SOURCE = Path(__file__).with_suffix(".cu")
 MOST_SHORT_STEPS = 16
 """The most steps of a stack or a CPU: of more, the host is not what takes time."""
-MOST_LAUNCHES = 8
-"""The most steps that are launched one by one: of more, a backend's launch for all takes less time."""
-MOST_PRODUCTS = 1 << 29
-"""The most multiplications of a layer that the kernel of a whole step does in a call. On an H200 a call of 170 million
-takes 45 us, and of 270 million, in two steps, 82; other ways take 100 us and more."""
+MOST_STEPS_BY_WARPS, MOST_PRODUCTS_BY_WARPS = 8, 1 << 29
+"""The most steps that are launched one by one, and the most multiplications of a layer in a call. Of more steps a
+backend's launch for all takes less time. On an H200 a call of 170 million multiplications takes 45 us, and of 270
+million, in two steps, 82; other ways take 100 us and more."""
+MOST_STEPS_BY_TILES, MOST_PRODUCTS_BY_TILES = 4, 3_000_000_000
+"""As before. On an H200 a step of d = 1150 and B = 64 takes 45 us in TF32 and 26 in bf16, of B = 128 80 and 46; with
+more products backends take less time, whatever the host's."""
+MOST_TILED_BATCH, MOST_TILE_ROWS, MOST_TILE_WEIGHTS = 256, 64, 48
+"""The most rows of the batch by tiles, those that a block takes at a time, and its rows of weights: sums are in
+registers."""
 READ_AT_ONCE = 128
 """The numbers that a warp reads at once, of float32."""
 FLOATS = torch.float64, torch.float32, torch.float16, torch.bfloat16
-BLOCK_THREADS = 128
-"""The threads of a block."""
+BLOCK_THREADS, TILE_THREADS, WARP = 128, 256, 32
+"""The threads of a block, by warps and by tiles, and those of a warp."""
 MOST_ROWS = 16
 """The most rows of a warp: more sums do not fit in its registers."""
 
@@ -70,17 +77,24 @@ def way_for(
     if not steps or not batch or dtype not in FLOATS or (norm and dtype.itemsize < torch.float32.itemsize):
         return None
     if cuda and dtype != torch.float64 and nvrtc.available() is None:
-        products = steps * batch * size * _products_of_a_unit(cell, max(shape[2], size), size)
-        if not norm and steps <= MOST_LAUNCHES and products <= MOST_PRODUCTS:
-            return _by_kernel
-        if steps <= FEW_STEPS and not norm:
-            return _by_products
-        if steps > 1:
-            return _by_backend if steps <= MOST_SHORT_STEPS or layers == 1 else None
+        suits = None if norm else _suited(cell, steps, batch, max(shape[2], size), size)
+        if suits is not None:
+            return suits
+        if steps > 1 or not norm:
+            return _otherwise(steps, norm) if steps <= MOST_SHORT_STEPS or layers == 1 else None
         return _by_operators
     if not cuda and steps <= MOST_SHORT_STEPS and native_steps.takes(cell, dtype, steps, batch, size):
         return native_steps.run
     return _by_operators if steps == 1 else None
+
+
+def _suited(cell: Cell, steps: int, batch: int, features: int, size: int) -> Way | None:
+    """The launch for a step of a layer that suits layers whose inputs have up to ``features`` numbers."""
+    products = steps * batch * size * _products_of_a_unit(cell, features, size)
+    if steps <= MOST_STEPS_BY_WARPS and products <= MOST_PRODUCTS_BY_WARPS:
+        return _by_warps
+    tiled = steps <= MOST_STEPS_BY_TILES and batch <= MOST_TILED_BATCH and products <= MOST_PRODUCTS_BY_TILES
+    return _by_tiles if tiled else None
 
 
 def _products_of_a_unit(cell: Cell, features: int, size: int) -> int:
@@ -89,10 +103,53 @@ def _products_of_a_unit(cell: Cell, features: int, size: int) -> int:
     return len(cell.gates) * read + len(cell.recurrent_gates) * fed
 
 
-def _by_kernel(
+def _otherwise(steps: int, norm: bool = False) -> Way:
+    """The way of so many steps on a GPU that no launch takes whole."""
+    return _by_products if steps <= FEW_STEPS and not norm else _by_backend
+
+
+class Launch(NamedTuple):
+    """A compiled kernel of ``few_steps.cu`` for a whole step, the blocks of a launch and the threads of a block."""
+
+    kernel: nvrtc.Kernel
+    blocks: int
+    threads: int
+
+
+Scale = Tensor | float
+"""A number here: layers with learned scales go another way."""
+Prepare = Callable[[Cell, torch.dtype, Scale, Scale, int, int, int, int], Launch | None]
+"""The launch for a cell, a dtype, ``s_i``, ``s_f``, B, d, an alignment and a device; None if there is none.
+
+The alignment is the largest power of two below 16 that divides all addresses and lengths of rows in bytes; 0 for 16."""
+
+
+def _by_warps(
     cell: Cell, x: Tensor, layers: Sequence[Weights], hidden: Tensor | None, memory: Tensor | None, batch_first: bool
 ) -> Result:
     """See :func:`way_for`: on a GPU, a launch a layer and step."""
+    done = _step_by_step(_warps, cell, x, layers, hidden, memory, batch_first)
+    if done is None:
+        raise TypeError("warps take all problems")
+    return done
+
+
+def _by_tiles(
+    cell: Cell, x: Tensor, layers: Sequence[Weights], hidden: Tensor | None, memory: Tensor | None, batch_first: bool
+) -> Result:
+    """See :func:`way_for`: as :func:`_by_warps`, where the tensor cores may round and have room."""
+    done = None
+    if x.dtype is not torch.float32 or dispatch.tf32(x):
+        done = _step_by_step(_tiles, cell, x, layers, hidden, memory, batch_first)
+    way = _otherwise(x.size(1 if batch_first else 0))
+    return way(cell, x, layers, hidden, memory, batch_first) if done is None else done
+
+
+def _step_by_step(
+    prepare: Prepare, cell: Cell, x: Tensor, layers: Sequence[Weights], hidden: Tensor | None, memory: Tensor | None,
+    batch_first: bool,
+) -> Result | None:  # fmt: skip
+    """A launch a layer and step; None if a layer has none."""
     steps, batch = (x.size(1), x.size(0)) if batch_first else (x.size(0), x.size(1))
     features, size, element = x.size(2), layers[0].input.size(0) // len(cell.gates), x.element_size()
     states = len(layers), batch, size
@@ -108,13 +165,16 @@ def _by_kernel(
         matrix, recurrent = weights.input.data_ptr(), _address(weights.recurrent)
         bias = _address(weights.bias)
         aligned = read | matrix | h | recurrent | features * element | (size * element if recurrent else 0)
-        kernel, blocks = _whole_step(
+        launch = prepare(
             cell, x.dtype, weights.sigma_i, weights.sigma_f, batch, size, aligned & -aligned & 15, x.get_device()
         )
+        if launch is None:
+            return None
+        kernel, blocks, threads = launch
         fed, fed_row, before = h, size, c
         for step in range(steps):
             kernel.launch(
-                blocks, BLOCK_THREADS, read, fed, before, matrix, recurrent, bias, written,
+                blocks, threads, read, fed, before, matrix, recurrent, bias, written,
                 h_after if step == steps - 1 else 0, c_after, between * features, fed_row, between * size, features,
                 size, batch,
             )  # fmt: skip
@@ -131,17 +191,31 @@ def _address(tensor: Tensor | None) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def _whole_step(
-    cell: Cell, dtype: torch.dtype, sigma_i: float, sigma_f: float, batch: int, size: int, aligned: int, device: int
-) -> tuple[nvrtc.Kernel, int]:
-    """A compiled ``whole_step`` of ``few_steps.cu`` and the blocks to launch.
-
-    ``aligned``: the largest power of two below 16 that divides all addresses and lengths of rows in bytes; 0 for 16.
-    """
+def _warps(
+    cell: Cell, dtype: torch.dtype, sigma_i: Scale, sigma_f: Scale, batch: int, size: int, aligned: int, device: int
+) -> Launch:
+    """See :data:`Prepare`: a warp takes a unit of some rows."""
     rows = min(MOST_ROWS, 1 << (batch - 1).bit_length())
     more = ("ROWS", rows), ("WIDTH", (aligned or 16) // dtype.itemsize), ("THREADS", BLOCK_THREADS)
-    blocks = -(-size // (BLOCK_THREADS // 32)) * -(-batch // rows)
-    return _kernel("whole_step", cell, dtype, sigma_i, sigma_f, device, more), blocks
+    kernel = _kernel("step_by_warps", cell, dtype, sigma_i, sigma_f, device, more)
+    return Launch(kernel, -(-size // (BLOCK_THREADS // WARP)) * -(-batch // rows), BLOCK_THREADS)
+
+
+@functools.lru_cache(maxsize=1024)
+def _tiles(
+    cell: Cell, dtype: torch.dtype, sigma_i: Scale, sigma_f: Scale, batch: int, size: int, aligned: int, device: int
+) -> Launch | None:
+    """See :data:`Prepare`: a multiprocessor takes some units. Rows are read 4 bytes at a time at least."""
+    gpu = torch.cuda.get_device_properties(device)
+    units, gates = -(-size // gpu.multi_processor_count), len(cell.gates)
+    rows = min(MOST_TILE_ROWS, max(8, 1 << (batch - 1).bit_length()))
+    shared = TILE_THREADS // WARP * rows * (-(-units * gates // 16) * 16 + 4) * 4
+    room = units * gates <= MOST_TILE_WEIGHTS and shared <= gpu.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    if gpu.major < 8 or not room or 0 < aligned < 4:
+        return None
+    more = ("ROWS", rows), ("WORDS", (aligned or 16) // 4), ("UNITS", units), ("THREADS", TILE_THREADS)
+    kernel = _kernel("step_by_tiles", cell, dtype, sigma_i, sigma_f, device, more, shared)
+    return Launch(kernel, -(-size // units), TILE_THREADS)
 
 
 def _by_backend(
@@ -211,7 +285,7 @@ def _step_by_products(
     output, after = (x.new_empty((x.size(0), size)) for _ in range(2))
     kept = x.new_empty((x.size(0), size), dtype=torch.float32)
     count = kept.numel()
-    kernel = _kernel("pointwise_step", cell, x.dtype, weights.sigma_i, weights.sigma_f, x.get_device(), ())
+    kernel = _kernel("pointwise_step", cell, x.dtype, weights.sigma_i, weights.sigma_f, x.get_device())
     given = gates, weights.bias, memory, output, after, kept
     kernel.launch(-(-count // BLOCK_THREADS), BLOCK_THREADS, *given, size, count)
     return output, after, kept
@@ -253,14 +327,9 @@ def _step_by_operators(
 
 @functools.lru_cache(maxsize=1024)
 def _kernel(
-    name: str,
-    cell: Cell,
-    dtype: torch.dtype,
-    sigma_i: float,
-    sigma_f: float,
-    device: int,
-    more: tuple[tuple[str, int], ...],
-) -> nvrtc.Kernel:
+    name: str, cell: Cell, dtype: torch.dtype, sigma_i: Scale, sigma_f: Scale, device: int,
+    more: tuple[tuple[str, int], ...] = (), shared: int = 0,
+) -> nvrtc.Kernel:  # fmt: skip
     """A compiled kernel of ``few_steps.cu``."""
     macros = (
         *cell_macros(cell).items(),
@@ -270,4 +339,4 @@ def _kernel(
         ("SCALE_F", f"{sigma_f!r}f"),
         *more,
     )
-    return nvrtc.compile_kernel(SOURCE, name, macros, 0, device, cooperative=False)
+    return nvrtc.compile_kernel(SOURCE, name, macros, shared, device, cooperative=False)

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrizations
 from fairseq_rkm import CELLS, RKM, RKMError, RKMState
 from fairseq_rkm.modules import rkm as module
 from fairseq_rkm.modules import short_calls
+from fairseq_rkm.ops import few_steps
 from fairseq_rkm.ops.backends.native import native
 from modules.test_plain_calls import FOLLOWERS
 
@@ -100,36 +101,77 @@ def test_some_steps_give_what_the_long_way_gives(cell, device, ways, monkeypatch
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_sizes_and_alignments_on_a_gpu(dtype, monkeypatch):
-    """A whole step reads 2 to 16 bytes at once and takes 1 to 16 rows; more by other ways; all in float32."""
+def test_sizes_and_alignments_on_a_gpu(dtype, batch_first, monkeypatch):
+    """Warps read 2 to 16 bytes at once and take 1 to 16 rows, tiles 4 to 16 bytes; more by other ways."""
     taken = watch_ways(monkeypatch)
     for cell, features, size, batches in (
         ("rkm_lstm", 64, 64, (1, 16)), ("ran", 63, 65, (2, 33)), ("rkm_cifg", 30, 130, (3, 7)), ("lstm", 700, 4, (33,)),
-        ("rkm_lstm", 512, 1150, (1, 16, 64)), ("linear_kernel", 1150, 512, (5,)),
+        ("rkm_lstm", 512, 1150, (1, 16, 64)), ("linear_kernel", 1150, 512, (5,)), ("ran", 1146, 1146, (40,)),
+        ("rkm_cifg", 1152, 1152, (64, 200)), ("gated_cnn", 2048, 2048, (50,)),
     ):  # fmt: skip
-        rkm = randomized(RKM(features, size, cell=cell, dtype=dtype)).to("cuda")
-        exact = RKM(features, size, cell=cell, dtype=torch.float64, device="cuda", backend="reference")
+        options = {"cell": cell, "batch_first": batch_first}
+        rkm = randomized(RKM(features, size, dtype=dtype, **options)).to("cuda")
+        exact = RKM(features, size, dtype=torch.float64, device="cuda", backend="reference", **options)
         exact.load_state_dict(rkm.state_dict())
-        for batch, steps, first in itertools.product(batches, (1, 2, 4), (0, 1)):
+        for batch, steps, first in itertools.product(batches, (1, 2, 4, 9), (0, 1)):
             whole = torch.randn(steps * batch * features + 1, dtype=dtype, device="cuda")
-            x = whole[first : first + steps * batch * features].view(steps, batch, features)
+            shape = (batch, steps, features) if batch_first else (steps, batch, features)
+            x = whole[first : first + steps * batch * features].view(shape)
             state = random_state(rkm, batch)
             with torch.no_grad():
                 output, after = rkm(x, state)
                 wanted, after_wanted = exact(x.double(), state.to(torch.float64))
             # cuBLAS takes TF32 where PyTorch's products may.
             may = {"_by_backend": True, "_by_products": torch.get_float32_matmul_precision() != "highest"}
-            tf32 = dtype == torch.float32 and may.get(taken[-1], False)
+            tf32 = dtype == torch.float32 and (may.get(taken[-1], False) or taken[-1] == "_by_tiles")
             for name, a, b in zip(("output", "h", "c"), (output, *after), (wanted, *after_wanted), strict=True):
-                assert_close(a, b, f"{name} of {features, size, batch, steps, first}", "tf32" if tf32 else dtype)
-    assert set(taken) == {"_by_kernel", "_by_products", "_by_backend"}
+                what = f"{name} of {cell, features, size, batch, steps, first}, {taken[-1]}"
+                assert_close(a, b, what, "tf32" if tf32 else dtype)
+    assert set(taken) == {"_by_warps", "_by_tiles", "_by_products", "_by_backend"}
+
+
+def watch_tiles(monkeypatch):
+    """Write down the layers that tiles take."""
+    ran, prepare = [], few_steps._tiles
+    monkeypatch.setattr(few_steps, "_tiles", lambda *problem: ran.append(prepare(*problem)) or ran[-1])
+    return ran
 
 
 @pytest.mark.gpu
-def test_gpus_repeat_themselves_to_the_bit_and_in_graphs():
-    rkm = RKM(48, 96, 2, device="cuda")
-    x, state = torch.randn(3, 9, 48, device="cuda"), rkm.initial_state(9)
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize(
+    ("cell", "dtype"),
+    [*itertools.product(CELLS, (torch.float32, torch.bfloat16)), ("rkm_lstm", torch.float16)],
+)
+def test_tiles_of_all_cells_on_a_gpu(cell, dtype, steps, monkeypatch):
+    sizes = [(6, 10, 3), (260, 260, 20), *([(1150, 1150, 64)] if cell == "rkm_lstm" else [])]
+    for features, size, batch in sizes:
+        rkm = randomized(RKM(features, size, 2, cell=cell, dtype=dtype)).to("cuda")
+        exact = RKM(features, size, 2, cell=cell, dtype=torch.float64, device="cuda", backend="reference")
+        exact.load_state_dict(rkm.state_dict())
+        x = torch.randn(steps, batch, features, dtype=dtype, device="cuda")
+        for state in (random_state(rkm, batch), None):
+            with monkeypatch.context() as patch, torch.no_grad():
+                patch.setattr(short_calls, "way_for", lambda *_: few_steps._by_tiles)
+                ran = watch_tiles(patch)
+                output, after = rkm(x, state)
+                wanted, after_wanted = exact(x.double(), None if state is None else state.to(torch.float64))
+            assert len(ran) == 2
+            assert None not in ran
+            for name, a, b in zip(("output", "h", "c"), (output, *after), (wanted, *after_wanted), strict=True):
+                what = f"{name} of {features, size, batch}"
+                assert_close(a, b, what, "tf32" if dtype == torch.float32 else dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", [(48, 96, 9), (1150, 1150, 64)])
+def test_gpus_repeat_themselves_to_the_bit_and_in_graphs(sizes):
+    features, size, batch = sizes
+    rkm = RKM(features, size, 2, device="cuda")
+    x, state = torch.randn(3, batch, features, device="cuda"), rkm.initial_state(batch)
     with torch.no_grad():
         results = [rkm(x, state) for _ in range(3)]
         graph = torch.cuda.CUDAGraph()

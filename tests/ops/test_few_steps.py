@@ -1,9 +1,7 @@
-"""A few steps without gradients: what the host gives the kernel of a whole step, on a CPU, and who takes which steps.
+"""A few steps without gradients: the kernels of a step, run without a GPU, and who takes which steps."""
 
-A stand-in takes the kernel's place. It reads memory by the kernel's arguments, and computes by the reference.
-"""
-
-import ctypes
+import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,79 +9,116 @@ from helpers import assert_close, randomized
 
 from fairseq_rkm import CELLS, RKM
 from fairseq_rkm.modules.short_calls import layer_weights
-from fairseq_rkm.ops import few_steps, reference
+from fairseq_rkm.ops import dispatch, few_steps
 from fairseq_rkm.ops.backends.native import native, native_steps
 from fairseq_rkm.ops.cells import resolve_cell
 from fairseq_rkm.ops.compilation import nvrtc
-from fairseq_rkm.ops.weights import Weights
+from ops.backends.cuda_emulation import NEEDS_COMPILER, EmulatedKernel
+
+PROCESSORS = 3
 
 
-def at(address, rows, columns, stride=None):
-    """Numbers in memory; None where there are none."""
-    if not address:
-        return None
-    stride = columns if stride is None else stride
-    flat = (ctypes.c_float * ((rows - 1) * stride + columns)).from_address(address)
-    return torch.frombuffer(flat, dtype=torch.float32).as_strided((rows, columns), (stride, 1))
-
-
-class WholeStep:
-    """``whole_step`` of ``few_steps.cu``."""
-
-    def __init__(self, cell, scales, macros):
-        self.cell, self.scales, self.macros = cell, scales, dict(macros)
+class Emulated(EmulatedKernel):
+    """A kernel of ``few_steps.cu`` that looks at its arguments."""
 
     def launch(self, blocks, threads, *arguments):
-        x, h, before, matrix, recurrent, bias, output, hidden, memory, *numbers = arguments
-        x_row, h_row, output_row, features, size, batch = numbers
-        rows, width = self.macros["ROWS"], 4 * self.macros["WIDTH"]
-        assert threads == self.macros["THREADS"]
-        assert blocks >= -(-batch // rows) * -(-size // (threads // 32))
-        read = (x, 4 * x_row, matrix, 4 * features, *((h, 4 * h_row, recurrent, 4 * size) if recurrent else ()))
+        x, h, _, matrix, recurrent, _, _, _, _, x_row, h_row, _, features, size, _ = arguments
+        width = 4 * self.macros.get("WIDTH", self.macros.get("WORDS"))
+        read = (x, matrix, 4 * features, 4 * x_row, *((h, recurrent, 4 * size, 4 * h_row) if recurrent else ()))
         assert not any(number % width for number in read)
-        weights = Weights(
-            at(matrix, len(self.cell.gates) * size, features),
-            at(recurrent, len(self.cell.recurrent_gates) * size, size),
-            None if not bias else at(bias, 1, len(self.cell.gates) * size)[0],
-            None, None, *self.scales,
-        )  # fmt: skip
-        zeros = torch.zeros(batch, size)
-        h, before = at(h, batch, size, h_row), at(before, batch, size)
-        h, c = reference.step(
-            self.cell, at(x, batch, features, x_row), weights, zeros if h is None else h,
-            zeros if before is None else before,
-        )  # fmt: skip
-        at(output, batch, size, output_row)[:], at(memory, batch, size)[:] = h, c
-        if hidden:
-            at(hidden, batch, size)[:] = h
+        assert threads == self.macros["THREADS"]
+        super().launch(blocks, threads, *arguments)
 
 
+@pytest.fixture
+def kernels(monkeypatch):
+    """A machine that seems to have a GPU; the kernels that were compiled for it."""
+    made = []
+
+    def compile_kernel(source, name, macros, _shared, _device, cooperative):
+        assert not cooperative
+        made.append(Emulated(source, name, macros))
+        return made[-1]
+
+    properties = SimpleNamespace(multi_processor_count=PROCESSORS, shared_memory_per_block_optin=232_448, major=9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(nvrtc, "compile_kernel", compile_kernel)
+    monkeypatch.setattr(dispatch, "tf32", lambda _: True)
+    caches = few_steps._warps, few_steps._tiles, few_steps._kernel
+    for cache in caches:
+        cache.cache_clear()
+    yield made
+    for cache in caches:
+        cache.cache_clear()
+
+
+STEPS = [
+    {"features": 3, "size": 5, "batch": 4, "steps": 1, "layers": 1},
+    {"features": 9, "size": 21, "batch": 18, "steps": 4, "layers": 2, "batch_first": True},
+    {"features": 5, "size": 21, "batch": 17, "steps": 2, "layers": 1, "given": False},
+]
+
+
+@NEEDS_COMPILER
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("cell", CELLS)
-def test_a_launch_a_layer_and_step(cell, monkeypatch):
-    few_steps._whole_step.cache_clear()
-    few_steps._kernel.cache_clear()
-    monkeypatch.setattr(
-        nvrtc, "compile_kernel", lambda _source, _name, macros, *_, **__: WholeStep(rkm._cell, (0.3, 0.8), macros)
-    )
-    for features, size, batch, steps, layers, batch_first, given in (
-        (3, 5, 4, 1, 1, False, True), (8, 4, 1, 3, 1, True, False), (3, 4, 18, 4, 3, True, True),
-        (8, 5, 2, 2, 2, False, True), (6, 6, 3, 2, 2, False, False),
-    ):  # fmt: skip
-        options = {"cell": cell, "batch_first": batch_first, "bias": batch != 2, "sigma_i2": 0.3, "sigma_f2": 0.8}
-        rkm = randomized(RKM(features, size, layers, **options))
-        exact = RKM(features, size, layers, **options, backend="reference")
-        exact.load_state_dict(rkm.state_dict())
-        x = torch.randn(*((batch, steps) if batch_first else (steps, batch)), features)
-        state = rkm.initial_state(batch).map(torch.randn_like) if given else None
-        with torch.no_grad():
-            all_weights = [layer_weights(rkm, layer) for layer in range(layers)]
-            found = few_steps._by_kernel(rkm._cell, x, all_weights, *(state or (None, None)), batch_first)
-            output, after = exact(x, state)
-        for name, a, b in zip(("output", "h", "c"), found, (output, *after), strict=True):
-            assert_close(a, b, f"{name} of {features, size, batch, steps, layers}")
-    few_steps._whole_step.cache_clear()
-    few_steps._kernel.cache_clear()
+@pytest.mark.parametrize(
+    ("cell", "way"),
+    [*((cell, "_by_warps") for cell in CELLS), *((cell, "_by_tiles") for cell in ("lstm", "rkm_cifg", "ran", "cnn"))],
+)
+def test_a_launch_a_layer_and_step(cell, way, kernels):
+    for each in STEPS:
+        check_steps(cell, way, **each)
+    assert {kernel.name for kernel in kernels} == {f"step{way}"}
+    assert sum(len(kernel.blocks) for kernel in kernels) == sum(each["layers"] * each["steps"] for each in STEPS)
+
+
+def check_steps(cell, way, features, size, batch, steps, layers, batch_first=False, given=True):
+    """Compare a way's outputs and states with those of the reference."""
+    options = {"cell": cell, "batch_first": batch_first, "bias": batch != 2, "sigma_i2": 0.3, "sigma_f2": 0.8}
+    rkm = randomized(RKM(features, size, layers, **options))
+    exact = RKM(features, size, layers, **options, backend="reference")
+    exact.load_state_dict(rkm.state_dict())
+    x = torch.randn(*((batch, steps) if batch_first else (steps, batch)), features)
+    state = rkm.initial_state(batch).map(torch.randn_like) if given else None
+    with torch.no_grad():
+        all_weights = [layer_weights(rkm, layer) for layer in range(layers)]
+        found = getattr(few_steps, way)(rkm._cell, x, all_weights, *(state or (None, None)), batch_first)
+        output, after = exact(x, state)
+    for name, a, b in zip(("output", "h", "c"), found, (output, *after), strict=True):
+        assert_close(a, b, f"{name} of {features, size, batch, steps, layers}")
+
+
+@NEEDS_COMPILER
+@pytest.mark.usefixtures("poisoned")
+def test_alignments_and_rows(kernels):
+    """Words are read one, two or four at a time; warps take 1 to 16 rows, and tiles 8 or more."""
+    for way, (size, batch) in itertools.product(("_by_warps", "_by_tiles"), ((9, 1), (10, 3), (12, 17), (8, 70))):
+        check_steps("rkm_lstm", way, size, size, batch, 3, 1)
+    seen = {(kernel.name[8:], key, kernel.macros[key]) for kernel in kernels for key in kernel.macros}
+    assert {("warps", "WIDTH", width) for width in (1, 2, 4)} <= seen
+    assert {("tiles", "WORDS", width) for width in (1, 2, 4)} <= seen
+    assert {("warps", "ROWS", rows) for rows in (1, 4, 16)} <= seen
+    assert {("tiles", "ROWS", rows) for rows in (8, 32, 64)} <= seen
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize(
+    ("what", "change"),
+    [
+        ("float32 is not rounded", {"tf32": False}),
+        ("more sums than registers", {"size": 40}), ("too little shared memory", {"shared": 1000}),
+        ("no such tensor cores", {"major": 7}), ("rows of 2 bytes", {"aligned": 2}),
+    ],
+)  # fmt: skip
+def test_what_tiles_do_not_take_goes_another_way(what, change, kernels, monkeypatch):
+    gpu, real = torch.cuda.get_device_properties(0), few_steps._tiles
+    gpu.shared_memory_per_block_optin = change.get("shared", gpu.shared_memory_per_block_optin)
+    gpu.major = change.get("major", gpu.major)
+    monkeypatch.setattr(dispatch, "tf32", lambda _: change.get("tf32", True))
+    monkeypatch.setattr(few_steps, "_tiles", lambda *a: real(*a[:6], change.get("aligned", a[6]), *a[7:]))
+    monkeypatch.setattr(few_steps, "_step_by_products", few_steps._step_by_operators)
+    check_steps("rkm_lstm", "_by_tiles", 4, change.get("size", 8), 3, change.get("steps", 3), 1)
+    assert not kernels, what
 
 
 def test_who_takes_which_steps(monkeypatch):
@@ -91,18 +126,22 @@ def test_who_takes_which_steps(monkeypatch):
     cell, way_for = resolve_cell("rkm_lstm"), few_steps.way_for.__wrapped__
     float32, float16, float64 = torch.float32, torch.float16, torch.float64
     for shape, batch_first, size, dtype, norm, wanted in (
-        ((1, 8, 64), False, 64, float32, False, few_steps._by_kernel),
-        ((8, 8, 64), False, 64, float16, False, few_steps._by_kernel),
-        ((8, 4, 64), True, 64, float32, False, few_steps._by_kernel),
+        ((1, 8, 64), False, 64, float32, False, few_steps._by_warps),
+        ((8, 8, 64), False, 64, float16, False, few_steps._by_warps),
+        ((8, 4, 64), True, 64, float32, False, few_steps._by_warps),
         ((9, 8, 64), False, 64, float32, False, few_steps._by_backend),
         ((0, 8, 64), False, 64, float32, False, None),
         ((1, 0, 64), False, 64, float32, False, None),
-        ((1, 64, 512), False, 512, float32, False, few_steps._by_kernel),
-        ((1, 64, 1150), False, 1150, float32, False, few_steps._by_products),
-        ((1, 40_000, 4), False, 4, float32, False, few_steps._by_kernel),
+        ((1, 64, 512), False, 512, float32, False, few_steps._by_warps),
+        ((1, 64, 1150), False, 1150, float32, False, few_steps._by_tiles),
+        ((1, 40_000, 4), False, 4, float32, False, few_steps._by_warps),
         ((1, 160_000, 4), False, 4, float32, False, few_steps._by_products),
-        ((3, 64, 1150), False, 1150, float32, False, few_steps._by_products),
-        ((4, 64, 1150), False, 1150, float32, False, few_steps._by_backend),
+        ((1, 256, 1150), False, 1150, float32, False, few_steps._by_tiles),
+        ((1, 257, 1150), False, 1150, float32, False, few_steps._by_products),
+        ((3, 96, 1150), False, 1150, float32, False, few_steps._by_products),
+        ((4, 64, 1150), False, 1150, float32, False, few_steps._by_tiles),
+        ((4, 72, 1150), False, 1150, float32, False, few_steps._by_backend),
+        ((5, 48, 1150), False, 1150, float32, False, few_steps._by_backend),
         ((1, 8, 64), False, 64, float64, False, few_steps._by_operators),
         ((2, 8, 64), False, 64, float64, False, None),
         ((1, 8, 64), False, 64, float32, True, few_steps._by_operators),

@@ -1,12 +1,13 @@
 """A CUDA kernel that needs no GPU: compiled as C++, its threads take turns on one processor.
 
-Threads of a block are contexts (``ucontext.h``). Each runs up to its next barrier or shuffle, then the next one runs.
-Blocks run one after another. This is for kernels in float32 whose blocks do not wait for each other, and whose threads
-all pass the same barriers and shuffles.
+Threads of a block are contexts (``ucontext.h``). Each runs until it waits at a barrier, a shuffle or a product on the
+tensor cores; then the next one runs. Blocks run one after another. This is for kernels in float32 whose blocks do not
+wait for each other.
 """
 
 import ctypes
 import functools
+import re
 import shutil
 import subprocess
 import tempfile
@@ -20,9 +21,11 @@ from fairseq_rkm.ops.compilation import nvrtc
 NEEDS_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to compile the kernel")
 
 BEFORE = r"""
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <ucontext.h>
 #include <utility>
 #include <vector>
@@ -33,58 +36,86 @@ BEFORE = r"""
 #define __restrict__ __restrict
 #define __launch_bounds__(...)
 struct Index { unsigned x; };
-static Index threadIdx, blockIdx;
+static Index threadIdx, blockIdx, blockDim;
 struct alignas(16) float4 { float x, y, z, w; };
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 #define __expf expf
+using std::min;
+static unsigned __float_as_uint(float x) { unsigned y; memcpy(&y, &x, 4); return y; }
+static float __uint_as_float(unsigned x) { float y; memcpy(&y, &x, 4); return y; }
 static ucontext_t scheduler;
 static std::vector<ucontext_t> threads;
-static std::vector<float> shuffled;
-static void wait_for_all() {
+static void take_turns() {
     const unsigned me = threadIdx.x;
     swapcontext(&threads[me], &scheduler);
     threadIdx.x = me;
 }
-static void __syncthreads() { wait_for_all(); }
+struct Barrier {
+    unsigned arrived = 0, turn = 0;
+    void wait(unsigned count) {
+        const unsigned mine = turn;
+        if (++arrived == count) arrived = 0, ++turn;
+        while (turn == mine) take_turns();
+    }
+};
+static Barrier of_block;
+static std::vector<Barrier> of_warps;
+static std::vector<float> shuffled;
+static void __syncthreads() { of_block.wait(blockDim.x); }
+static void wait_for_warp() { of_warps[threadIdx.x / 32].wait(32); }
 static float shuffle(float value, unsigned from) {
     shuffled[threadIdx.x] = value;
-    wait_for_all();
+    wait_for_warp();
     const float result = shuffled[from];
-    wait_for_all();
+    wait_for_warp();
     return result;
 }
 static float __shfl_sync(unsigned, float value, int lane, int width) {
     return shuffle(value, threadIdx.x / width * width + lane);
 }
 static float __shfl_xor_sync(unsigned, float value, int lanes) { return shuffle(value, threadIdx.x ^ lanes); }
+static std::vector<unsigned> factors;  // of a product on the tensor cores, six of each lane
+static void product_m16n8k8(float* sums, const unsigned (&mine)[6]) {
+    std::copy(mine, mine + 6, &factors[6 * threadIdx.x]);
+    wait_for_warp();
+    const unsigned lane = threadIdx.x % 32, *all = &factors[6 * (threadIdx.x - lane)];
+    for (unsigned i = 0; i < 4; ++i) {
+        const unsigned row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        for (unsigned k = 0; k < 8; ++k)
+            sums[i] += __uint_as_float(all[6 * (row % 8 * 4 + k % 4) + row / 8 + k / 4 * 2]) *
+                       __uint_as_float(all[6 * (column * 4 + k % 4) + 4 + k / 4]);
+    }
+    wait_for_warp();
+}
 """
 BEHIND = r"""
 float4 room[1 << 14];
 static const uint64_t* arguments;
-static unsigned finished;
+static unsigned running;
 template <typename... A, size_t... I>
 static void call(void (*kernel)(A...), std::index_sequence<I...>) { kernel((A)arguments[I]...); }
 template <typename... A>
 static void call(void (*kernel)(A...)) { call(kernel, std::index_sequence_for<A...>()); }
 static void run() {
     call(KERNEL);
-    ++finished;
+    --running;
+    while (true) take_turns();
 }
 extern "C" void launch(unsigned blocks, unsigned count, const uint64_t* given) {
     arguments = given;
-    threads.resize(count);
-    shuffled.resize(count);
+    blockDim.x = count;
+    threads.resize(count), shuffled.resize(count), factors.resize(6 * count);
     std::vector<char> stacks(size_t(count) << 16);
     for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
+        of_block = {}, of_warps.assign((count + 31) / 32, {});
         for (float4& value : room) value = {NAN, NAN, NAN, NAN};
         for (unsigned i = 0; i < count; ++i) {
             getcontext(&threads[i]);
             threads[i].uc_stack.ss_sp = &stacks[size_t(i) << 16];
             threads[i].uc_stack.ss_size = 1 << 16;
-            threads[i].uc_link = &scheduler;
             makecontext(&threads[i], run, 0);
         }
-        for (finished = 0; finished < count;)
+        for (running = count; running;)
             for (unsigned i = 0; i < count; ++i) {
                 threadIdx.x = i;
                 swapcontext(&scheduler, &threads[i]);
@@ -92,11 +123,18 @@ extern "C" void launch(unsigned blocks, unsigned count, const uint64_t* given) {
     }
 }
 """
+STAND_INS = {
+    "operand": "return x;",
+    "multiply_tile": "product_m16n8k8(c, {a0, a1, a2, a3, b0, b1});",
+}
+"""The bodies of functions that are written in a GPU's assembler."""
 
 
 @functools.cache
 def _compiled(source: Path, name: str, macros: tuple[tuple[str, int | str], ...]) -> ctypes.CDLL:
     text = source.read_text().replace(nvrtc.INCLUDE.decode(), nvrtc.HEADER.read_text())
+    for function, body in STAND_INS.items():
+        text = re.sub(rf"(inline__ \w+ {function}\([^)]*\) \{{\n).*?\n\}}\n", rf"\1{body}\n}}\n", text, flags=re.DOTALL)
     folder = Path(tempfile.mkdtemp())
     file, library = folder / f"{name}.cpp", folder / f"{name}.so"
     file.write_text(f"{BEFORE}\n{text}\n#define KERNEL {name}\n{BEHIND}")
