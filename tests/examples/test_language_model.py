@@ -66,7 +66,7 @@ def test_each_configuration_names_its_command_and_its_preset(name):
     assert cfg["model"]["_name"] == f"rkm_lm_{name}"
     assert cfg["task"]["variable_bptt"]
     assert cfg["criterion"]["_name"] == "cross_entropy_ar_tar"
-    if name.endswith("_fast"):
+    if name.endswith(("_fast", "_best")):
         assert cfg["lr_scheduler"]["warmup_updates"] == cfg["optimization"]["max_update"] / 10
 
 

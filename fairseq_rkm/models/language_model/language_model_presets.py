@@ -87,6 +87,14 @@ class PTBFastConfig(PTBConfig):
 
 
 @dataclass
+class PTBBestConfig(PTBFastConfig):
+    """Penn Treebank for AdamW in one cycle of 349 epochs and with past decode, for which those would be too weak."""
+
+    dropout_hidden: float = 0.35
+    dropout_input: float = 0.5
+
+
+@dataclass
 class WikiText2FastConfig(WikiText2Config):
     """WikiText-2 for AdamW in one cycle of 156 epochs; with the dropouts above it would underfit."""
 
@@ -147,6 +155,11 @@ class WikiText103LanguageModel(Preset):
 @register_model("rkm_lm_ptb_fast", dataclass=PTBFastConfig)
 class PTBFastLanguageModel(Preset):
     """``--arch rkm_lm_ptb_fast``."""
+
+
+@register_model("rkm_lm_ptb_best", dataclass=PTBBestConfig)
+class PTBBestLanguageModel(Preset):
+    """``--arch rkm_lm_ptb_best``."""
 
 
 @register_model("rkm_lm_wikitext2_fast", dataclass=WikiText2FastConfig)
