@@ -137,7 +137,9 @@ def _read_older(content: np.ndarray) -> Index:
     if len(content) != 48 + 8 * (3 * count + 2):
         raise ValueError
     dims, starts, sizes = np.split(np.frombuffer(content, "<i8", 3 * count + 2, 48), [count + 1, 2 * count + 2])
-    if not np.array_equal(dims, np.arange(count + 1)) or starts[-1] != sizes.sum():
+    # Numbers beyond the whole could overflow to what fits.
+    fits = all(((part >= 0) & (part <= starts[-1])).all() for part in (starts, sizes))
+    if not fits or not np.array_equal(dims, np.arange(count + 1)) or starts[-1] != sizes.sum():
         raise ValueError
     return Index(dtype, sizes, starts[:-1] * width, 1)
 

@@ -111,6 +111,16 @@ DAMAGED = [
 """What was tried by hand: the file, what is made of it (None: it is deleted), and what is said."""
 
 
+@pytest.mark.parametrize("at", [88, 128])
+def test_numbers_that_overflow_to_the_right_ones_are_damage(tmp_path, at):
+    """A first place, or a first length, of 2^62 more: times 4 bytes, it would be as before."""
+    content = bytearray(write(tmp_path / "train", "cached")["idx"])
+    content[at + 7] ^= 1 << 6
+    (tmp_path / "train.idx").write_bytes(content)
+    with pytest.raises(RKMError, match="its header does not fit"):
+        load(tmp_path / "train")
+
+
 @pytest.mark.parametrize(("end", "damage", "message"), DAMAGED)
 def test_kinds_of_damage(tmp_path, end, damage, message):
     content = damage(write(tmp_path / "train", "mmap")[end])
