@@ -137,7 +137,7 @@ def _read_older(content: np.ndarray) -> Index:
     if len(content) != 48 + 8 * (3 * count + 2):
         raise ValueError
     dims, starts, sizes = np.split(np.frombuffer(content, "<i8", 3 * count + 2, 48), [count + 1, 2 * count + 2])
-    # Numbers beyond the whole could overflow to what fits.
+    # Multiplied and added up, numbers beyond the whole could overflow and seem to fit.
     fits = all(((part >= 0) & (part <= starts[-1])).all() for part in (starts, sizes))
     if not fits or not np.array_equal(dims, np.arange(count + 1)) or starts[-1] != sizes.sum():
         raise ValueError

@@ -149,7 +149,7 @@ def heat_maps(rows: list[Row], path: Path) -> None:
     machines = sorted({f"{row['hardware']}, torch {row['torch']}, commit {row['commit']}" for row in rows})
     figure.suptitle("\n".join(["times nn.LSTM's speed, forward and backward", *machines]), fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=90, pil_kwargs={"optimize": True})
     plt.close(figure)
 
 

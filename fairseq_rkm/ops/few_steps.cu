@@ -49,7 +49,7 @@ extern "C" __global__ void pointwise_step(
     output[i] = hidden[i] = narrow(output_of(a, c));
 }
 
-// What a step leaves.
+// The results of a step.
 struct Results {
     const float* before;
     Stored *output, *hidden;
@@ -158,13 +158,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) step_by_warps(CALL_ARGUMEN
 #define PAIRS (WORDS == 4 ? 2 : 1)           // of 4-byte words that a lane gets of a row at a time, each for one product
 #define CHUNK (8 * PAIRS)                    // words of a row that a warp multiplies at a time
 #define PITCH (M_TILES * 16 + 4)             // from row to row of the sums: lanes meet in no bank
-#if ELEMENT == 4
-#define MMA "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32"
-#elif BF16
-#define MMA "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
-#else
-#define MMA "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
-#endif
 
 extern __shared__ float4 room[];  // the warps' sums, [WARPS][ROWS][PITCH]
 
@@ -179,12 +172,6 @@ __device__ __forceinline__ u32 operand(u32 x) {
 #endif
 }
 
-__device__ __forceinline__ void multiply_tile(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm(MMA " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
 struct alignas(WORDS * 4) Words {
     u32 at[WORDS];
 };
@@ -196,9 +183,7 @@ struct Pairs {
     __device__ __forceinline__ void read(const u32* row, int k, int depth) {
 #pragma unroll
         for (int i = 0; i < 2 * PAIRS; i += WORDS) {
-            Words words;
-#pragma unroll
-            for (int w = 0; w < WORDS; ++w) words.at[w] = 0;
+            Words words = {};
             if (row != nullptr && k + 4 * i < depth) words = *reinterpret_cast<const Words*>(row + k + 4 * i);
 #pragma unroll
             for (int w = 0; w < WORDS; ++w) at[i + w] = operand(words.at[w]);
@@ -206,7 +191,7 @@ struct Pairs {
     }
 };
 
-// What a lane multiplies at a time.
+// A lane's share of both factors, for one product of each tile.
 struct Operands {
     Pairs weights[M_TILES][2], values[N_TILES];
     __device__ __forceinline__ void read(const u32* const (&matrix)[M_TILES][2], const u32* const (&rows)[N_TILES],
@@ -269,13 +254,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) step_by_tiles(CALL_ARGU
     float* shares = reinterpret_cast<float*>(room);
     for (int start = 0; start < batch; start += ROWS) {
         const int count = min(ROWS, batch - start);
-        float sums[M_TILES][N_TILES][4];
-#pragma unroll
-        for (int m = 0; m < M_TILES; ++m)
-#pragma unroll
-            for (int n = 0; n < N_TILES; ++n)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) sums[m][n][i] = 0.f;
+        float sums[M_TILES][N_TILES][4] = {};
         multiply_tiles<0, GATES>(sums, x + (long long)start * x_row, x_row, input, size, first, features, count);
 #if RECURRENT
         if (h != nullptr)

@@ -1,9 +1,9 @@
-"""A few steps without gradients, with little work for the host: where they are short, the host is what takes time.
+"""A few steps without gradients, with little work for the host: short ones take more of its time than of the GPU's.
 
 On GPUs a launch takes a whole step, products included (``few_steps.cu``): by warps, as long as this is not slower than
 cuBLAS and one more kernel, and beyond by tiles of the tensor cores. More steps go straight to the backend that
-``"auto"`` takes. On CPUs C takes all steps, beside one or two of PyTorch's
-products. PyTorch's operators take one step of what is left.
+``"auto"`` takes. On CPUs C takes all steps, beside one or two of PyTorch's products. All other single steps go through
+PyTorch's operators.
 """
 
 import functools
@@ -36,13 +36,13 @@ MOST_STEPS_BY_TILES, MOST_PRODUCTS_BY_TILES = 4, 3_000_000_000
 """As before. On an H200 a step of d = 1150 and B = 64 takes 45 us in TF32 and 26 in bf16, of B = 128 80 and 46; with
 more products backends take less time, whatever the host's."""
 MOST_TILED_BATCH, MOST_TILE_ROWS, MOST_TILE_WEIGHTS = 256, 64, 48
-"""The most rows of the batch by tiles, those that a block takes at a time, and its rows of weights: sums are in
-registers."""
+"""By tiles: the most rows of the batch, and of a block the most rows of the batch at a time and of weights. Their sums
+are in registers."""
 READ_AT_ONCE = 128
 """The numbers that a warp reads at once, of float32."""
 FLOATS = torch.float64, torch.float32, torch.float16, torch.bfloat16
 BLOCK_THREADS, TILE_THREADS, WARP = 128, 256, 32
-"""The threads of a block, by warps and by tiles, and those of a warp."""
+"""The threads of a block by warps, of a block by tiles, and of a warp."""
 MOST_ROWS = 16
 """The most rows of a warp: more sums do not fit in its registers."""
 

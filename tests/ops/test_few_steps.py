@@ -1,4 +1,4 @@
-"""A few steps without gradients: the kernels of a step, run without a GPU, and who takes which steps."""
+"""A few steps without gradients: the kernels of a step, run without a GPU, and the ways of all problems."""
 
 import itertools
 from types import SimpleNamespace
@@ -73,7 +73,7 @@ def test_a_launch_a_layer_and_step(cell, way, kernels):
 
 
 def check_steps(cell, way, features, size, batch, steps, layers, batch_first=False, given=True):
-    """Compare a way's outputs and states with those of the reference."""
+    """Compare a way's outputs and states with the reference's."""
     options = {"cell": cell, "batch_first": batch_first, "bias": batch != 2, "sigma_i2": 0.3, "sigma_f2": 0.8}
     rkm = randomized(RKM(features, size, layers, **options))
     exact = RKM(features, size, layers, **options, backend="reference")
@@ -94,6 +94,8 @@ def test_alignments_and_rows(kernels):
     """Words are read one, two or four at a time; warps take 1 to 16 rows, and tiles 8 or more."""
     for way, (size, batch) in itertools.product(("_by_warps", "_by_tiles"), ((9, 1), (10, 3), (12, 17), (8, 70))):
         check_steps("rkm_lstm", way, size, size, batch, 3, 1)
+    for way in ("_by_warps", "_by_tiles"):  # more than all warps, or lanes, read at a time
+        check_steps("rkm_lstm", way, 150, 12, 5, 2, 1)
     seen = {(kernel.name[8:], key, kernel.macros[key]) for kernel in kernels for key in kernel.macros}
     assert {("warps", "WIDTH", width) for width in (1, 2, 4)} <= seen
     assert {("tiles", "WORDS", width) for width in (1, 2, 4)} <= seen

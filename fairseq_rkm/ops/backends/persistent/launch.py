@@ -31,10 +31,11 @@ class Ring(NamedTuple):
 
 
 FEW_FENCES, MANY_FENCES = Ring(buffers=8, marked=4), Ring(buffers=4, marked=1)
-"""The first takes 0.4 us of a step forward and backward less, but 0.2 to 0.5 us more where one group of 128 blocks
-publishes 8 bytes at a time for up to 8 rows (d = 1536 in 16 bits on an H200): their polls are in the way."""
+"""On an H200 a step forward and backward takes 0.46 us less with the first, in the median of 70 plans. It takes 0.2 to
+0.5 us more where one group of 128 blocks publishes 8 bytes at a time for up to 8 rows (d = 1536 in 16 bits)."""
 MANY_SLICES = 96
-"""The slices from which such a group has the second: no plan between was measured."""
+"""A group of so many blocks or more, with 8 bytes at a time and up to 8 rows, has the second. Of groups with 8 bytes
+at a time, none of 33 to 127 blocks was measured."""
 
 
 class States(NamedTuple):

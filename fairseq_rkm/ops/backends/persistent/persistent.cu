@@ -59,14 +59,8 @@ __device__ __forceinline__ Stored operand(float x) {
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
     return __uint_as_float(y);
 }
-#define MMA "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32"
 #else
 __device__ __forceinline__ Stored operand(float x) { return narrow(x); }
-#if BF16
-#define MMA "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
-#else
-#define MMA "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
-#endif
 #endif
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.f / (1.f + __expf(-x)); }
@@ -122,12 +116,6 @@ __device__ __forceinline__ uint4 gather_lanes(float x) {
     all.z = __shfl_down_sync(~0u, v, 2 * step);
     all.w = __shfl_down_sync(~0u, v, 3 * step);
     return all;
-}
-
-__device__ __forceinline__ void multiply(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm(MMA " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 // The weights' rows in shared memory, in steps of 16 bytes, an odd number of chunks apart: so the lanes of a tensor
@@ -222,8 +210,8 @@ __device__ __forceinline__ void product(
                 const uint4 lower = pair < HELD ? held[from_held][1] : rows[m][1][(start + d) * 4];
 #pragma unroll
                 for (int n = 0; n < TILES; ++n) {
-                    multiply(sums[m][n], upper.x, lower.x, upper.y, lower.y, b[d][n].x, b[d][n].y);
-                    multiply(sums[m][n], upper.z, lower.z, upper.w, lower.w, b[d][n].z, b[d][n].w);
+                    multiply_tile(sums[m][n], upper.x, lower.x, upper.y, lower.y, b[d][n].x, b[d][n].y);
+                    multiply_tile(sums[m][n], upper.z, lower.z, upper.w, lower.w, b[d][n].z, b[d][n].w);
                 }
             }
         }

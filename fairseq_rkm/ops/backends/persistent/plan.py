@@ -73,8 +73,8 @@ COST = {
 }  # fmt: skip
 """The microseconds of one of each part, by kernel and warps.
 
-Fitted to 480 measurements on an H100 (d 256 to 1150, B 8 to 256, 16 and 32 bits); the median error is some 6%. Steps
-are 0.4 us shorter than they were then: the mean of what fewer fences save in 70 plans on an H200.
+Fitted to 480 measurements on an H100 (d 256 to 1150, B 8 to 256, 16 and 32 bits); the median error is some 6%. Since
+then fewer fences save 0.4 us a step, 0.1 to 0.7 us in small plans on an H200; the first parts are smaller by this.
 """
 NORM_COST, NORM_TILE_COST = 0.6, 1.2
 """The microseconds that layer normalisation adds to a kernel's step, and those for each tile of 8 rows of a block.
