@@ -20,12 +20,13 @@ typedef u64 Stored;
 __device__ __forceinline__ void align(const Stored* from, uint4* to, u64 rows, u32 size) {
     if (!to) return;
     const u32 width = (size + LANE_ELEMENTS - 1) / LANE_ELEMENTS;
+    const bool whole_words = (u64(from) | size * ELEMENT) % 4 == 0;  // else rows begin within words
     for (u64 i = blockIdx.x * u64(blockDim.x) + threadIdx.x; i < rows * width; i += gridDim.x * u64(blockDim.x)) {
         const u64 row = i / width;
         const u32 column = i % width * LANE_ELEMENTS;
         const Stored* at = from + row * size + column;
         union { uint4 v; Stored e[LANE_ELEMENTS]; u32 words[4]; } packed;
-        if (size * ELEMENT % 4 == 0) {  // rows begin at whole words
+        if (whole_words) {
             for (u32 w = 0; w < 4; ++w)
                 packed.words[w] = column * ELEMENT + w * 4 < size * ELEMENT ? ((const u32*)at)[w] : 0;
         } else {
@@ -35,7 +36,7 @@ __device__ __forceinline__ void align(const Stored* from, uint4* to, u64 rows, u
     }
 }
 
-// The other way: the filling of the rows is left out.
+// The other way, to memory that begins at 16 bytes: the filling of the rows is left out.
 __device__ __forceinline__ void unalign(const uint4* from, Stored* to, u64 rows, u32 size) {
     if (!to) return;
     const u32 width = (size + LANE_ELEMENTS - 1) / LANE_ELEMENTS;

@@ -2,7 +2,7 @@
 
 Threads of a block are contexts (``ucontext.h``). Each runs until it waits at a barrier, a shuffle or a product on the
 tensor cores; then the next one runs. Blocks run one after another. This is for kernels in float32 whose blocks do not
-wait for each other.
+wait for each other. A GPU refuses reads and writes at addresses that are no multiple of their size; so do these.
 """
 
 import ctypes
@@ -36,8 +36,11 @@ BEFORE = r"""
 #define __restrict__ __restrict
 #define __launch_bounds__(...)
 struct Index { unsigned x; };
-static Index threadIdx, blockIdx, blockDim;
+static Index threadIdx, blockIdx, blockDim, gridDim;
 struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+static unsigned misaligned;
+extern "C" void __ubsan_handle_type_mismatch_v1(void*, void*) { ++misaligned; }  // -fsanitize=alignment calls it
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 #define __expf expf
 using std::min;
@@ -101,9 +104,10 @@ static void run() {
     --running;
     while (true) take_turns();
 }
-extern "C" void launch(unsigned blocks, unsigned count, const uint64_t* given) {
-    arguments = given;
-    blockDim.x = count;
+// The number of reads and writes that a GPU would refuse.
+extern "C" unsigned launch(unsigned blocks, unsigned count, const uint64_t* given) {
+    arguments = given, misaligned = 0;
+    blockDim.x = count, gridDim.x = blocks;
     threads.resize(count), shuffled.resize(count), factors.resize(6 * count);
     std::vector<char> stacks(size_t(count) << 16);
     for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
@@ -121,6 +125,7 @@ extern "C" void launch(unsigned blocks, unsigned count, const uint64_t* given) {
                 swapcontext(&scheduler, &threads[i]);
             }
     }
+    return misaligned;
 }
 """
 STAND_INS = {
@@ -136,11 +141,12 @@ def _compiled(source: Path, name: str, macros: tuple[tuple[str, int | str], ...]
     for function, body in STAND_INS.items():
         text = re.sub(rf"(inline__ \w+ {function}\([^)]*\) \{{\n).*?\n\}}\n", rf"\1{body}\n}}\n", text, flags=re.DOTALL)
     folder = Path(tempfile.mkdtemp())
-    file, library = folder / f"{name}.cpp", folder / f"{name}.so"
+    file, part, library = (folder / f"{name}.{ending}" for ending in ("cpp", "o", "so"))
     file.write_text(f"{BEFORE}\n{text}\n#define KERNEL {name}\n{BEHIND}")
     options = [f"-D{key}={value}" for key, value in macros]
-    command = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", *options, "-o", str(library), str(file)]
-    subprocess.run(command, check=True)
+    checked = ["-fsanitize=alignment", "-std=c++17", "-O1", "-w", "-fPIC", *options]
+    subprocess.run(["g++", *checked, "-c", "-o", str(part), str(file)], check=True)
+    subprocess.run(["g++", "-shared", "-o", str(library), str(part)], check=True)
     loaded = ctypes.CDLL(str(library))
     shutil.rmtree(folder)
     return loaded
@@ -163,5 +169,6 @@ class EmulatedKernel:
         for tensor in arguments:
             assert not isinstance(tensor, torch.Tensor) or tensor.is_contiguous()
         values = [0 if a is None else a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
-        self._library.launch(blocks, threads, (ctypes.c_uint64 * len(values))(*values))
+        misaligned = self._library.launch(blocks, threads, (ctypes.c_uint64 * len(values))(*values))
+        assert not misaligned, f"{self.name} reads or writes at {misaligned} misaligned addresses"
         self.blocks.append(blocks)
