@@ -90,6 +90,11 @@ class RKMState(tuple[Tensor, Tensor]):
         return self.map(lambda tensor: tensor.index_select(1, rows))
 
 
+def state_tensors(states: list[RKMState]) -> list[Tensor]:
+    """Return all tensors of a stack's state, layer by layer."""
+    return [tensor for state in states for tensor in state.tensors()]
+
+
 def _children(state: RKMState) -> tuple[list[Any], None]:
     return [*state] if state.context is None else [*state, state.context], None
 

@@ -28,6 +28,7 @@ from fairseq_rkm.graphs.recording import (
 )
 from fairseq_rkm.models.language_model.carried_state import CarriedState
 from fairseq_rkm.modules import RKMState
+from fairseq_rkm.modules.state import state_tensors
 from fairseq_rkm.optim.gradient_buckets import buckets_of
 
 MOST_LENGTHS = 1000
@@ -203,8 +204,3 @@ def _sample_tensors(sample: dict) -> list[Tensor]:
     found: list[Tensor] = []
     utils.apply_to_sample(found.append, sample)
     return found
-
-
-def state_tensors(states: list[RKMState]) -> list[Tensor]:
-    """Return all tensors of a stack's state, layer by layer."""
-    return [tensor for state in states for tensor in state.tensors()]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fairseq_rkm.errors import RKMError
 from fairseq_rkm.modules import RKMState
-from fairseq_rkm.tasks.graphed_steps import state_tensors
+from fairseq_rkm.modules.state import state_tensors
 
 
 def flatten(states: list[RKMState]) -> Tensor:

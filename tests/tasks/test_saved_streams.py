@@ -12,8 +12,8 @@ from fairseq_rkm import RKMError
 from fairseq_rkm.data.token_stream import TokenStream
 from fairseq_rkm.models.language_model.language_model_decoder import RKMLanguageModelDecoder
 from fairseq_rkm.models.language_model.rkm_language_model import RKMLanguageModelConfig
+from fairseq_rkm.modules.state import state_tensors
 from fairseq_rkm.tasks import saved_streams
-from fairseq_rkm.tasks.graphed_steps import state_tensors
 from fairseq_rkm.tasks.stateful_language_modeling import StatefulLanguageModelingConfig, StatefulLanguageModelingTask
 
 STREAMS, STEPS = 12, 3
