@@ -5,7 +5,7 @@ form that divides gradients by their root mean squares on the training text, and
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ class DynamicEvaluation:
         >>> dynamic.measure(training_losses())  # one after the other
         >>> for loss in losses():  # of the text's segments, each with the weights as they are then
         ...     dynamic.learn(loss)
+        >>> dynamic.check()  # before any number is used
         >>> dynamic.forget()
     """
 
@@ -45,13 +46,16 @@ class DynamicEvaluation:
                 raise RKMError(f"{flag} must be 0 or more, not {value}")
         if not 0 < epsilon < math.inf:
             raise RKMError(f"--dynamic-epsilon must be above 0, not {epsilon}")
-        self.weights = [weight for weight in weights if weight.requires_grad]
+        self.weights: list[Tensor] = [weight for weight in weights if weight.requires_grad]
         if any(weight.dtype.itemsize < 4 for weight in self.weights):
             raise RKMError("--dynamic-eval changes weights by little, and needs them in float32: leave out --fp16")
         self.trained = [weight.detach().clone() for weight in self.weights]
         self.learning_rate, self.decay, self.epsilon = learning_rate, decay, epsilon
+        self.squares: list[Tensor] = []
         self.rates: list[Tensor] = []
         self.pulls: list[Tensor] = []
+        # On the device: learning does not wait for it.
+        self.worst = torch.full((), -math.inf, device=self.weights[0].device if self.weights else None)
 
     def measure(self, losses: Iterable[Tensor]) -> None:
         """Find the root mean squares of gradients, by which :meth:`learn` divides.
@@ -62,13 +66,32 @@ class DynamicEvaluation:
         Raises:
             RKMError: no loss depends on a weight.
         """
-        squares, count = [torch.zeros_like(weight) for weight in self.weights], 0
+        count = 0
         for loss in losses:
-            for square, gradient in zip(squares, self._gradients(loss), strict=True):
-                square.addcmul_(gradient, gradient)
+            self.add_squares(loss)
             count += 1
-        roots = [square.div_(max(count, 1)).sqrt_() for square in squares]
-        mean = sum(float(root.sum()) for root in roots) / sum(root.numel() for root in roots)
+        self.use_squares(count)
+
+    def add_squares(self, loss: Tensor) -> None:
+        """Add the squares of one segment's gradients, for :meth:`use_squares`."""
+        if not self.squares:
+            self.squares = [torch.zeros_like(weight) for weight in self.weights]
+        gradients = self._gradients(loss)
+        with torch.no_grad():
+            add_products(self.squares, gradients, gradients)
+
+    def use_squares(self, count: int) -> None:
+        """Divide by root mean squares from now on.
+
+        Args:
+            count: the number of segments whose squares were added.
+
+        Raises:
+            RKMError: the gradients are zero or not finite.
+        """
+        squares, self.squares = self.squares, []
+        roots = [square.div_(count).sqrt_() for square in squares]
+        mean = sum(float(root.sum()) for root in roots) / max(1, sum(root.numel() for root in roots))
         if not 0 < mean < math.inf:
             raise RKMError("--dynamic-eval finds no finite gradient on the training text: is the model trained?")
         self.rates = [self.learning_rate / (root + self.epsilon) for root in roots]
@@ -77,25 +100,42 @@ class DynamicEvaluation:
     def learn(self, loss: Tensor) -> None:
         """Change the weights by the gradient of a segment's loss, ``()``.
 
-        Raises:
-            RKMError: the loss shows that learning has diverged.
+        It does not wait for a GPU, and can be recorded as a CUDA graph. :meth:`check` tells whether learning diverged.
         """
-        if not loss.item() < DIVERGED:
-            raise RKMError(
-                "dynamic evaluation has diverged: lower --dynamic-lr, or raise --dynamic-epsilon or --dynamic-decay"
-            )
         gradients = self._gradients(loss)
         with torch.no_grad():
-            for weight, trained, gradient, rate, pull in zip(
-                self.weights, self.trained, gradients, self.rates, self.pulls, strict=True
-            ):
-                weight.lerp_(trained, pull).addcmul_(gradient, rate, value=-1)
+            torch.maximum(self.worst, loss.detach(), out=self.worst)  # of NaN and a number it is NaN
+            torch._foreach_lerp_(self.weights, self.trained, self.pulls)
+            add_products(self.weights, gradients, self.rates, -1)
+
+    def check(self) -> None:
+        """Wait for the device, and look at all losses since the trained weights.
+
+        Raises:
+            RKMError: one of them shows that learning has diverged.
+        """
+        if self.worst.item() < DIVERGED:
+            return
+        raise RKMError(
+            "dynamic evaluation has diverged: lower --dynamic-lr, or raise --dynamic-epsilon or --dynamic-decay"
+        )
 
     def forget(self) -> None:
         """Give the model its trained weights back."""
+        self.worst.fill_(-math.inf)
         with torch.no_grad():
-            for weight, trained in zip(self.weights, self.trained, strict=True):
-                weight.copy_(trained)
+            torch._foreach_copy_(self.weights, self.trained)
 
     def _gradients(self, loss: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(loss, self.weights, allow_unused=True, materialize_grads=True)
+
+
+def add_products(targets: Sequence[Tensor], ones: Sequence[Tensor], others: Sequence[Tensor], value: float = 1) -> None:
+    """Add ``value * one * other`` to each target, for the contiguous ones with one launch."""
+    groups: dict[bool, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    for row in zip(targets, ones, others, strict=True):
+        # With one tensor that is not contiguous, PyTorch would take all one by one.
+        groups.setdefault(all(tensor.is_contiguous() for tensor in row), []).append(row)
+    for group in groups.values():
+        into, first, second = ([row[place] for row in group] for place in range(3))
+        torch._foreach_addcmul_(into, first, second, value=value)

@@ -67,6 +67,7 @@ def test_it_is_the_paper_s_loop(seed, rate, decay):
         for words in text:
             losses.append(loss(model, words))
             dynamic.learn(losses[-1])
+            dynamic.check()
     torch.testing.assert_close(torch.stack(losses).tolist(), expected[: len(losses)], rtol=1e-5, atol=1e-6)
     assert diverges or len(losses) == len(expected)
     for name, value in () if diverges else other.state_dict().items():
@@ -95,6 +96,12 @@ def test_training_text_without_gradients_and_diverged_learning_are_told():
     dynamic = DynamicEvaluation(model.parameters(), 0.1, 0.1, EPSILON)
     with pytest.raises(RKMError, match="no finite gradient on the training text"):
         dynamic.measure(0 * loss(model, words) for words in torch.zeros(2, 5, dtype=torch.long))
+    dynamic.measure(loss(model, words) for words in torch.arange(10).remainder(5).view(2, 5))
     for factor in (1000, math.inf, math.nan):
-        with pytest.raises(RKMError, match="has diverged: lower --dynamic-lr"):
-            dynamic.learn(loss(model, torch.zeros(2, dtype=torch.long)) * factor)
+        for times in (1, factor, 1):
+            dynamic.learn(loss(model, torch.zeros(2, dtype=torch.long)).detach().requires_grad_() * times)
+        for _ in range(2):
+            with pytest.raises(RKMError, match="has diverged: lower --dynamic-lr"):
+                dynamic.check()
+        dynamic.forget()
+        dynamic.check()

@@ -54,6 +54,7 @@ class StreamLearner:
             with torch.enable_grad():
                 loss = self._loss(logits, torch.cat([before[:, 1:], tokens[:, :1]], 1))
             self.dynamic.learn(loss)
+            self.dynamic.check()
         self.scored = None
 
     def scores(self, segment: int, tokens: Tensor, logits: Tensor) -> Tensor:
