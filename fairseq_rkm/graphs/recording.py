@@ -1,7 +1,7 @@
 """CUDA graphs: a function's launches are recorded once and then replayed with one launch, to spare the host.
 
-This file holds recording, replaying, the rule of when to record, and the refusals. Graphs of functions, of decoding and
-of training steps use it.
+This file holds recording, replaying, the rule of when to record, and the refusals. Graphs of functions, of decoding, of
+training steps and of dynamic evaluation use it.
 """
 
 from collections import OrderedDict

@@ -22,7 +22,7 @@ from fairseq_rkm.data.stream_order import check_overlap
 from fairseq_rkm.data.token_stream import SegmentIterator, StreamSegments, TokenStream
 from fairseq_rkm.errors import RKMError, first_line
 from fairseq_rkm.flag_ranges import flag_of
-from fairseq_rkm.models.language_model.stream_learner import StreamLearner
+from fairseq_rkm.models.language_model.stream_learner import CheckedBatches, StreamLearner
 from fairseq_rkm.modules.continuous_cache import ContinuousCache
 from fairseq_rkm.tasks import saved_streams
 from fairseq_rkm.tasks.averaged_validation import AveragedValidation
@@ -141,6 +141,7 @@ class StatefulLanguageModelingTask(AveragedValidation, GraphedSteps, LanguageMod
     def __init__(self, cfg: StatefulLanguageModelingConfig, dictionary: Dictionary, **kwargs: Any) -> None:
         super().__init__(cfg, dictionary, targets=["future"])
         self.training_state: Any = None
+        self.learner: Optional[StreamLearner] = None
         self.gathered: Optional[list[Tensor]] = None
         self.train_iterator: Optional[SegmentIterator] = None
         self.lr_scale = 1.0
@@ -198,7 +199,8 @@ class StatefulLanguageModelingTask(AveragedValidation, GraphedSteps, LanguageMod
                 raise RKMError("--dynamic-eval changes the weights as it scores a text: it is for fairseq-eval-lm")
             given = (getattr(flags, name) for name in DYNAMIC)
             rate, decay, epsilon = (d if g is None else g for g, d in zip(given, DYNAMIC.values(), strict=True))
-            decoder.use_learner(StreamLearner(decoder, (rate, decay, epsilon), self._training_segments))
+            self.learner = StreamLearner(decoder, (rate, decay, epsilon), self._training_segments)
+            decoder.use_learner(self.learner)
 
     def _training_segments(self) -> Iterable[dict]:
         """Return the segments of the training text, for the statistics of ``--dynamic-eval``.
@@ -311,7 +313,8 @@ class StatefulLanguageModelingTask(AveragedValidation, GraphedSteps, LanguageMod
             raise RKMError("--context-window is for models without carried state; leave it at 0 with this task")
         for unused in ("max_tokens", "max_positions"):
             kwargs.pop(unused, None)
-        return self.get_batch_iterator(dataset, max_sentences=batch_size, **kwargs).next_epoch_itr(shuffle=False)
+        batches = self.get_batch_iterator(dataset, max_sentences=batch_size, **kwargs).next_epoch_itr(shuffle=False)
+        return batches if self.learner is None else CheckedBatches(batches, self.learner)
 
     def inference_step(self, generator: Any, models: list, sample: dict, *args: Any, **kwargs: Any) -> Any:
         """Continue sentences, as fairseq does.

@@ -241,6 +241,20 @@ def test_dynamic_evaluation_is_refused_in_training():
     assert learner.numbers == tuple(DYNAMIC.values())
 
 
+def test_the_end_of_a_text_waits_for_what_was_learned(monkeypatch):
+    model = OmegaConf.structured(RKMLanguageModelConfig(_name="rkm_lm", criterion_name=None))
+    task, stream, looks = build(dynamic_eval=True), TokenStream(torch.arange(90) + 4, 2, "test"), []
+    learner = task.build_model(model, from_checkpoint=True).decoder.learner
+    monkeypatch.setattr(learner, "check", lambda: looks.append("now"))
+    batches = task.eval_lm_dataloader(stream, 2)
+    assert len(batches) == 3
+    given = iter(batches)
+    assert [next(given)["net_input"]["segment"] for _ in range(3)] == [0, 1, 2]
+    assert not looks
+    assert next(given, None) is None
+    assert looks == ["now"]
+
+
 def test_evaluation_flags_are_refused_for_an_adaptive_softmax():
     values = {"adaptive_softmax_cutoff": "2", "criterion_name": "adaptive_loss"}
     model = OmegaConf.structured(RKMLanguageModelConfig(_name="rkm_lm", **values))

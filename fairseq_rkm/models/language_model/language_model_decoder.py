@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Optional, cast
 
-import torch
 from fairseq.data import Dictionary
 from fairseq.models import FairseqIncrementalDecoder
 from torch import Tensor, nn
@@ -128,11 +127,7 @@ class RKMLanguageModelDecoder(FairseqIncrementalDecoder):
                 return extra["logits"][..., : self.types], extra
             logits = self.output_layer(features)
         else:
-            self.learner.begin(segment, prev_output_tokens)
-            with torch.enable_grad():
-                features, extra = self._features(prev_output_tokens, None, segment)
-                logits = self.output_layer(features)
-            logits = self.learner.scores(segment, prev_output_tokens, logits)
+            logits, features, extra = self._learned(self.learner, prev_output_tokens, segment)
         if segment is not None and not self.training:
             logits = self._evaluated(logits, features.detach(), prev_output_tokens, segment)
         return logits, extra
@@ -147,8 +142,7 @@ class RKMLanguageModelDecoder(FairseqIncrementalDecoder):
             if states is not None:
                 tokens = tokens[:, -1:]
         elif segment is not None:
-            states = self.carried[self.training].before(segment)
-            states = None if states is None else check_streams(states, tokens)
+            states = self._states_before(segment, tokens)
         # A recorded program must not depend on the values of its example.
         if segment is None and (is_recording() or tokens.eq(self.padding_idx).any()):
             mask = tokens.eq(self.padding_idx)
@@ -159,11 +153,20 @@ class RKMLanguageModelDecoder(FairseqIncrementalDecoder):
             self.set_incremental_state(incremental_state, "states", new_states)
         elif segment is not None:
             self.carried[self.training].after(segment, states, [state.detach() for state in new_states])
-        extra = {
-            "attn": None, "features": dropped, "raw_features": raw_features,
-            "reset": None if reset is None else reset.mask,
-        }  # fmt: skip
-        return dropped.transpose(0, 1).contiguous(), extra
+        return dropped.transpose(0, 1).contiguous(), extras(dropped, raw_features, reset)
+
+    def _learned(self, learner: StreamLearner, tokens: Tensor, segment: int) -> tuple[Tensor, Tensor, dict]:
+        """Learn the segment before, and return logits, features ``(B, T, d)`` and fairseq's extras of this one."""
+        reset = self.resets(tokens)
+        scored = learner.score(segment, tokens, self._states_before(segment, tokens), reset)
+        self.carried[False].after(segment, scored.entered, scored.left)
+        features = scored.features
+        return scored.logits, features.transpose(0, 1).contiguous(), extras(features, features, reset)
+
+    def _states_before(self, segment: int, tokens: Tensor) -> Optional[States]:
+        """Return the carried states that a segment starts from; None for zeros."""
+        states = self.carried[self.training].before(segment)
+        return None if states is None else check_streams(states, tokens)
 
     def use_cache(self, cache: ContinuousCache) -> None:
         """Evaluate with a continuous cache from now on; the outputs are the mixture's log probabilities.
@@ -263,6 +266,12 @@ class RKMLanguageModelDecoder(FairseqIncrementalDecoder):
     def upgrade_state_dict_named(self, state_dict: dict, name: str) -> None:
         """Refuse a checkpoint of another dictionary before reading its weights."""
         check_fingerprint(state_dict, f"{name}.", self, self.dictionary)
+
+
+def extras(features: Tensor, raw_features: Tensor, reset: Optional[Reset]) -> dict:
+    """Return what fairseq's models give beside logits (:meth:`RKMLanguageModelDecoder.forward`)."""
+    mask = None if reset is None else reset.mask
+    return {"attn": None, "features": features, "raw_features": raw_features, "reset": mask}
 
 
 def _with_start(layer: RKM, state: RKMState) -> RKMState:
