@@ -6,6 +6,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fairseq_rkm import RKMError
 from fairseq_rkm.modules.dynamic_evaluation import DIVERGED, DynamicEvaluation
@@ -74,6 +75,55 @@ def test_it_is_the_paper_s_loop(seed, rate, decay):
         torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-5, atol=1e-6)
     dynamic.forget()
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+
+
+class Names(TorchDispatchMode):
+    """Takes the names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_all_weights_take_few_operators(transposed):
+    """One for each kind of layout. No number comes to the host."""
+    torch.manual_seed(1)
+    weights = [nn.Parameter(torch.rand(3, 4)) for _ in range(6)]
+    others = [torch.rand(4, 3).t() if transposed and i % 3 == 0 else torch.rand(3, 4) for i in range(6)]
+    dynamic = DynamicEvaluation(weights, 0.1, 0.0, 1.0)
+
+    def loss():
+        """Its gradients are laid out as ``others`` are."""
+        return Given.apply(others, *weights)
+
+    dynamic.measure(loss() for _ in range(2))
+    before = [weight.detach().clone() for weight in weights]
+    given = loss()
+    with Names() as seen:
+        dynamic.learn(given)
+    assert [name for name in seen.names if "addc" in name] == ["_foreach_addcmul_"] * (1 + transposed)
+    assert [name for name in seen.names if "lerp" in name] == ["_foreach_lerp_"]
+    assert "_local_scalar_dense" not in seen.names
+    for weight, was, other in zip(weights, before, others, strict=True):
+        torch.testing.assert_close(weight.detach(), was - 0.1 * other / (other + 1))
+
+
+class Given(torch.autograd.Function):
+    """A loss with given gradients."""
+
+    @staticmethod
+    def forward(ctx, gradients, *weights):
+        ctx.gradients = gradients
+        return weights[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx, _):
+        return None, *ctx.gradients
 
 
 @pytest.mark.parametrize("value", [-0.1, math.nan, math.inf])
