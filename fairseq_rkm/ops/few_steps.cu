@@ -1,8 +1,9 @@
-// A step without gradients; few_steps.py compiles this with the cell as macros.
+// Steps without gradients; few_steps.py compiles this with the cell as macros.
 //
-// `step_by_warps` is all of it, products included: a warp takes one unit of ROWS rows of the batch. Its lanes share the
-// products' sums, and read WIDTH numbers at once. So is `step_by_tiles`: a block takes UNITS units on the tensor cores,
-// ROWS rows at a time. For larger problems cuBLAS multiplies, and `pointwise_step` follows.
+// `step_by_warps` is all of a step, products included: a warp takes one unit of ROWS rows of the batch. Its lanes share
+// the products' sums, and read WIDTH numbers at once. `steps_by_warps` is several steps of this kind: all blocks are
+// resident, and meet after each step. `step_by_tiles` is a step on the tensor cores: a block takes UNITS units, ROWS
+// rows at a time. For larger problems cuBLAS multiplies, and `pointwise_step` follows.
 
 #include "numbers.cuh"
 
@@ -81,11 +82,28 @@ struct alignas(WIDTH * ELEMENT) Vector {
     Stored at[WIDTH];
 };
 
-// Add this lane's share of the products with COUNT gates, from the gate FIRST on.
-template <int FIRST, int COUNT>
-__device__ __forceinline__ void multiply(const Stored* __restrict__ x, const int* rows,
-                                         const Stored* __restrict__ weights, int size, int depth, int lane,
-                                         float (&sums)[ROWS][GATES]) {
+// Numbers that other blocks wrote in this launch. They come from the second-level cache: the first-level cache may hold
+// older ones. volatile: the compiler leaves the read behind the meeting before it.
+__device__ __forceinline__ Vector fresh(const Stored* at) {
+    Vector read;
+    u32* word = reinterpret_cast<u32*>(&read);
+#if WIDTH * ELEMENT == 16
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3]) : "l"(at) : "memory");
+#elif WIDTH * ELEMENT == 8
+    asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(word[0]), "=r"(word[1]) : "l"(at) : "memory");
+#elif WIDTH * ELEMENT == 4
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(word[0]) : "l"(at) : "memory");
+#else
+    asm volatile("ld.relaxed.gpu.global.u16 %0, [%1];" : "=h"(read.at[0]) : "l"(at) : "memory");
+#endif
+    return read;
+}
+
+// Add this lane's share of the products with COUNT gates, from the gate FIRST on. FRESH: other blocks wrote x.
+template <int FIRST, int COUNT, bool FRESH = false>
+__device__ __forceinline__ void multiply(const Stored* x, const int* rows, const Stored* __restrict__ weights,
+                                         int size, int depth, int lane, float (&sums)[ROWS][GATES]) {
     const long long gate = (long long)size * depth;
 #pragma unroll UNROLL
     for (int k = lane * WIDTH; k < depth; k += LANES * WIDTH) {
@@ -94,7 +112,7 @@ __device__ __forceinline__ void multiply(const Stored* __restrict__ x, const int
         for (int g = 0; g < COUNT; ++g) w[g] = *reinterpret_cast<const Vector*>(weights + g * gate + k);
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
-            const Vector v = *reinterpret_cast<const Vector*>(x + rows[r] + k);
+            const Vector v = FRESH ? fresh(x + rows[r] + k) : *reinterpret_cast<const Vector*>(x + rows[r] + k);
 #pragma unroll
             for (int i = 0; i < WIDTH; ++i) {
                 const float value = widen(v.at[i]);
@@ -120,6 +138,17 @@ __device__ __forceinline__ void gather(float (&sums)[ROWS][GATES], int lane) {
     if constexpr (HALF > 1) gather<COUNT / 2, HALF / 2>(sums, lane);
 }
 
+// Finish a unit of ROWS rows: each of these has LANES / ROWS lanes with the same sums.
+__device__ __forceinline__ void finish_rows(const Results& results, float* sums, const Stored* __restrict__ bias,
+                                            int start, int unit, int batch, int lane) {
+    constexpr int lanes = LANES / ROWS;
+    const int row = start + lane / lanes;
+    if (lane % lanes || row >= batch) return;
+#pragma unroll
+    for (int g = 0; g < GATES; ++g) sums[g] += bias != nullptr ? widen(bias[g * results.size + unit]) : 0.f;
+    results.finish(row, unit, sums);
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS) step_by_warps(CALL_ARGUMENTS) {
     const Results results{before, output, hidden, memory, output_row, size};
     const int lane = threadIdx.x % LANES, tiles = (batch + ROWS - 1) / ROWS;
@@ -142,12 +171,82 @@ extern "C" __global__ void __launch_bounds__(THREADS) step_by_warps(CALL_ARGUMEN
     }
 #endif
     gather<ROWS / 2, LANES / 2>(sums, lane);
-    constexpr int lanes = LANES / ROWS;  // of a row
-    const int row = start + lane / lanes;
-    if (lane % lanes || row >= batch) return;
+    finish_rows(results, sums[0], bias, start, unit, batch, lane);
+}
+
+// The counter of a meeting, as the other blocks see it. volatile: without it the compiler takes a loop that only reads
+// to end, and leaves it out.
+__device__ __forceinline__ u32 seen(const u32* counter) {
+    u32 value;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+    return value;
+}
+
+// The place at which all blocks of a launch meet. Each adds one to the counter's lower bits; the first block takes them
+// to zero and turns the upper bit over. So a counter that begins at zero serves launches of all sizes, one after another.
+// Blocks that have waited see all that others wrote before they arrived.
+struct Meeting {
+    u32* counter;
+    u32 before;
+    __device__ __forceinline__ void arrive() {
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            __threadfence();
+            before = atomicAdd(counter, blockIdx.x == 0 ? 0x80000000u - (gridDim.x - 1) : 1u);
+        }
+    }
+    __device__ __forceinline__ void wait() const {
+        if (threadIdx.x == 0)
+            while (!((before ^ seen(counter)) & 0x80000000u)) {}
+        __syncthreads();
+    }
+};
+
+// As step_by_warps; from step to step x is x_step and output output_step numbers further. hidden: the last output.
+// counter: of a meeting. The same thread finishes a unit of a row at each step, and finds its memory there.
+extern "C" __global__ void __launch_bounds__(THREADS) steps_by_warps(
+    const Stored* __restrict__ x, const Stored* h, const float* before, const Stored* __restrict__ input,
+    const Stored* __restrict__ recurrent, const Stored* __restrict__ bias, Stored* output, Stored* hidden, float* memory,
+    u32* counter, int x_row, int x_step, int output_row, int output_step, int features, int size, int batch, int steps) {
+    constexpr int units = THREADS / LANES;  // of a block
+    const int lane = threadIdx.x % LANES, tiles = (batch + ROWS - 1) / ROWS, items = (size + units - 1) / units * tiles;
+    Meeting meeting{counter, 0};
+    for (int step = 0; step < steps; ++step) {
+        const Results results{before, output, step == steps - 1 ? hidden : nullptr, memory, output_row, size};
+        for (int item = blockIdx.x; item < items; item += gridDim.x) {
+            const int unit = item / tiles * units + threadIdx.x / LANES, start = item % tiles * ROWS;
+            int rows[ROWS];
+            float sums[ROWS][GATES];
 #pragma unroll
-    for (int g = 0; g < GATES; ++g) sums[0][g] += bias != nullptr ? widen(bias[g * size + unit]) : 0.f;
-    results.finish(row, unit, sums[0]);
+            for (int r = 0; r < ROWS; ++r) {
+                rows[r] = min(start + r, batch - 1) * x_row;  // beyond the batch the last row again, and not written
+#pragma unroll
+                for (int g = 0; g < GATES; ++g) sums[r][g] = 0.f;
+            }
+            if (unit < size)
+                multiply<0, GATES>(x, rows, input + (long long)unit * features, size, features, lane, sums);
+#if RECURRENT
+            if (step != 0 && item == blockIdx.x) meeting.wait();  // all threads of the block pass here
+#endif
+            if (unit >= size) continue;
+#if RECURRENT
+            if (h != nullptr) {
+                const int h_row = step == 0 ? size : output_row;
+#pragma unroll
+                for (int r = 0; r < ROWS; ++r) rows[r] = min(start + r, batch - 1) * h_row;
+                multiply<FIRST_RECURRENT, RECURRENT, true>(h, rows, recurrent + (long long)unit * size, size, size, lane,
+                                                           sums);
+            }
+#endif
+            gather<ROWS / 2, LANES / 2>(sums, lane);
+            finish_rows(results, sums[0], bias, start, unit, batch, lane);
+        }
+#if RECURRENT
+        if (step != steps - 1) meeting.arrive();
+#endif
+        h = output, before = memory;
+        x += x_step, output += output_step;
+    }
 }
 #endif
 

@@ -1,9 +1,9 @@
 """A few steps without gradients, with little work for the host: short ones take more of its time than of the GPU's.
 
 On GPUs a launch takes a whole step, products included (``few_steps.cu``): by warps, as long as this is not slower than
-cuBLAS and one more kernel, and beyond by tiles of the tensor cores. More steps go straight to the backend that
-``"auto"`` takes. On CPUs C takes all steps, beside one or two of PyTorch's products. All other single steps go through
-PyTorch's operators.
+cuBLAS and one more kernel, and beyond by tiles of the tensor cores. Of more small steps one launch takes all. More go
+straight to the backend that ``"auto"`` takes. On CPUs C takes all steps, beside one or two of PyTorch's products. All
+other single steps go through PyTorch's operators.
 """
 
 import functools
@@ -29,9 +29,11 @@ SOURCE = Path(__file__).with_suffix(".cu")
 MOST_SHORT_STEPS = 16
 """The most steps of a stack or a CPU: of more, the host is not what takes time."""
 MOST_STEPS_BY_WARPS, MOST_PRODUCTS_BY_WARPS = 8, 1 << 29
-"""The most steps that are launched one by one, and the most multiplications of a layer in a call. Of more steps a
-backend's launch for all takes less time. On an H200 a call of 170 million multiplications takes 45 us, and of 270
-million, in two steps, 82; other ways take 100 us and more."""
+"""The most steps that are launched one by one, and the most multiplications of a layer in a call. On an H200 a call of
+170 million multiplications takes 45 us, and of 270 million, in two steps, 82; other ways take 100 us and more."""
+MOST_STEPS_AT_ONCE, MOST_READ_AT_ONCE = 16, 400_000_000
+"""The most steps of a launch for all by warps, of as many multiplications, and the most bytes of weights that it reads.
+Of larger problems a backend keeps the weights on the chip."""
 MOST_STEPS_BY_TILES, MOST_PRODUCTS_BY_TILES = 4, 3_000_000_000
 """As before. On an H200 a step of d = 1150 and B = 64 takes 45 us in TF32 and 26 in bf16, of B = 128 80 and 46; with
 more products backends take less time, whatever the host's."""
@@ -77,7 +79,7 @@ def way_for(
     if not steps or not batch or dtype not in FLOATS or (norm and dtype.itemsize < torch.float32.itemsize):
         return None
     if cuda and dtype != torch.float64 and nvrtc.available() is None:
-        suits = None if norm else _suited(cell, steps, batch, max(shape[2], size), size)
+        suits = None if norm else _suited(cell, steps, batch, max(shape[2], size), size, dtype.itemsize)
         if suits is not None:
             return suits
         if steps > 1 or not norm:
@@ -88,11 +90,15 @@ def way_for(
     return _by_operators if steps == 1 else None
 
 
-def _suited(cell: Cell, steps: int, batch: int, features: int, size: int) -> Way | None:
-    """The launch for a step of a layer that suits layers whose inputs have up to ``features`` numbers."""
+def _suited(cell: Cell, steps: int, batch: int, features: int, size: int, element: int) -> Way | None:
+    """The launches that suit layers whose inputs have up to ``features`` numbers."""
     products = steps * batch * size * _products_of_a_unit(cell, features, size)
-    if steps <= MOST_STEPS_BY_WARPS and products <= MOST_PRODUCTS_BY_WARPS:
-        return _by_warps
+    if products <= MOST_PRODUCTS_BY_WARPS:
+        if steps <= MOST_STEPS_BY_WARPS:
+            return _by_warps
+        read = steps * size * (len(cell.gates) * features + len(cell.recurrent_gates) * size) * element
+        if steps <= MOST_STEPS_AT_ONCE and read <= MOST_READ_AT_ONCE:
+            return _at_once
     tiled = steps <= MOST_STEPS_BY_TILES and batch <= MOST_TILED_BATCH and products <= MOST_PRODUCTS_BY_TILES
     return _by_tiles if tiled else None
 
@@ -109,7 +115,7 @@ def _otherwise(steps: int, norm: bool = False) -> Way:
 
 
 class Launch(NamedTuple):
-    """A compiled kernel of ``few_steps.cu`` for a whole step, the blocks of a launch and the threads of a block."""
+    """A compiled kernel of ``few_steps.cu`` for whole steps, the blocks of a launch and the threads of a block."""
 
     kernel: nvrtc.Kernel
     blocks: int
@@ -124,11 +130,44 @@ Prepare = Callable[[Cell, torch.dtype, Scale, Scale, int, int, int, int], Launch
 The alignment is the largest power of two below 16 that divides all addresses and lengths of rows in bytes; 0 for 16."""
 
 
+class Layer(NamedTuple):
+    """The steps of a layer: addresses, 0 for none; numbers of elements between rows and between steps; sizes."""
+
+    x: int
+    hidden: int
+    memory: int
+    input: int
+    recurrent: int
+    bias: int
+    output: int
+    last_hidden: int
+    last_memory: int
+    x_row: int
+    x_step: int
+    output_row: int
+    output_step: int
+    features: int
+    size: int
+    batch: int
+    steps: int
+    element: int
+
+
 def _by_warps(
     cell: Cell, x: Tensor, layers: Sequence[Weights], hidden: Tensor | None, memory: Tensor | None, batch_first: bool
 ) -> Result:
     """See :func:`way_for`: on a GPU, a launch a layer and step."""
-    done = _step_by_step(_warps, cell, x, layers, hidden, memory, batch_first)
+    done = _launched(_warps, _step_by_step, cell, x, layers, hidden, memory, batch_first)
+    if done is None:
+        raise TypeError("warps take all problems")
+    return done
+
+
+def _at_once(
+    cell: Cell, x: Tensor, layers: Sequence[Weights], hidden: Tensor | None, memory: Tensor | None, batch_first: bool
+) -> Result:
+    """See :func:`way_for`: as :func:`_by_warps`, a launch a layer."""
+    done = _launched(_resident_warps, _all_steps, cell, x, layers, hidden, memory, batch_first)
     if done is None:
         raise TypeError("warps take all problems")
     return done
@@ -140,50 +179,84 @@ def _by_tiles(
     """See :func:`way_for`: as :func:`_by_warps`, where the tensor cores may round and have room."""
     done = None
     if x.dtype is not torch.float32 or dispatch.tf32(x):
-        done = _step_by_step(_tiles, cell, x, layers, hidden, memory, batch_first)
+        done = _launched(_tiles, _step_by_step, cell, x, layers, hidden, memory, batch_first)
     way = _otherwise(x.size(1 if batch_first else 0))
     return way(cell, x, layers, hidden, memory, batch_first) if done is None else done
 
 
-def _step_by_step(
-    prepare: Prepare, cell: Cell, x: Tensor, layers: Sequence[Weights], hidden: Tensor | None, memory: Tensor | None,
-    batch_first: bool,
+def _launched(
+    prepare: Prepare, take: Callable[[Launch, Layer], None], cell: Cell, x: Tensor, layers: Sequence[Weights],
+    hidden: Tensor | None, memory: Tensor | None, batch_first: bool,
 ) -> Result | None:  # fmt: skip
-    """A launch a layer and step; None if a layer has none."""
+    """The steps of all layers, each by ``take``; None if a layer has no launch."""
     steps, batch = (x.size(1), x.size(0)) if batch_first else (x.size(0), x.size(1))
     features, size, element = x.size(2), layers[0].input.size(0) // len(cell.gates), x.element_size()
     states = len(layers), batch, size
     last_hidden = x.new_empty(states) if hidden is None else torch.empty_like(hidden)
     last_memory = x.new_empty(states, dtype=torch.float32) if memory is None else torch.empty_like(memory)
-    # The number of elements from row to row, and of bytes from step to step.
-    between, onward = (steps, element) if batch_first else (1, batch * element)
+    # The rows from one of the batch to the next, and from step to step.
+    beside, onward = (steps, 1) if batch_first else (1, batch)
     h, c, h_after, c_after = _address(hidden), _address(memory), last_hidden.data_ptr(), last_memory.data_ptr()
     output = x
     for weights in layers:
         inputs, output = output, x.new_empty((batch, steps, size) if batch_first else (steps, batch, size))
-        read, written = inputs.data_ptr(), output.data_ptr()
-        matrix, recurrent = weights.input.data_ptr(), _address(weights.recurrent)
-        bias = _address(weights.bias)
+        read, matrix, recurrent = inputs.data_ptr(), weights.input.data_ptr(), _address(weights.recurrent)
         aligned = read | matrix | h | recurrent | features * element | (size * element if recurrent else 0)
         launch = prepare(
             cell, x.dtype, weights.sigma_i, weights.sigma_f, batch, size, aligned & -aligned & 15, x.get_device()
         )
         if launch is None:
             return None
-        kernel, blocks, threads = launch
-        fed, fed_row, before = h, size, c
-        for step in range(steps):
-            kernel.launch(
-                blocks, threads, read, fed, before, matrix, recurrent, bias, written,
-                h_after if step == steps - 1 else 0, c_after, between * features, fed_row, between * size, features,
-                size, batch,
-            )  # fmt: skip
-            fed, fed_row, before = written, between * size, c_after
-            read, written = read + features * onward, written + size * onward
+        layer = Layer(
+            read, h, c, matrix, recurrent, _address(weights.bias), output.data_ptr(), h_after, c_after,
+            beside * features, onward * features, beside * size, onward * size, features, size, batch, steps, element,
+        )  # fmt: skip
+        take(launch, layer)
         features = size
         h, h_after = h and h + batch * size * element, h_after + batch * size * element
         c, c_after = c and c + batch * size * 4, c_after + batch * size * 4
     return output, last_hidden, last_memory
+
+
+def _step_by_step(launch: Launch, layer: Layer) -> None:
+    """A launch a step."""
+    kernel, blocks, threads = launch
+    (
+        x, hidden, memory, matrix, recurrent, bias, output, last_hidden, last_memory, x_row, x_step, output_row,
+        output_step, features, size, batch, steps, element,
+    ) = layer  # fmt: skip
+    hidden_row = size
+    for step in range(steps):
+        kernel.launch(
+            blocks, threads, x, hidden, memory, matrix, recurrent, bias, output,
+            last_hidden if step == steps - 1 else 0, last_memory, x_row, hidden_row, output_row, features, size, batch,
+        )  # fmt: skip
+        hidden, hidden_row, memory = output, output_row, last_memory
+        x, output = x + x_step * element, output + output_step * element
+
+
+def _all_steps(launch: Launch, layer: Layer) -> None:
+    """A launch for all steps."""
+    kernel, blocks, threads = launch
+    counter = _counter(kernel.device) if layer.recurrent else None
+    kernel.launch(blocks, threads, *layer[:9], counter, *layer[9:-1])
+
+
+_COUNTERS: dict[tuple[int, int], Tensor] = {}
+
+
+def _counter(device: int) -> Tensor:
+    """The counter at which blocks of a launch on the current stream meet: launches of a stream follow each other."""
+    if torch._C._cuda_getDevice() != device:
+        with torch.cuda.device(device):
+            return _counter(device)
+    if torch.cuda.is_current_stream_capturing():  # the graph may run beside this stream
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    key = device, torch._C._cuda_getCurrentRawStream(device)
+    counter = _COUNTERS.get(key)
+    if counter is None:
+        counter = _COUNTERS[key] = torch.zeros(1, dtype=torch.int32, device=device)
+    return counter
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -199,6 +272,20 @@ def _warps(
     more = ("ROWS", rows), ("WIDTH", (aligned or 16) // dtype.itemsize), ("THREADS", BLOCK_THREADS)
     kernel = _kernel("step_by_warps", cell, dtype, sigma_i, sigma_f, device, more)
     return Launch(kernel, -(-size // (BLOCK_THREADS // WARP)) * -(-batch // rows), BLOCK_THREADS)
+
+
+@functools.lru_cache(maxsize=1024)
+def _resident_warps(
+    cell: Cell, dtype: torch.dtype, sigma_i: Scale, sigma_f: Scale, batch: int, size: int, aligned: int, device: int
+) -> Launch:
+    """See :data:`Prepare`: as :func:`_warps`, all at the same time; with more units and rows a warp takes several."""
+    rows = min(MOST_ROWS, 1 << (batch - 1).bit_length())
+    more = ("ROWS", rows), ("WIDTH", (aligned or 16) // dtype.itemsize), ("THREADS", BLOCK_THREADS)
+    kernel = _kernel("steps_by_warps", cell, dtype, sigma_i, sigma_f, device, more, meets=cell.has_feedback)
+    blocks = -(-size // (BLOCK_THREADS // WARP)) * -(-batch // rows)
+    return Launch(
+        kernel, min(blocks, kernel.most_blocks(BLOCK_THREADS)) if cell.has_feedback else blocks, BLOCK_THREADS
+    )
 
 
 @functools.lru_cache(maxsize=1024)
@@ -328,9 +415,9 @@ def _step_by_operators(
 @functools.lru_cache(maxsize=1024)
 def _kernel(
     name: str, cell: Cell, dtype: torch.dtype, sigma_i: Scale, sigma_f: Scale, device: int,
-    more: tuple[tuple[str, int], ...] = (), shared: int = 0,
+    more: tuple[tuple[str, int], ...] = (), shared: int = 0, meets: bool = False,
 ) -> nvrtc.Kernel:  # fmt: skip
-    """A compiled kernel of ``few_steps.cu``."""
+    """A compiled kernel of ``few_steps.cu``; ``meets``: its blocks wait for each other."""
     macros = (
         *cell_macros(cell).items(),
         ("ELEMENT", dtype.itemsize),
@@ -339,4 +426,4 @@ def _kernel(
         ("SCALE_F", f"{sigma_f!r}f"),
         *more,
     )
-    return nvrtc.compile_kernel(SOURCE, name, macros, shared, device, cooperative=False)
+    return nvrtc.compile_kernel(SOURCE, name, macros, shared, device, cooperative=meets)

@@ -1,6 +1,7 @@
 """The short way through a few steps: it gives what the long way gives, and leaves all else to it."""
 
 import itertools
+import threading
 
 import pytest
 import torch
@@ -129,7 +130,7 @@ def test_sizes_and_alignments_on_a_gpu(dtype, batch_first, monkeypatch):
             for name, a, b in zip(("output", "h", "c"), (output, *after), (wanted, *after_wanted), strict=True):
                 what = f"{name} of {cell, features, size, batch, steps, first}, {taken[-1]}"
                 assert_close(a, b, what, "tf32" if tf32 else dtype)
-    assert set(taken) == {"_by_warps", "_by_tiles", "_by_products", "_by_backend"}
+    assert set(taken) == {"_by_warps", "_at_once", "_by_tiles", "_by_products", "_by_backend"}
 
 
 def watch_tiles(monkeypatch):
@@ -167,20 +168,51 @@ def test_tiles_of_all_cells_on_a_gpu(cell, dtype, steps, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("sizes", [(48, 96, 9), (1150, 1150, 64)])
+@pytest.mark.parametrize("sizes", [(48, 96, 9, 3), (48, 96, 40, 16), (1150, 1150, 64, 3)])
 def test_gpus_repeat_themselves_to_the_bit_and_in_graphs(sizes):
-    features, size, batch = sizes
+    features, size, batch, steps = sizes
     rkm = RKM(features, size, 2, device="cuda")
-    x, state = torch.randn(3, batch, features, device="cuda"), rkm.initial_state(batch)
+    x, state = torch.randn(steps, batch, features, device="cuda"), rkm.initial_state(batch)
     with torch.no_grad():
         results = [rkm(x, state) for _ in range(3)]
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             output, after = rkm(x, state)
-        graph.replay()
+        for _ in range(3):
+            graph.replay()
     for other, final in (*results[1:], (output, after)):
         assert torch.equal(results[0][0], other)
         assert all(torch.equal(a, b) for a, b in zip(results[0][1], final, strict=True))
+
+
+@pytest.mark.gpu
+def test_streams_threads_and_graphs_do_not_meet_each_other():
+    """Blocks of a launch wait for blocks of the same launch alone, whatever else runs at the same time."""
+    rkm, batches = randomized(RKM(64, 64)).to("cuda"), (1, 16, 40, 64)
+    given, graphs, found = [torch.randn(12, batch, 64, device="cuda") for batch in batches], [], {}
+    with torch.no_grad():
+        wanted = [rkm(x)[0] for x in given]
+        for x in given:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                graphs.append((graph, rkm(x)[0]))
+    torch.cuda.synchronize()
+
+    def work(number):
+        with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(50):
+                found[number] = rkm(given[number])[0]
+            graphs[number][0].replay()
+            torch.cuda.current_stream().synchronize()
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(len(given))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number, output in enumerate(wanted):
+        assert torch.equal(found[number], output)
+        assert torch.equal(graphs[number][1], output)
 
 
 @pytest.mark.parametrize("steps", [1, pytest.param(2, marks=compiled)])

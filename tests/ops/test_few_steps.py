@@ -22,10 +22,16 @@ class Emulated(EmulatedKernel):
     """A kernel of ``few_steps.cu`` that looks at its arguments."""
 
     def launch(self, blocks, threads, *arguments):
-        x, h, _, matrix, recurrent, _, _, _, _, x_row, h_row, _, features, size, _ = arguments
+        x, h, _, matrix, recurrent, _, output, *rest = arguments
         width = 4 * self.macros.get("WIDTH", self.macros.get("WORDS"))
-        read = (x, matrix, 4 * features, 4 * x_row, *((h, recurrent, 4 * size, 4 * h_row) if recurrent else ()))
-        assert not any(number % width for number in read)
+        if self.name == "steps_by_warps":
+            *_, x_row, x_step, h_row, output_step, features, size, _, _ = rest
+            steps = x_step, *((output, output_step) if recurrent else ())
+        else:
+            *_, x_row, h_row, _, features, size, _ = rest
+            steps = ()
+        read = (x, matrix, features, x_row, *((h, recurrent, size, h_row) if recurrent else ()), *steps)
+        assert not any(number % (width if number > 1 << 20 else width // 4) for number in read)
         assert threads == self.macros["THREADS"]
         super().launch(blocks, threads, *arguments)
 
@@ -33,21 +39,23 @@ class Emulated(EmulatedKernel):
 @pytest.fixture
 def kernels(monkeypatch):
     """A machine that seems to have a GPU; the kernels that were compiled for it."""
-    made = []
+    made, counter = [], torch.zeros(1, dtype=torch.int32)
 
     def compile_kernel(source, name, macros, _shared, _device, cooperative):
-        assert not cooperative
-        made.append(Emulated(source, name, macros))
+        assert cooperative == (name == "steps_by_warps" and dict(macros)["RECURRENT"] > 0)
+        made.append(Emulated(source, name, macros, PROCESSORS if cooperative else None))
         return made[-1]
 
     properties = SimpleNamespace(multi_processor_count=PROCESSORS, shared_memory_per_block_optin=232_448, major=9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(nvrtc, "compile_kernel", compile_kernel)
     monkeypatch.setattr(dispatch, "tf32", lambda _: True)
-    caches = few_steps._warps, few_steps._tiles, few_steps._kernel
+    monkeypatch.setattr(few_steps, "_counter", lambda _: counter)
+    caches = few_steps._warps, few_steps._resident_warps, few_steps._tiles, few_steps._kernel
     for cache in caches:
         cache.cache_clear()
     yield made
+    assert counter.item() in (0, -(1 << 31)), "the next launch would not meet"
     for cache in caches:
         cache.cache_clear()
 
@@ -72,6 +80,17 @@ def test_a_launch_a_layer_and_step(cell, way, kernels):
     assert sum(len(kernel.blocks) for kernel in kernels) == sum(each["layers"] * each["steps"] for each in STEPS)
 
 
+@NEEDS_COMPILER
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("cell", CELLS)
+def test_one_launch_a_layer(cell, kernels):
+    """Blocks meet after each step; of 21 units and 18 rows each has more than one share."""
+    for each in STEPS[1:]:
+        check_steps(cell, "_at_once", **each)
+    assert {kernel.name for kernel in kernels} == {"steps_by_warps"}
+    assert sum(len(kernel.blocks) for kernel in kernels) == sum(each["layers"] for each in STEPS[1:])
+
+
 def check_steps(cell, way, features, size, batch, steps, layers, batch_first=False, given=True):
     """Compare a way's outputs and states with the reference's."""
     options = {"cell": cell, "batch_first": batch_first, "bias": batch != 2, "sigma_i2": 0.3, "sigma_f2": 0.8}
@@ -92,11 +111,15 @@ def check_steps(cell, way, features, size, batch, steps, layers, batch_first=Fal
 @pytest.mark.usefixtures("poisoned")
 def test_alignments_and_rows(kernels):
     """Words are read one, two or four at a time; warps take 1 to 16 rows, and tiles 8 or more."""
-    for way, (size, batch) in itertools.product(("_by_warps", "_by_tiles"), ((9, 1), (10, 3), (12, 17), (8, 70))):
+    ways = "_by_warps", "_at_once", "_by_tiles"
+    for way, (size, batch) in itertools.product(ways, ((9, 1), (10, 3), (12, 17), (8, 70))):
         check_steps("rkm_lstm", way, size, size, batch, 3, 1)
-    for way in ("_by_warps", "_by_tiles"):  # more than all warps, or lanes, read at a time
+    for way in ways:  # more than all warps, or lanes, read at a time
         check_steps("rkm_lstm", way, 150, 12, 5, 2, 1)
-    seen = {(kernel.name[8:], key, kernel.macros[key]) for kernel in kernels for key in kernel.macros}
+    names = {"step_by_warps": "warps", "steps_by_warps": "at once", "step_by_tiles": "tiles"}
+    seen = {(names[kernel.name], key, kernel.macros[key]) for kernel in kernels for key in kernel.macros}
+    assert {("at once", "WIDTH", width) for width in (1, 2, 4)} <= seen
+    assert {("at once", "ROWS", rows) for rows in (1, 4, 16)} <= seen
     assert {("warps", "WIDTH", width) for width in (1, 2, 4)} <= seen
     assert {("tiles", "WORDS", width) for width in (1, 2, 4)} <= seen
     assert {("warps", "ROWS", rows) for rows in (1, 4, 16)} <= seen
@@ -123,6 +146,41 @@ def test_what_tiles_do_not_take_goes_another_way(what, change, kernels, monkeypa
     assert not kernels, what
 
 
+def test_blocks_meet_at_a_place_of_their_stream_or_graph(monkeypatch):
+    stream, captures, current = {0: 7, 1: 7}, {0: False, 1: False}, [0]
+
+    class Current:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            self.device, current[0] = current[0], self.device
+
+        def __exit__(self, *_):
+            current[0] = self.device
+
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", stream.get, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: current[0], raising=False)
+    monkeypatch.setattr(torch.cuda, "device", Current)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captures[current[0]])
+    monkeypatch.setattr(few_steps, "_COUNTERS", {})
+    real = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda size, dtype, device: (real(size, dtype=dtype), device)[0])
+    first = few_steps._counter(0)
+    assert first.eq(0).all()
+    assert few_steps._counter(0) is first
+    assert few_steps._counter(1) is not first
+    captures[0] = True
+    assert few_steps._counter(0) is not few_steps._counter(0)
+    assert few_steps._counter(1) is few_steps._counter(1)
+    captures[0], captures[1] = False, True  # of a device that is not the current one
+    assert few_steps._counter(1) is not few_steps._counter(1)
+    stream[0] = 8
+    assert few_steps._counter(0) is not first
+    assert len(few_steps._COUNTERS) == 3
+    assert current == [0]
+
+
 def test_who_takes_which_steps(monkeypatch):
     monkeypatch.setattr(nvrtc, "available", lambda: None)
     cell, way_for = resolve_cell("rkm_lstm"), few_steps.way_for.__wrapped__
@@ -131,7 +189,13 @@ def test_who_takes_which_steps(monkeypatch):
         ((1, 8, 64), False, 64, float32, False, few_steps._by_warps),
         ((8, 8, 64), False, 64, float16, False, few_steps._by_warps),
         ((8, 4, 64), True, 64, float32, False, few_steps._by_warps),
-        ((9, 8, 64), False, 64, float32, False, few_steps._by_backend),
+        ((9, 8, 64), False, 64, float32, False, few_steps._at_once),
+        ((16, 64, 64), False, 64, float16, False, few_steps._at_once),
+        ((17, 8, 64), False, 64, float32, False, few_steps._by_backend),
+        ((16, 16, 512), False, 512, float32, False, few_steps._at_once),
+        ((16, 17, 512), False, 512, float32, False, few_steps._by_backend),
+        ((16, 1, 1024), False, 1024, float32, False, few_steps._by_backend),
+        ((16, 1, 1024), False, 1024, float16, False, few_steps._at_once),
         ((0, 8, 64), False, 64, float32, False, None),
         ((1, 0, 64), False, 64, float32, False, None),
         ((1, 64, 512), False, 512, float32, False, few_steps._by_warps),
@@ -152,7 +216,8 @@ def test_who_takes_which_steps(monkeypatch):
         ((1, 8, 64), False, 64, torch.int64, False, None),
     ):
         assert way_for(cell, 1, shape, batch_first, size, dtype, True, norm) is wanted, (shape, size, dtype, norm)
-    assert way_for(cell, 2, (16, 8, 64), False, 64, float32, True, False) is few_steps._by_backend
+    assert way_for(cell, 2, (16, 8, 64), False, 64, float32, True, False) is few_steps._at_once
+    assert way_for(cell, 2, (16, 8, 64), False, 64, float32, True, True) is few_steps._by_backend
     assert way_for(cell, 2, (17, 8, 64), False, 64, float32, True, False) is None
     monkeypatch.setattr(native_steps, "_missing", lambda _: "no compiler")
     assert way_for(cell, 1, (1, 8, 64), False, 64, float32, False, False) is few_steps._by_operators

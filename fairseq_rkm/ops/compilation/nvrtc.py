@@ -59,6 +59,14 @@ class Kernel:
         _check(_driver().cuOccupancyMaxActiveClusters(ctypes.byref(count), self.function, ctypes.byref(configuration)))
         return count.value
 
+    def most_blocks(self, threads: int) -> int:
+        """The number of the kernel's blocks, of ``threads`` threads, that the device holds at a time."""
+        count, shared = ctypes.c_int(), ctypes.c_size_t(self.shared_bytes)
+        with torch.cuda.device(self.device):
+            ask = _driver().cuOccupancyMaxActiveBlocksPerMultiprocessor
+            _check(ask(ctypes.byref(count), self.function, threads, shared))
+            return count.value * torch.cuda.get_device_properties(self.device).multi_processor_count
+
     def launch(self, blocks: int, threads: int, *arguments: Tensor | int | None) -> None:
         """Launch on the device's current stream.
 

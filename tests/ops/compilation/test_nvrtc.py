@@ -1,7 +1,9 @@
 """Launches, as the driver sees them: no GPU needed."""
 
+import contextlib
 import ctypes
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -89,3 +91,15 @@ def test_what_the_driver_refuses_is_said(driver):
 def test_a_launch_need_not_be_cooperative(driver):
     nvrtc.Kernel(ctypes.c_void_p(5), 0, 0, 1, cooperative=False).launch(100_000, 32)
     assert driver.launches[0]["attributes"] == []
+
+
+def test_the_blocks_that_a_gpu_holds_at_a_time(driver, monkeypatch):
+    def ask(count, function, threads, shared):
+        assert (function.value, threads, shared.value) == (5, 128, 1000)
+        ctypes.cast(count, ctypes.POINTER(ctypes.c_int))[0] = 3
+        return 0
+
+    monkeypatch.setattr(driver, "cuOccupancyMaxActiveBlocksPerMultiprocessor", ask, raising=False)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
+    assert nvrtc.Kernel(ctypes.c_void_p(5), 1000, 0, 1).most_blocks(128) == 396
