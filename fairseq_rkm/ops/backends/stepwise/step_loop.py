@@ -51,6 +51,7 @@ class Kind(NamedTuple):
         tf32: whether products of float32 matrices are TF32.
         totals: the sums over the steps that the backward pass of a candidate through a kernel takes: of ``"bias"``,
             ``"filters"``, ``"scale"``, ``"offset"``, ``"sigma_i"`` and ``"sigma_f"``.
+        joined: whether the product and all else of a step are one kernel (``joined_loop.py``).
     """
 
     cell: Cell
@@ -63,6 +64,7 @@ class Kind(NamedTuple):
     given: bool
     tf32: bool
     totals: tuple[str, ...] = ()
+    joined: bool = False
 
     @property
     def block(self) -> int:
@@ -115,12 +117,13 @@ class Sequence:
     totals: Tensor | None = None
 
 
-def rows_for(batch: int, dtype: torch.dtype) -> int:
+def rows_for(batch: int, dtype: torch.dtype, joined: bool = False) -> int:
     """The rows of the buffers for a batch.
 
-    A single row of float32 stays alone: cuBLAS multiplies a matrix by a vector faster than by eight.
+    A single row of float32 stays alone: cuBLAS multiplies a matrix by a vector faster than by eight. So does one of a
+    kernel that joins a step.
     """
-    return 1 if batch == 1 and dtype == torch.float32 else round_up(batch)
+    return 1 if batch == 1 and (joined or dtype == torch.float32) else round_up(batch)
 
 
 def _power(count: int) -> int:
@@ -147,19 +150,24 @@ class StepLoop:
     def __init__(self, kind: Kind, device: torch.device, weights: Tensor | None = None) -> None:
         """``weights`` are taken as they are, if they need no padding."""
         self.kind, self.device, self.lock = kind, device, threading.Lock()
-        gates, size = _padded(kind.recurrent), _padded(kind.size)
-
-        def zeros(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.zeros(rows, columns, dtype=dtype, device=device)
-
-        aligned = weights is not None and weights.shape == (gates, size)
-        self.weights: Tensor = weights if weights is not None and aligned else zeros(gates, size, kind.dtype)
-        read, made = (gates, size) if kind.backward else (size, gates)
-        self.fed, self.sums = zeros(kind.rows, read, kind.dtype), zeros(kind.rows, made)
-        carried = (kind.rows, kind.size) if kind.backward else (0, 0)
-        self.carry, self.held = zeros(*carried), zeros(*carried)
         self.table = torch.zeros(_kernels().ENTRIES, dtype=torch.int64, device=device)
         self._graphs: dict[int, Callable[[], None]] = {}
+        self._make_buffers(weights)
+
+    def _zeros(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=self.device)
+
+    def _make_buffers(self, weights: Tensor | None) -> None:
+        kind = self.kind
+        gates, size = _padded(kind.recurrent), _padded(kind.size)
+        aligned = weights is not None and weights.shape == (gates, size)
+        self.weights: Tensor = (
+            weights if weights is not None and aligned else self._zeros(gates, size, dtype=kind.dtype)
+        )
+        read, made = (gates, size) if kind.backward else (size, gates)
+        self.fed, self.sums = self._zeros(kind.rows, read, dtype=kind.dtype), self._zeros(kind.rows, made)
+        carried = (kind.rows, kind.size) if kind.backward else (0, 0)
+        self.carry, self.held = self._zeros(*carried), self._zeros(*carried)
         self._options = _options(kind)
 
     @property
@@ -167,8 +175,27 @@ class StepLoop:
         buffers = (self.weights, self.fed, self.sums, self.carry, self.held)
         return sum(buffer.nbytes for buffer in buffers)
 
+    def take_weights(self, recurrent: Tensor) -> None:
+        """Have the products take these weights, ``(R * d, d)``."""
+        if self.weights is not recurrent:
+            self.weights[: recurrent.size(0), : self.kind.size] = recurrent
+
+    def begin_forward(self, hidden: Tensor) -> None:
+        """Begin with the first h, ``(B, d)``."""
+        self.fed[: hidden.size(0), : self.kind.size] = hidden
+
+    def begin_backward(self, batch: int, to_hidden: Tensor | None, to_memory: Tensor | None) -> None:
+        """Begin with the gradients of the last h and c, ``(B, d)``; None for zeros."""
+        for buffer, last in ((self.sums[:batch, : self.kind.size], to_hidden), (self.carry[:batch], to_memory)):
+            _ = buffer.zero_() if last is None else buffer.copy_(last)
+        self.held.zero_()
+
+    def first_hidden_gradient(self, batch: int, _steps: int) -> Tensor:
+        """The gradient of the first h, ``(B, d)``, after the backward pass."""
+        return self.sums[:batch, : self.kind.size] + self.held[:batch]
+
     def begin(self, sequence: Sequence, steps: int, batch: int) -> None:
-        """Have the kernels read and write this sequence's tensors."""
+        """Have the kernels read and write this sequence's tensors: the last launch before the steps'."""
         tensors = (self.table if tensor is None else tensor for tensor in vars(sequence).values())
         _kernels().fill[(1,)](self.table, steps, batch, *tensors)
 
@@ -181,8 +208,9 @@ class StepLoop:
             self._multiply(self.weights.t())
             self._point(ahead)
 
-    def run(self, steps: int) -> None:
+    def run(self, sequence: Sequence, steps: int, batch: int) -> None:
         """Launch all steps: as graphs, after :meth:`prepare`."""
+        self.begin(sequence, steps, batch)
         if not self._graphs:
             for ahead in range(steps):
                 self.step(ahead)
@@ -221,13 +249,7 @@ class StepLoop:
         _kernels().advance[(1,)](self.table, stretch)
 
     def _multiply(self, weights: Tensor) -> None:
-        if self.fed.dtype == torch.float32:
-            with products(self.kind.tf32):
-                torch.mm(self.fed, weights, out=self.sums)
-        elif self.fed.is_cuda and hasattr(torch.ops.aten.mm, "dtype_out"):
-            torch.ops.aten.mm.dtype_out(self.fed, weights, torch.float32, out=self.sums)
-        else:
-            self.sums.copy_(self.fed @ weights)
+        multiply(self.fed, weights, self.sums, self.kind.tf32)
 
     def _point(self, ahead: int) -> None:
         kind, kernels = self.kind, _kernels()
@@ -239,6 +261,26 @@ class StepLoop:
         )  # fmt: skip
 
 
+def multiply(fed: Tensor, weights: Tensor, sums: Tensor, tf32: bool) -> None:
+    """Store a matrix product in float32."""
+    if fed.dtype == torch.float32:
+        with products(tf32):
+            torch.mm(fed, weights, out=sums)
+    elif fed.is_cuda and hasattr(torch.ops.aten.mm, "dtype_out"):
+        torch.ops.aten.mm.dtype_out(fed, weights, torch.float32, out=sums)
+    else:
+        sums.copy_(fed @ weights)
+
+
+def new_loop(kind: Kind, device: torch.device, weights: Tensor | None = None) -> StepLoop:
+    """A loop of a kind, with buffers and without graphs."""
+    if kind.joined:
+        from fairseq_rkm.ops.backends.stepwise.joined_loop import JoinedLoop
+
+        return JoinedLoop(kind, device, weights)
+    return StepLoop(kind, device, weights)
+
+
 def _kernels() -> Any:
     """The kernels; importing them takes Triton."""
     from fairseq_rkm.ops.backends.stepwise import step_kernels
@@ -246,20 +288,26 @@ def _kernels() -> Any:
     return step_kernels
 
 
-def _options(kind: Kind) -> dict[str, Any]:
-    """The compile-time arguments of a kind's kernel."""
+def equation_options(kind: Kind) -> dict[str, Any]:
+    """The compile-time arguments of all kernels of a kind: its equations."""
     import triton.language as tl
 
     cell = kind.cell
     narrow = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[kind.dtype]
-    block = kind.block
     first = cell.gates.index(cell.recurrent_gates[0])
-    last = {"HAS_GRAD_OUTPUT": kind.given} if kind.backward else {"HAS_BIAS": kind.given, "EPSILON": LAYER_NORM_EPS}
     return {
         "N_GATES": len(cell.gates), "FIRST_RECURRENT": first, "RECURRENT": len(cell.recurrent_gates),
         **gate_places(cell), "SQUASH_CANDIDATE": cell.squash_candidate, "SQUASH_OUTPUT": cell.squash_output,
-        "CLIP": cell.clip, "MASK": kind.mask, "NORM": kind.norm, "NARROW": narrow, "BLOCK": block, **last,
-        **_kernel_options(kind),
+        "CLIP": cell.clip, "MASK": kind.mask, "NARROW": narrow,
+        "HAS_GRAD_OUTPUT" if kind.backward else "HAS_BIAS": kind.given,
+    }  # fmt: skip
+
+
+def _options(kind: Kind) -> dict[str, Any]:
+    """The compile-time arguments of a kind's kernel beside a product."""
+    block, last = kind.block, {} if kind.backward else {"EPSILON": LAYER_NORM_EPS}
+    return {
+        **equation_options(kind), "NORM": kind.norm, "BLOCK": block, **last, **_kernel_options(kind),
         "num_warps": min(16, max(1, block // 256) * (1 if kind.norm else 2)),
     }  # fmt: skip
 
@@ -313,7 +361,7 @@ class _Loops:
         with self._lock:
             loop = self._kept.get(key)
             if loop is None:
-                loop = self._kept[key] = StepLoop(kind, device)
+                loop = self._kept[key] = new_loop(kind, device)
                 self._give_up(device)
             self._kept.move_to_end(key)
             return loop

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fairseq_rkm.ops.backends.scan.scan import MAX_NORMED
-from fairseq_rkm.ops.backends.stepwise.step_loop import FEW_STEPS, LOOPS, Kind, StepLoop, on_device, rows_for
+from fairseq_rkm.ops.backends.stepwise.joined_loop import is_joined
+from fairseq_rkm.ops.backends.stepwise.step_loop import FEW_STEPS, LOOPS, Kind, StepLoop, new_loop, on_device, rows_for
 from fairseq_rkm.ops.backends.stepwise.step_loop import Sequence as Tensors
 from fairseq_rkm.ops.cells import Cell
 from fairseq_rkm.ops.gradients import parameter_gradients
@@ -72,8 +73,8 @@ def forward(
     )  # fmt: skip
     _read_kernel(tensors, looped, weights, inputs)
     with _loop(_kind(looped, weights, keep, tensors), weights, tensors) as loop:
-        loop.fed[:batch, :size] = hiddens[0]
-        loop.run(steps)
+        loop.begin_forward(hiddens[0])
+        loop.run(tensors, steps, batch)
     output = hiddens[1:] if keep is None else hiddens[1:].masked_fill(~keep.unsqueeze(-1), 0)
     return Results(output, hiddens[-1].clone(), memories[-1].clone(), (gates, hiddens, memories, moments))
 
@@ -99,16 +100,15 @@ def backward(saved: Saved, grads: Gradients, needs: Sequence[bool]) -> Gradients
         tensors.totals = memories.new_zeros(len(kind.totals), batch, size)
         tensors.shares = None if tensors.windows is None else memories.new_empty(steps, batch, kind.parts)
     with _loop(kind, weights, tensors) as loop:
-        for buffer, last in ((loop.sums[:batch, :size], grad_hidden), (loop.carry[:batch], grad_memory)):
-            _ = buffer.zero_() if last is None else buffer.copy_(last)
-        loop.held.zero_()
-        loop.run(steps)
-        first_hidden = loop.sums[:batch, :size] + loop.held[:batch]
+        loop.begin_backward(batch, grad_hidden, grad_memory)
+        loop.run(tensors, steps, batch)
+        first_hidden = loop.first_hidden_gradient(batch, steps) if need_hidden else None
         first_memory = loop.carry[:batch].clone()
-    if tensors.shares is not None:
+    if tensors.shares is not None and first_hidden is not None:
         first_hidden += 2 * tensors.shares[0].sum(1, keepdim=True) * hiddens[0]
     grad_inputs, *rest = _input_and_weight_gradients(saved, kind, tensors, wanted)
-    initial = first_hidden.to(hiddens.dtype) if need_hidden else None, first_memory if need_memory else None
+    to_hidden = None if first_hidden is None else first_hidden.to(hiddens.dtype)
+    initial = to_hidden, first_memory if need_memory else None
     return grad_inputs, *initial, *rest
 
 
@@ -199,24 +199,24 @@ def _kind(
     given = (tensors.bias if totals is None else tensors.grad_output) is not None
     tf32 = dtype == torch.float32 and torch.backends.cudnn.allow_tf32
     normed = weights.norm_weight is not None
-    rows = rows_for(batch, dtype)
-    return Kind(cell, totals is not None, rows, size, dtype, normed, keep is not None, given, tf32, totals or ())
+    joined = is_joined(cell, batch, size, dtype, normed, tf32)
+    rows = rows_for(batch, dtype, joined)
+    return Kind(
+        cell, totals is not None, rows, size, dtype, normed, keep is not None, given, tf32, totals or (), joined
+    )  # fmt: skip
 
 
 @contextmanager
 def _loop(kind: Kind, weights: Weights, tensors: Tensors) -> Iterator[StepLoop]:
     """A loop for this thread alone: one that is kept, with graphs; or a new one for a few steps, or within a graph."""
-    steps, batch = tensors.memories.size(0) - 1, tensors.memories.size(1)
-    device, recurrent = tensors.gates.device, weights.recurrent
+    steps, device, recurrent = tensors.memories.size(0) - 1, tensors.gates.device, weights.recurrent
     if recurrent is None:
         raise TypeError("a problem that was refused")
     with on_device(device):
         graphs = device.type == "cuda" and steps > FEW_STEPS and not torch.cuda.is_current_stream_capturing()
-        loop = LOOPS.find(kind, device) if graphs else StepLoop(kind, device, recurrent)
+        loop = LOOPS.find(kind, device) if graphs else new_loop(kind, device, recurrent)
         with loop.lock:
             if graphs:
                 loop.prepare(steps)
-            if loop.weights is not recurrent:
-                loop.weights[: recurrent.size(0), : kind.size] = recurrent
-            loop.begin(tensors, steps, batch)
+            loop.take_weights(recurrent)
             yield loop

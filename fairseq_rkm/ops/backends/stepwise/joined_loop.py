@@ -1,0 +1,149 @@
+"""The loop over the steps of one pass with one kernel a step, ``joined_kernels.py``, for a few rows.
+
+A product with few rows waits for the weights. What else a step has is then worth no launch of its own.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fairseq_rkm.ops.backends.stepwise.step_loop import Kind, StepLoop, equation_options, multiply
+from fairseq_rkm.ops.cells import Cell
+
+MOST_ROWS = {"float32": 0, "tf32": 0, "float16": 0, "bfloat16": 0}
+"""The largest batch for which a step is one kernel, by precision; 0: never."""
+LARGEST_BATCH = 8
+"""A thread sums for all rows of the batch: more do not fit into its registers."""
+LEAST_UNITS = 129
+"""Smaller layers are for other backends."""
+ALIGNED = 16
+"""Rows of the buffers are a multiple of so many elements long."""
+EARLY = True
+"""Whether a step's kernel begins before the one before has ended, on GPUs that can (Hopper and later)."""
+WARP, LOAD, TILE = 32, 16, 64
+"""The threads of a warp, the bytes that each fetches at once, and the side of a transposed tile."""
+
+
+class Plan(NamedTuple):
+    """How a program divides its work.
+
+    Attributes:
+        deep: the rows of weights of a thread: the recurrent gates forward, of as many units backward.
+        units: the units that a warp has side by side; ``deep`` times as many for a program backward.
+        split: the warps, which share the sums.
+    """
+
+    deep: int
+    units: int
+    split: int
+
+
+PLANS: dict[tuple[bool, int, int], Plan] = {}
+"""Plans for a pass, rows and a size in place of :func:`plan_for`'s: for measurements."""
+
+
+def is_joined(cell: Cell, batch: int, size: int, dtype: torch.dtype, norm: bool, tf32: bool) -> bool:
+    """Whether a step is one kernel: for the linear one without layer normalisation, and small batches."""
+    if norm or not cell.kernel.is_linear or size < LEAST_UNITS:
+        return False
+    precision = "tf32" if tf32 else str(dtype).removeprefix("torch.")
+    return batch <= min(MOST_ROWS[precision], LARGEST_BATCH)
+
+
+def plan_for(kind: Kind) -> Plan:
+    """Enough programs for all multiprocessors, and as few sums across threads as that allows."""
+    planned = PLANS.get((kind.backward, kind.rows, kind.size))
+    if planned is not None:
+        return planned
+    alone = kind.rows == 1
+    if not kind.backward:
+        deep = 1 << (len(kind.cell.recurrent_gates) - 1).bit_length()
+        limits = (2048,) if alone else (512, 2048)
+        return Plan(deep, 2 << sum(kind.size > limit for limit in limits), 4)
+    if alone:
+        return Plan(2 if kind.size <= 512 else 4, 1, 8)
+    if kind.size <= 512:
+        return Plan(1 if kind.size <= 256 else 2, 2, 8)
+    return Plan(2, 4, 16)
+
+
+class JoinedLoop(StepLoop):
+    """A loop of one kernel a step.
+
+    Attributes:
+        weights: U, ``(R * d, d)``, and for the backward pass transposed; rows padded with zeros.
+        fed: of two steps in turn, ``(2, rows, ...)``: h forward, the recurrent gates' gradients backward.
+        sums: the gradient of the last h from outside, ``(rows, d)``.
+        carry, held: as a :class:`StepLoop` has them.
+    """
+
+    def _make_buffers(self, weights: Tensor | None) -> None:
+        kind = self.kind
+        read = kind.recurrent if kind.backward else kind.size
+        self._length = -(-read // ALIGNED) * ALIGNED
+        made = kind.size if kind.backward else kind.recurrent
+        as_they_are = not kind.backward and weights is not None and self._length == read and _lie_well(weights)
+        self.weights = (
+            weights if as_they_are and weights is not None else self._zeros(made, self._length, dtype=kind.dtype)
+        )
+        self.fed = self._zeros(2, kind.rows, self._length, dtype=kind.dtype)
+        own = (kind.rows, kind.size) if kind.backward else (0, 0)
+        self.sums, self.carry, self.held = self._zeros(*own), self._zeros(*own), self._zeros(*own)
+        self._options = _options(kind, self.device)
+
+    def take_weights(self, recurrent: Tensor) -> None:
+        """Copy them, padded or transposed."""
+        if self.weights is recurrent:
+            return
+        if not self.kind.backward:
+            self.weights[:, : self.kind.size] = recurrent
+            return
+        rows, columns = recurrent.shape
+        grid = -(-rows // TILE), -(-columns // TILE)
+        _kernels().transpose[grid](recurrent.contiguous(), self.weights, rows, columns, self._length, BLOCK=TILE)
+
+    def begin_forward(self, hidden: Tensor) -> None:
+        """Begin with the first h, ``(B, d)``."""
+        self.fed[0, : hidden.size(0), : self.kind.size] = hidden
+
+    def first_hidden_gradient(self, batch: int, steps: int) -> Tensor:
+        """The gradient of the first h, ``(B, d)``: a product that no step has taken."""
+        sums = torch.empty_like(self.sums)
+        multiply(self.fed[steps % 2], self.weights.t(), sums, self.kind.tf32)
+        return sums[:batch] + self.held[:batch]
+
+    def step(self, ahead: int) -> None:
+        """Launch the step after ``ahead`` further ones."""
+        kind, kernels = self.kind, _kernels()
+        units = self._options["UNITS"] * (self._options["DEEP"] if kind.backward else 1)
+        grid = (-(-kind.size // units),)
+        if kind.backward:
+            tensors = self.weights, self.sums, self.fed, self.carry, self.held
+            kernels.backward[grid](self.table, *tensors, ahead, kind.size, self._length, **self._options)
+        else:
+            kernels.forward[grid](
+                self.table, self.weights, self.fed, ahead, kind.size, self._length, **self._options
+            )  # fmt: skip
+
+
+def _kernels() -> Any:
+    """The kernels; importing them takes Triton."""
+    from fairseq_rkm.ops.backends.stepwise import joined_kernels
+
+    return joined_kernels
+
+
+def _lie_well(weights: Tensor) -> bool:
+    return weights.is_contiguous() and weights.data_ptr() % LOAD == 0
+
+
+def _options(kind: Kind, device: torch.device) -> dict[str, Any]:
+    """The compile-time arguments of a kind's kernel."""
+    plan = plan_for(kind)
+    early = EARLY and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+    return {
+        **equation_options(kind), "ROWS": kind.rows, "DEEP": plan.deep, "SPLIT": plan.split, "UNITS": plan.units,
+        "LANES": WARP // plan.units, "WIDE": LOAD // kind.dtype.itemsize, "EARLY": early, "num_warps": plan.split,
+        **({"launch_pdl": True} if early else {}),
+    }  # fmt: skip
