@@ -27,37 +27,42 @@ from fairseq_rkm.ops.backends.stepwise.step_kernels import (
 
 
 @triton.jit
-def _along(SPLIT: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr):
-    """The columns of a round, ``(1, SPLIT, 1, LANES, WIDE)``: those of a warp lie together."""
-    split = tl.arange(0, SPLIT)[None, :, None, None, None]
-    lanes = tl.arange(0, LANES)[None, None, None, :, None]
-    return (split * LANES + lanes) * WIDE + tl.arange(0, WIDE)[None, None, None, None, :]
+def _columns(SPLIT: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr):
+    """The columns of a round: those of a warp lie together. The order of axes is that of ``_product``."""
+    lanes = tl.arange(0, LANES)[:, None, None, None, None, None]
+    split = tl.arange(0, SPLIT)[None, None, :, None, None, None]
+    return (split * LANES + lanes) * WIDE + tl.arange(0, WIDE)[None, None, None, None, None, :]
+
+
+@triton.jit
+def _side_by_side(UNITS: tl.constexpr):
+    return tl.arange(0, UNITS)[None, :, None, None, None, None]
 
 
 @triton.jit
 def _product(
-    weights, exists, first, rows, columns, until, length, ROWS: tl.constexpr, DEEP: tl.constexpr, SPLIT: tl.constexpr,
-    UNITS: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr,
+    weights, exists, first, numbers, columns, until, length, ROWS: tl.constexpr, DEEP: tl.constexpr,
+    SPLIT: tl.constexpr, UNITS: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """The products of ``DEEP * UNITS`` rows of weights with ``ROWS`` rows of numbers, ``(ROWS, DEEP, UNITS)``.
 
-    Args:
-        weights: pointers to the first round, ``(DEEP, SPLIT, UNITS, LANES, WIDE)``.
-        exists: the rows that are no padding, of a shape that fits.
-        first: the weights of the first round.
-        rows: pointers to the numbers of the first round, ``(ROWS, SPLIT, UNITS, LANES, WIDE)``.
-        columns: those of the first round.
-        until: their number; 0 for sums of nothing.
-        length: the length of a row.
+    Triton gives threads to the last axis, then to the first, the second and so on. Axes are therefore ``LANES`` and
+    ``UNITS``, which make a warp, ``SPLIT``, the warps, ``ROWS`` and ``DEEP``, which a thread has all of, and ``WIDE``,
+    what it fetches at once. Both operands have all axes, for an axis that is added later would move them.
+
+    ``weights`` and ``numbers`` are pointers to the first of the rounds, and ``columns`` its columns. ``first`` are its
+    weights. ``exists`` tells rows of weights from padding. ``until`` is ``length``, a row's, or 0 for sums of nothing.
     """
-    ROUND: tl.constexpr = SPLIT * LANES * WIDE
-    total = tl.zeros((ROWS, DEEP, SPLIT, UNITS, LANES), tl.float32)
-    for start in range(0, until, ROUND):
-        numbers = tl.load(rows + start, mask=columns < length - start, other=0.0).to(tl.float32)
-        following = tl.load(weights + start + ROUND, mask=exists & (columns < length - start - ROUND), other=0.0)
-        total += tl.sum(numbers[:, None] * first.to(tl.float32)[None], axis=5)
+    total = tl.zeros((LANES, UNITS, SPLIT, ROWS, DEEP), tl.float32)
+    for start in range(0, until, SPLIT * LANES * WIDE):
+        after = start + SPLIT * LANES * WIDE
+        those = tl.load(numbers + start, mask=columns < length - start, other=0.0).to(tl.float32)
+        following = tl.load(weights + after, mask=exists & (columns < length - after), other=0.0)
+        total += tl.sum(those * first.to(tl.float32), axis=5)
         first = following
-    return tl.sum(tl.sum(total, axis=4), axis=2)
+    sums = tl.sum(tl.sum(total, axis=0), axis=1)
+    # Each thread has all sums. An axis that comes and goes has Triton spread them, and with them the equations.
+    return tl.sum(tl.permute(sums, (1, 2, 0))[None], axis=0)
 
 
 @triton.jit
@@ -98,9 +103,9 @@ def forward(
     inside = there & (units < size)
     at = t * batch + rows
 
-    gate = tl.arange(0, DEEP)[:, None, None, None, None]
-    own = unit + tl.arange(0, UNITS)[None, None, :, None, None]
-    columns = _along(SPLIT, LANES, WIDE)
+    gate = tl.arange(0, DEEP)[None, None, None, None, :, None]
+    own = unit + _side_by_side(UNITS)
+    columns = _columns(SPLIT, LANES, WIDE)
     exists = (gate < RECURRENT) & (own < size)
     weights += (gate * size + own).to(tl.int64) * length + columns
     first = tl.load(weights, mask=exists & (columns < length), other=0.0)
@@ -120,7 +125,8 @@ def forward(
     h_before = before
     if MASK:
         h_before = tl.load(now + rows * length + units, mask=inside, other=0.0).to(tl.float32)
-    numbers = now + rows[:, :, None, None, None] * length + columns + tl.zeros_like(own)
+    row = tl.arange(0, ROWS)[None, None, None, :, None, None]
+    numbers = now + row * length + columns + 0 * own
     sums = _product(weights, exists, first, numbers, columns, length, length, ROWS, DEEP, SPLIT, UNITS, LANES, WIDE)
     candidate = _of_gate(sums, candidate, 0, FIRST_RECURRENT, RECURRENT, DEEP)
     f = _of_gate(sums, f, FORGET, FIRST_RECURRENT, RECURRENT, DEEP)
@@ -162,9 +168,9 @@ def backward(
     at = t * batch + rows
     place = rows * size + units
 
-    deep = tl.arange(0, DEEP)[:, None, None, None, None]
-    own = unit + deep * UNITS + tl.arange(0, UNITS)[None, None, :, None, None]
-    columns = _along(SPLIT, LANES, WIDE)
+    deep = tl.arange(0, DEEP)[None, None, None, None, :, None]
+    own = unit + deep * UNITS + _side_by_side(UNITS)
+    columns = _columns(SPLIT, LANES, WIDE)
     exists = own < size
     weights += own.to(tl.int64) * length + columns
     first = tl.load(weights, mask=exists & (columns < length), other=0.0)
@@ -185,8 +191,8 @@ def backward(
     passing = to_c
     if MASK:
         passing = tl.load(held + place, mask=inside, other=0.0)
-    row = tl.arange(0, ROWS)[:, None, None, None, None]
-    numbers = given + row * length + columns + tl.zeros((1, 1, UNITS, 1, 1), tl.int32)
+    row = tl.arange(0, ROWS)[None, None, None, :, None, None]
+    numbers = given + row * length + columns + 0 * _side_by_side(UNITS)
     until = tl.where(count > 0, length, 0)
     sums = _product(weights, exists, first, numbers, columns, until, length, ROWS, DEEP, SPLIT, UNITS, LANES, WIDE)
     to_h += tl.reshape(sums, (ROWS, DEEP * UNITS))

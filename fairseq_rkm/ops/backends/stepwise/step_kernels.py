@@ -352,9 +352,7 @@ def retreat(
         if PARTS > 0:
             squares += tl.load(address(table, WINDOWS, tl.float32) + at)
         filter_squares, scale, offset, candidate_bias = _filters(table, units, inside, size)
-        by_dot, by_filters, by_windows, by_scale, by_offset = SLOPES(
-            candidate, filter_squares, squares, scale, offset
-        )
+        by_dot, by_filters, by_windows, by_scale, by_offset = SLOPES(candidate, filter_squares, squares, scale, offset)
         candidate = VALUE(candidate, filter_squares, squares, scale, offset) + candidate_bias
         if SQUASH_CANDIDATE:
             candidate = tanh(candidate)
