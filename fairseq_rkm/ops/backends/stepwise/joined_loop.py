@@ -52,20 +52,32 @@ def is_joined(cell: Cell, batch: int, size: int, dtype: torch.dtype, norm: bool,
 
 
 def plan_for(kind: Kind) -> Plan:
-    """Enough programs for all multiprocessors, and as few sums across threads as that allows."""
+    """At least 128 programs, no more than an H200 holds at once, and then as few sums across threads as that allows.
+
+    By the registers that ptxas counts a multiprocessor holds, for one row, 7 programs forward and 3 backward, and for
+    eight rows 3.
+    """
     planned = PLANS.get((kind.backward, kind.rows, kind.size))
     if planned is not None:
         return planned
-    alone = kind.rows == 1
-    if not kind.backward:
-        deep = 1 << (len(kind.cell.recurrent_gates) - 1).bit_length()
-        limits = (2048,) if alone else (512, 2048)
-        return Plan(deep, 2 << sum(kind.size > limit for limit in limits), 4)
-    if alone:
-        return Plan(2 if kind.size <= 512 else 4, 1, 8)
-    if kind.size <= 512:
-        return Plan(1 if kind.size <= 256 else 2, 2, 8)
-    return Plan(2, 4, 16)
+    plans = _PLANS[kind.backward, kind.rows > 1]
+    plan = next(plan for most, plan in plans if kind.size <= most)
+    if kind.backward:
+        return plan
+    return plan._replace(deep=1 << (len(kind.cell.recurrent_gates) - 1).bit_length())
+
+
+_ANY = 1 << 30
+_PLANS = {
+    (False, False): [(1536, Plan(4, 2, 4)), (_ANY, Plan(4, 4, 4))],
+    (False, True): [(512, Plan(4, 2, 4)), (1536, Plan(4, 4, 4)), (_ANY, Plan(4, 8, 4))],
+    (True, False): [(512, Plan(2, 1, 8)), (1536, Plan(4, 1, 8)), (_ANY, Plan(4, 2, 8))],
+    (True, True): [
+        (256, Plan(1, 2, 8)), (512, Plan(2, 2, 8)), (1056, Plan(2, 4, 16)), (1536, Plan(2, 2, 8)),
+        (_ANY, Plan(2, 4, 8)),
+    ],
+}  # fmt: skip
+"""For a pass and more than one row: plans up to a size."""
 
 
 class JoinedLoop(StepLoop):
