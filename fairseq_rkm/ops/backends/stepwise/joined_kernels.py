@@ -41,8 +41,8 @@ def _side_by_side(UNITS: tl.constexpr):
 
 @triton.jit
 def _product(
-    weights, exists, first, numbers, columns, until, length, ROWS: tl.constexpr, DEEP: tl.constexpr,
-    SPLIT: tl.constexpr, UNITS: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr,
+    weights, first, numbers, someone, length, ROWS: tl.constexpr, DEEP: tl.constexpr, SPLIT: tl.constexpr,
+    UNITS: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """The products of ``DEEP * UNITS`` rows of weights with ``ROWS`` rows of numbers, ``(ROWS, DEEP, UNITS)``.
 
@@ -50,16 +50,18 @@ def _product(
     ``UNITS``, which make a warp, ``SPLIT``, the warps, ``ROWS`` and ``DEEP``, which a thread has all of, and ``WIDE``,
     what it fetches at once. Both operands have all axes, for an axis that is added later would move them.
 
-    ``weights`` and ``numbers`` are pointers to the first of the rounds, and ``columns`` its columns. ``first`` are its
-    weights. ``exists`` tells rows of weights from padding. ``until`` is ``length``, a row's, or 0 for sums of nothing.
+    ``weights`` and ``numbers`` are pointers to the first of the rounds, and ``first`` its weights. ``length``, a row's,
+    is a multiple of a round: with masks the compiler fetches late. ``someone`` is 1, or 0 for sums of nothing.
     """
     total = tl.zeros((LANES, UNITS, SPLIT, ROWS, DEEP), tl.float32)
-    for start in range(0, until, SPLIT * LANES * WIDE):
-        after = start + SPLIT * LANES * WIDE
-        those = tl.load(numbers + start, mask=columns < length - start, other=0.0).to(tl.float32)
-        following = tl.load(weights + after, mask=exists & (columns < length - after), other=0.0)
+    last = length - SPLIT * LANES * WIDE
+    for start in range(0, last * someone, SPLIT * LANES * WIDE):
+        following = tl.load(weights + start + SPLIT * LANES * WIDE)
+        those = tl.load(numbers + start).to(tl.float32)
         total += tl.sum(those * first.to(tl.float32), axis=5)
         first = following
+    those = tl.where(someone > 0, tl.load(numbers + last).to(tl.float32), 0.0)
+    total += tl.sum(those * first.to(tl.float32), axis=5)
     sums = tl.sum(tl.sum(total, axis=0), axis=1)
     # Each thread has all sums. An axis that comes and goes has Triton spread them, and with them the equations.
     return tl.sum(tl.permute(sums, (1, 2, 0))[None], axis=0)
@@ -106,9 +108,9 @@ def forward(
     gate = tl.arange(0, DEEP)[None, None, None, None, :, None]
     own = unit + _side_by_side(UNITS)
     columns = _columns(SPLIT, LANES, WIDE)
-    exists = (gate < RECURRENT) & (own < size)
-    weights += (gate * size + own).to(tl.int64) * length + columns
-    first = tl.load(weights, mask=exists & (columns < length), other=0.0)
+    # Padding takes the last unit's or gate's weights, and its sums are not used.
+    weights += (tl.minimum(gate, RECURRENT - 1) * size + tl.minimum(own, size - 1)).to(tl.int64) * length + columns
+    first = tl.load(weights)
     candidate, f, i, o = forward_gates(
         table, None, at, batch, units, 0, inside, size, N_GATES, FIRST_RECURRENT, 0, INPUT, FORGET, OUTPUT, HAS_BIAS,
         NARROW, None,
@@ -127,7 +129,7 @@ def forward(
         h_before = tl.load(now + rows * length + units, mask=inside, other=0.0).to(tl.float32)
     row = tl.arange(0, ROWS)[None, None, None, :, None, None]
     numbers = now + row * length + columns + 0 * own
-    sums = _product(weights, exists, first, numbers, columns, length, length, ROWS, DEEP, SPLIT, UNITS, LANES, WIDE)
+    sums = _product(weights, first, numbers, 1, length, ROWS, DEEP, SPLIT, UNITS, LANES, WIDE)
     candidate = _of_gate(sums, candidate, 0, FIRST_RECURRENT, RECURRENT, DEEP)
     f = _of_gate(sums, f, FORGET, FIRST_RECURRENT, RECURRENT, DEEP)
     i = _of_gate(sums, i, INPUT, FIRST_RECURRENT, RECURRENT, DEEP)
@@ -171,9 +173,8 @@ def backward(
     deep = tl.arange(0, DEEP)[None, None, None, None, :, None]
     own = unit + deep * UNITS + _side_by_side(UNITS)
     columns = _columns(SPLIT, LANES, WIDE)
-    exists = own < size
-    weights += own.to(tl.int64) * length + columns
-    first = tl.load(weights, mask=exists & (columns < length), other=0.0)
+    weights += tl.minimum(own, size - 1).to(tl.int64) * length + columns
+    first = tl.load(weights)
     candidate, f, i, o, before, now, to_output = fetch_saved(
         table, at, batch, units, inside, size, N_GATES, INPUT, FORGET, OUTPUT, HAS_GRAD_OUTPUT, NARROW
     )  # fmt: skip
@@ -193,8 +194,8 @@ def backward(
         passing = tl.load(held + place, mask=inside, other=0.0)
     row = tl.arange(0, ROWS)[None, None, None, :, None, None]
     numbers = given + row * length + columns + 0 * _side_by_side(UNITS)
-    until = tl.where(count > 0, length, 0)
-    sums = _product(weights, exists, first, numbers, columns, until, length, ROWS, DEEP, SPLIT, UNITS, LANES, WIDE)
+    someone = tl.where(count > 0, 1, 0)
+    sums = _product(weights, first, numbers, someone, length, ROWS, DEEP, SPLIT, UNITS, LANES, WIDE)
     to_h += tl.reshape(sums, (ROWS, DEEP * UNITS))
     retreat(
         table, made, carry, held, to_h, to_c, passing, candidate, f, i, o, before, now, to_output, real, t, at, place,

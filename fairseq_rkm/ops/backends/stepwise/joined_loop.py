@@ -17,11 +17,9 @@ LARGEST_BATCH = 8
 """A thread sums for all rows of the batch: more do not fit into its registers."""
 LEAST_UNITS = 129
 """Smaller layers are for other backends."""
-ALIGNED = 16
-"""Rows of the buffers are a multiple of so many elements long."""
 EARLY = True
 """Whether a step's kernel begins before the one before has ended, on GPUs that can (Hopper and later)."""
-WARP, LOAD, TILE = 32, 16, 64
+WARP, LOAD, SIDE = 32, 16, 64
 """The threads of a warp, the bytes that each fetches at once, and the side of a transposed tile."""
 
 
@@ -54,27 +52,37 @@ def is_joined(cell: Cell, batch: int, size: int, dtype: torch.dtype, norm: bool,
 def plan_for(kind: Kind) -> Plan:
     """At least 128 programs, no more than an H200 holds at once, and then as few sums across threads as that allows.
 
-    By the registers that ptxas counts a multiprocessor holds, for one row, 7 programs forward and 3 backward, and for
-    eight rows 3.
+    Of several plans for a size, one with the least padding.
     """
     planned = PLANS.get((kind.backward, kind.rows, kind.size))
     if planned is not None:
         return planned
-    plans = _PLANS[kind.backward, kind.rows > 1]
-    plan = next(plan for most, plan in plans if kind.size <= most)
+    plans = next(plans for most, plans in _PLANS[kind.backward, kind.rows > 1] if kind.size <= most)
+    plan = min(plans, key=lambda plan: padded_length(kind, plan))
     if kind.backward:
         return plan
     return plan._replace(deep=1 << (len(kind.cell.recurrent_gates) - 1).bit_length())
 
 
+def padded_length(kind: Kind, plan: Plan) -> int:
+    """The numbers in a row of weights, padded to whole rounds: in each a thread fetches once."""
+    a_round = plan.split * WARP // plan.units * LOAD // kind.dtype.itemsize
+    return -(-(kind.recurrent if kind.backward else kind.size) // a_round) * a_round
+
+
 _ANY = 1 << 30
 _PLANS = {
-    (False, False): [(1536, Plan(4, 2, 4)), (_ANY, Plan(4, 4, 4))],
-    (False, True): [(512, Plan(4, 2, 4)), (1536, Plan(4, 4, 4)), (_ANY, Plan(4, 8, 4))],
-    (True, False): [(512, Plan(2, 1, 8)), (1536, Plan(4, 1, 8)), (_ANY, Plan(4, 2, 8))],
+    (False, False): [(1536, [Plan(4, 2, 4), Plan(4, 4, 4)]), (_ANY, [Plan(4, 4, 4)])],
+    (False, True): [
+        (512, [Plan(4, 2, 4), Plan(4, 4, 4)]), (1536, [Plan(4, 4, 4), Plan(4, 8, 4)]), (_ANY, [Plan(4, 8, 4)]),
+    ],
+    (True, False): [
+        (512, [Plan(2, 1, 8), Plan(2, 2, 8), Plan(2, 2, 4)]), (1536, [Plan(4, 1, 8), Plan(4, 2, 8)]),
+        (_ANY, [Plan(4, 2, 8)]),
+    ],
     (True, True): [
-        (256, Plan(1, 2, 8)), (512, Plan(2, 2, 8)), (1056, Plan(2, 4, 16)), (1536, Plan(2, 2, 8)),
-        (_ANY, Plan(2, 4, 8)),
+        (256, [Plan(1, 2, 8), Plan(1, 2, 4)]), (512, [Plan(2, 2, 8), Plan(2, 2, 4)]),
+        (1056, [Plan(2, 4, 16), Plan(2, 4, 8)]), (_ANY, [Plan(2, 4, 8)]),
     ],
 }  # fmt: skip
 """For a pass and more than one row: plans up to a size."""
@@ -93,7 +101,8 @@ class JoinedLoop(StepLoop):
     def _make_buffers(self, weights: Tensor | None) -> None:
         kind = self.kind
         read = kind.recurrent if kind.backward else kind.size
-        self._length = -(-read // ALIGNED) * ALIGNED
+        self._options = _options(kind, self.device)
+        self._length = padded_length(kind, plan_for(kind))
         made = kind.size if kind.backward else kind.recurrent
         as_they_are = not kind.backward and weights is not None and self._length == read and _lie_well(weights)
         self.weights = (
@@ -102,7 +111,6 @@ class JoinedLoop(StepLoop):
         self.fed = self._zeros(2, kind.rows, self._length, dtype=kind.dtype)
         own = (kind.rows, kind.size) if kind.backward else (0, 0)
         self.sums, self.carry, self.held = self._zeros(*own), self._zeros(*own), self._zeros(*own)
-        self._options = _options(kind, self.device)
 
     def take_weights(self, recurrent: Tensor) -> None:
         """Copy them, padded or transposed."""
@@ -112,8 +120,8 @@ class JoinedLoop(StepLoop):
             self.weights[:, : self.kind.size] = recurrent
             return
         rows, columns = recurrent.shape
-        grid = -(-rows // TILE), -(-columns // TILE)
-        _kernels().transpose[grid](recurrent.contiguous(), self.weights, rows, columns, self._length, BLOCK=TILE)
+        grid = -(-rows // SIDE), -(-columns // SIDE)
+        _kernels().transpose[grid](recurrent.contiguous(), self.weights, rows, columns, self._length, BLOCK=SIDE)
 
     def begin_forward(self, hidden: Tensor) -> None:
         """Begin with the first h, ``(B, d)``."""
@@ -137,6 +145,11 @@ class JoinedLoop(StepLoop):
             kernels.forward[grid](
                 self.table, self.weights, self.fed, ahead, kind.size, self._length, **self._options
             )  # fmt: skip
+
+
+def new_loop(kind: Kind, device: torch.device, weights: Tensor | None = None) -> StepLoop:
+    """A loop of a kind, with buffers and without graphs."""
+    return (JoinedLoop if kind.joined else StepLoop)(kind, device, weights)
 
 
 def _kernels() -> Any:

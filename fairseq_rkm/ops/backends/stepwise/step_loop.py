@@ -272,15 +272,6 @@ def multiply(fed: Tensor, weights: Tensor, sums: Tensor, tf32: bool) -> None:
         sums.copy_(fed @ weights)
 
 
-def new_loop(kind: Kind, device: torch.device, weights: Tensor | None = None) -> StepLoop:
-    """A loop of a kind, with buffers and without graphs."""
-    if kind.joined:
-        from fairseq_rkm.ops.backends.stepwise.joined_loop import JoinedLoop
-
-        return JoinedLoop(kind, device, weights)
-    return StepLoop(kind, device, weights)
-
-
 def _kernels() -> Any:
     """The kernels; importing them takes Triton."""
     from fairseq_rkm.ops.backends.stepwise import step_kernels
@@ -355,13 +346,13 @@ class _Loops:
         self._kept: OrderedDict[Any, StepLoop] = OrderedDict()
         self._lock = threading.Lock()
 
-    def find(self, kind: Kind, device: torch.device) -> StepLoop:
-        """The loop of a kind for the current stream: work on one stream takes turns."""
+    def find(self, kind: Kind, device: torch.device, make: Callable[[Kind, torch.device], StepLoop]) -> StepLoop:
+        """The loop of a kind for the current stream, made if need be: work on one stream takes turns."""
         key = kind, device.index, torch._C._cuda_getCurrentRawStream(device.index)
         with self._lock:
             loop = self._kept.get(key)
             if loop is None:
-                loop = self._kept[key] = new_loop(kind, device)
+                loop = self._kept[key] = make(kind, device)
                 self._give_up(device)
             self._kept.move_to_end(key)
             return loop

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fairseq_rkm.ops.backends.scan.scan import MAX_NORMED
-from fairseq_rkm.ops.backends.stepwise.joined_loop import is_joined
-from fairseq_rkm.ops.backends.stepwise.step_loop import FEW_STEPS, LOOPS, Kind, StepLoop, new_loop, on_device, rows_for
+from fairseq_rkm.ops.backends.stepwise.joined_loop import is_joined, new_loop
+from fairseq_rkm.ops.backends.stepwise.step_loop import FEW_STEPS, LOOPS, Kind, StepLoop, on_device, rows_for
 from fairseq_rkm.ops.backends.stepwise.step_loop import Sequence as Tensors
 from fairseq_rkm.ops.cells import Cell
 from fairseq_rkm.ops.gradients import parameter_gradients
@@ -215,7 +215,7 @@ def _loop(kind: Kind, weights: Weights, tensors: Tensors) -> Iterator[StepLoop]:
         raise TypeError("a problem that was refused")
     with on_device(device):
         graphs = device.type == "cuda" and steps > FEW_STEPS and not torch.cuda.is_current_stream_capturing()
-        loop = LOOPS.find(kind, device) if graphs else new_loop(kind, device, recurrent)
+        loop = LOOPS.find(kind, device, new_loop) if graphs else new_loop(kind, device, recurrent)
         with loop.lock:
             if graphs:
                 loop.prepare(steps)
