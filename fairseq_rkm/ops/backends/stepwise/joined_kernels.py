@@ -25,18 +25,33 @@ from fairseq_rkm.ops.backends.stepwise.step_kernels import (
     retreat,
 )
 
+FIRST_AXES_FIRST = tl.constexpr(triton.__version__.startswith(("3.5.", "3.6.")))
+"""The order in which Triton gives threads to axes after the last: from the first on in 3.6, from the last on in 3.9."""
+
+
+@triton.jit
+def _along(COUNT: tl.constexpr, PLACE: tl.constexpr):
+    """The numbers below ``COUNT`` along the axis that is the ``PLACE``-th to get threads, of five, and a sixth."""
+    at: tl.constexpr = PLACE if FIRST_AXES_FIRST else 4 - PLACE
+    numbers = tl.arange(0, COUNT)
+    if at == 0:
+        numbers = numbers[:, None, None, None, None, None]
+    elif at == 1:
+        numbers = numbers[None, :, None, None, None, None]
+    elif at == 2:
+        numbers = numbers[None, None, :, None, None, None]
+    elif at == 3:
+        numbers = numbers[None, None, None, :, None, None]
+    else:
+        numbers = numbers[None, None, None, None, :, None]
+    return numbers
+
 
 @triton.jit
 def _columns(SPLIT: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr):
     """The columns of a round: those of a warp lie together. The order of axes is that of ``_product``."""
-    lanes = tl.arange(0, LANES)[:, None, None, None, None, None]
-    split = tl.arange(0, SPLIT)[None, None, :, None, None, None]
-    return (split * LANES + lanes) * WIDE + tl.arange(0, WIDE)[None, None, None, None, None, :]
-
-
-@triton.jit
-def _side_by_side(UNITS: tl.constexpr):
-    return tl.arange(0, UNITS)[None, :, None, None, None, None]
+    columns = (_along(SPLIT, 2) * LANES + _along(LANES, 0)) * WIDE
+    return columns + tl.arange(0, WIDE)[None, None, None, None, None, :]
 
 
 @triton.jit
@@ -46,14 +61,17 @@ def _product(
 ):  # fmt: skip
     """The products of ``DEEP * UNITS`` rows of weights with ``ROWS`` rows of numbers, ``(ROWS, DEEP, UNITS)``.
 
-    Triton gives threads to the last axis, then to the first, the second and so on. Axes are therefore ``LANES`` and
-    ``UNITS``, which make a warp, ``SPLIT``, the warps, ``ROWS`` and ``DEEP``, which a thread has all of, and ``WIDE``,
-    what it fetches at once. Both operands have all axes, for an axis that is added later would move them.
+    Triton gives threads to one axis after the other. They are therefore ``LANES`` and ``UNITS``, which make a warp,
+    ``SPLIT``, the warps, ``ROWS`` and ``DEEP``, which a thread has all of, or the other way round; and at the end
+    ``WIDE``, what it fetches at once. Both operands have all axes, for an axis that is added later would move them.
 
     ``weights`` and ``numbers`` are pointers to the first of the rounds, and ``first`` its weights. ``length``, a row's,
     is a multiple of a round: with masks the compiler fetches late. ``someone`` is 1, or 0 for sums of nothing.
     """
-    total = tl.zeros((LANES, UNITS, SPLIT, ROWS, DEEP), tl.float32)
+    if FIRST_AXES_FIRST:
+        total = tl.zeros((LANES, UNITS, SPLIT, ROWS, DEEP), tl.float32)
+    else:
+        total = tl.zeros((DEEP, ROWS, SPLIT, UNITS, LANES), tl.float32)
     last = length - SPLIT * LANES * WIDE
     for start in range(0, last * someone, SPLIT * LANES * WIDE):
         following = tl.load(weights + start + SPLIT * LANES * WIDE)
@@ -62,9 +80,12 @@ def _product(
         first = following
     those = tl.where(someone > 0, tl.load(numbers + last).to(tl.float32), 0.0)
     total += tl.sum(those * first.to(tl.float32), axis=5)
-    sums = tl.sum(tl.sum(total, axis=0), axis=1)
+    if FIRST_AXES_FIRST:
+        sums = tl.permute(tl.sum(tl.sum(total, axis=0), axis=1), (1, 2, 0))
+    else:
+        sums = tl.permute(tl.sum(tl.sum(total, axis=4), axis=2), (1, 0, 2))
     # Each thread has all sums. An axis that comes and goes has Triton spread them, and with them the equations.
-    return tl.sum(tl.permute(sums, (1, 2, 0))[None], axis=0)
+    return tl.sum(sums[None], axis=0)
 
 
 @triton.jit
@@ -105,8 +126,8 @@ def forward(
     inside = there & (units < size)
     at = t * batch + rows
 
-    gate = tl.arange(0, DEEP)[None, None, None, None, :, None]
-    own = unit + _side_by_side(UNITS)
+    gate = _along(DEEP, 4)
+    own = unit + _along(UNITS, 1)
     columns = _columns(SPLIT, LANES, WIDE)
     # Padding takes the last unit's or gate's weights, and its sums are not used.
     weights += (tl.minimum(gate, RECURRENT - 1) * size + tl.minimum(own, size - 1)).to(tl.int64) * length + columns
@@ -127,8 +148,7 @@ def forward(
     h_before = before
     if MASK:
         h_before = tl.load(now + rows * length + units, mask=inside, other=0.0).to(tl.float32)
-    row = tl.arange(0, ROWS)[None, None, None, :, None, None]
-    numbers = now + row * length + columns + 0 * own
+    numbers = now + _along(ROWS, 3) * length + columns + 0 * _along(UNITS, 1)
     sums = _product(weights, first, numbers, 1, length, ROWS, DEEP, SPLIT, UNITS, LANES, WIDE)
     candidate = _of_gate(sums, candidate, 0, FIRST_RECURRENT, RECURRENT, DEEP)
     f = _of_gate(sums, f, FORGET, FIRST_RECURRENT, RECURRENT, DEEP)
@@ -170,8 +190,7 @@ def backward(
     at = t * batch + rows
     place = rows * size + units
 
-    deep = tl.arange(0, DEEP)[None, None, None, None, :, None]
-    own = unit + deep * UNITS + _side_by_side(UNITS)
+    own = unit + _along(DEEP, 4) * UNITS + _along(UNITS, 1)
     columns = _columns(SPLIT, LANES, WIDE)
     weights += tl.minimum(own, size - 1).to(tl.int64) * length + columns
     first = tl.load(weights)
@@ -192,8 +211,7 @@ def backward(
     passing = to_c
     if MASK:
         passing = tl.load(held + place, mask=inside, other=0.0)
-    row = tl.arange(0, ROWS)[None, None, None, :, None, None]
-    numbers = given + row * length + columns + 0 * _side_by_side(UNITS)
+    numbers = given + _along(ROWS, 3) * length + columns + 0 * _along(UNITS, 1)
     someone = tl.where(count > 0, 1, 0)
     sums = _product(weights, first, numbers, someone, length, ROWS, DEEP, SPLIT, UNITS, LANES, WIDE)
     to_h += tl.reshape(sums, (ROWS, DEEP * UNITS))
