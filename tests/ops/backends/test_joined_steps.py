@@ -9,9 +9,11 @@ from helpers import assert_close
 from fairseq_rkm import RKM
 from fairseq_rkm.experiments.sweep_measurement import products_in
 from fairseq_rkm.ops import CELLS
-from fairseq_rkm.ops.backends.stepwise import joined_loop, step_loop
+from fairseq_rkm.ops.backends.stepwise import estimate, joined_loop, step_loop
+from fairseq_rkm.ops.backends.stepwise.estimate import step_time
 from fairseq_rkm.ops.backends.stepwise.step_loop import STRETCHES
 from ops.backends.feedback_kernels import DTYPES, FEEDBACK, SMALL, outcomes
+from ops.backends.test_choice import problem
 from ops.backends.triton_interpreter import DEVICE, INTERPRETED, run_interpreted, runs
 from ops.test_backends import MISSING, check_missing_numbers_stay_where_they_are, clear_bound, compare
 
@@ -130,6 +132,15 @@ def test_no_batch_beyond_the_measured_one_is_joined(cell, monkeypatch):
         (torch.float16, False, joined_loop.LARGEST_BATCH + 1, False), (torch.bfloat16, False, 1, False),
     ):  # fmt: skip
         assert joined_loop.is_joined(row, batch, 512, dtype, norm=False, tf32=tf32) is wanted
+
+
+def test_the_estimate_is_of_the_way_that_is_taken(monkeypatch):
+    inputs, weights = problem(1024, 2, torch.float16)
+    joined = step_time(CELLS["rkm_lstm"], inputs, weights)
+    bytes_ = 2 * 4 * 1024 * 1024 * 2
+    assert joined == pytest.approx(estimate.JOINED_FIXED + bytes_ / (1e6 * estimate.JOINED_TERABYTES))
+    monkeypatch.setitem(joined_loop.MOST_ROWS, "float16", 1)
+    assert step_time(CELLS["rkm_lstm"], inputs, weights) > estimate.RATES[2].fixed > joined
 
 
 @pytest.mark.gpu
