@@ -4,9 +4,8 @@ The gates are one matrix product over all steps. The memory remains: a linear re
 cell without memory needs none. Layer normalisation makes the recurrence nonlinear: it goes step by step, in one launch.
 """
 
+import functools
 from collections.abc import Sequence
-from contextlib import nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from fairseq_rkm.ops.gradients import parameter_gradients
 from fairseq_rkm.ops.kernel_candidates import gradients_of_taken, product_bias, take_candidates
 from fairseq_rkm.ops.ngram import is_empty, last_real_step, project
 from fairseq_rkm.ops.passes import Extent, Gradients, Passes, Results, Saved, Sketch
+from fairseq_rkm.ops.triton_launches import Launcher
 from fairseq_rkm.ops.weights import LAYER_NORM_EPS, Weights, memory_dtype
 from fairseq_rkm.triton_presence import INTERPRETED, has_triton
 
@@ -59,12 +59,10 @@ def forward(
     moments = None
     last_output, last_memory = gates.new_empty(batch, size), memories.new_empty(batch, size)
     given: tuple[Tensor, ...] = (_or(memory, memories), memories, output, last_output, last_memory)
-    flags: dict[str, Any] = {"HAS_FIRST": memory is not None}
     if weights.norm_weight is not None and weights.norm_bias is not None:
         moments = memories.new_empty(steps, batch, 2)
         given += (moments, weights.norm_weight, weights.norm_bias)
-        flags["EPSILON"] = LAYER_NORM_EPS
-    _run("forward", cell, weights, keep, gates, given, memories, flags)
+    _run("forward", cell, weights, keep, gates, given, memories, memory is not None)
     if keep is not None:
         last = last_real_step(keep).view(1, -1, 1).expand(1, batch, size)
         first = output.new_zeros(1, batch, size) if hidden is None else hidden.unsqueeze(0)
@@ -88,8 +86,7 @@ def backward(saved: Saved, grads: Gradients, needs: Sequence[bool]) -> Gradients
     if moments is not None and weights.norm_weight is not None:
         shares = {name: torch.empty_like(first_memory) for name in ("norm_weight", "norm_bias")}
         given += (*shares.values(), moments, weights.norm_weight)
-    flags = {"HAS_LAST_HIDDEN": grad_hidden is not None, "HAS_LAST_MEMORY": grad_memory is not None}
-    _run("backward", cell, weights, keep, gates, given, memories, flags)
+    _run("backward", cell, weights, keep, gates, given, memories, grad_hidden is not None, grad_memory is not None)
     need_inputs, need_hidden, need_memory, *need_weights = needs
     first_hidden = gates.new_zeros(batch, size) if need_hidden else None
     if last is not None:
@@ -129,37 +126,40 @@ def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
 
 def _run(
     direction: str, cell: Cell, weights: Weights, keep: Tensor | None, gates: Tensor, given: tuple[Tensor, ...],
-    memories: Tensor, flags: dict[str, Any],
+    memories: Tensor, *flags: bool,
 ) -> None:  # fmt: skip
     """Launch a kernel over the rows of the batch and blocks of units; one block, if all units are needed at once."""
-    from fairseq_rkm.ops.backends.scan import scan_kernels
-
-    normed = weights.norm_weight is not None
-    kernel = {
-        ("forward", False): scan_kernels.forward,
-        ("backward", False): scan_kernels.backward,
-        ("forward", True): scan_kernels.normed_forward,
-        ("backward", True): scan_kernels.normed_backward,
-    }[direction, normed]
-    wide = scan_kernels.tl.float64 if memories.dtype == torch.float64 else scan_kernels.tl.float32
-    batch, size = memories.shape[1:]
+    steps, batch, size = gates.size(0), memories.size(1), memories.size(2)
     scale_i = memories.new_ones(1) * weights.sigma_i if cell.input_is_constant else None
     scale_f = memories.new_ones(size) * weights.sigma_f if cell.forget_is_constant else None
     real = None if keep is None else keep.contiguous().view(torch.uint8)
-    shape: dict[str, Any]
-    if not normed:
-        grid: tuple[int, ...] = (batch, -(-size // BLOCK_D))
-        shape = {"BLOCK_T": BLOCK_T, "BLOCK_D": BLOCK_D, "HAS_MEMORY": cell.has_memory, "num_warps": WARPS}
-        shape["CLIP"] = cell.clip
-        if direction == "forward":
-            shape["FINITE"] = LARGEST_CLIP
-    else:
-        block = 1 << (size - 1).bit_length()
-        grid = (batch,)
-        shape = {"BLOCK_D": block, "num_warps": min(16, max(1, block // 256))}
-    with torch.cuda.device(gates.device) if gates.is_cuda else nullcontext():
-        kernel[grid](
-            gates, *given, _or(real, gates), _or(scale_i, memories), _or(scale_f, memories), gates.size(0), batch, size,
-            GATES=len(cell.gates), **gate_places(cell), SQUASH_CANDIDATE=cell.squash_candidate,
-            SQUASH_OUTPUT=cell.squash_output, MASK=keep is not None, WIDE=wide, **shape, **flags,
-        )  # fmt: skip
+    normed = size if weights.norm_weight is not None else 0
+    launch = _launcher(direction, cell, keep is not None, memories.dtype, normed, *flags)
+    launch(
+        (batch, 1 if normed else -(-size // BLOCK_D), 1), gates.device, gates, *given, _or(real, gates),
+        _or(scale_i, memories), _or(scale_f, memories), steps, batch, size,
+    )  # fmt: skip
+
+
+@functools.cache
+def _launcher(direction: str, cell: Cell, mask: bool, wide: torch.dtype, normed: int, *flags: bool) -> Launcher:
+    """The launches of a kernel; ``normed``: d with layer normalisation, else 0; ``flags``: in the order of the next."""
+    from fairseq_rkm.ops.backends.scan import scan_kernels
+
+    forward = direction == "forward"
+    names = ("HAS_FIRST",) if forward else ("HAS_LAST_HIDDEN", "HAS_LAST_MEMORY")
+    constants = {
+        "GATES": len(cell.gates), **gate_places(cell), "SQUASH_CANDIDATE": cell.squash_candidate,
+        "SQUASH_OUTPUT": cell.squash_output, "MASK": mask,
+        "WIDE": scan_kernels.tl.float64 if wide == torch.float64 else scan_kernels.tl.float32,
+        **dict(zip(names, flags, strict=True)),
+    }  # fmt: skip
+    if normed:
+        block = 1 << (normed - 1).bit_length()
+        constants |= {"BLOCK_D": block, **({"EPSILON": LAYER_NORM_EPS} if forward else {})}
+        kernel = scan_kernels.normed_forward if forward else scan_kernels.normed_backward
+        return Launcher(kernel, constants, num_warps=min(16, max(1, block // 256)))
+    constants |= {"HAS_MEMORY": cell.has_memory, "BLOCK_T": BLOCK_T, "BLOCK_D": BLOCK_D, "CLIP": cell.clip}
+    constants |= {"FINITE": LARGEST_CLIP} if forward else {}
+    kernel = scan_kernels.forward if forward else scan_kernels.backward
+    return Launcher(kernel, constants, num_warps=WARPS)
