@@ -149,8 +149,8 @@ def project(
     """
     if inputs.is_cuda:  # on a CPU only the result needs alignment
         inputs, weight = align(inputs, weight)
-    if bias is None and out is None and weight.size(1) == inputs.size(2):
-        return F.linear(inputs, weight)
+    if out is None and weight.size(1) == inputs.size(2):
+        return F.linear(inputs, weight, bias)
     (newest, taps), *older = _taps(inputs, weight, against_time)
     result = torch.mm(newest, taps.t(), out=out) if bias is None else torch.addmm(bias, newest, taps.t(), out=out)
     for window, taps in older:

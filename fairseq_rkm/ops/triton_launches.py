@@ -4,8 +4,7 @@ Triton binds and looks through all arguments, constants and options of a call. T
 launch. Here it does so once for each kind of arguments; later calls of the kind launch the compiled kernel.
 """
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ class Launcher:
     """A Triton kernel with the values of its constants.
 
     Args:
-        kernel: made by ``triton.jit``. Its parameters are pointers and whole numbers; then come the constants.
+        kernel: made by ``triton.jit``. Its parameters are pointers, whole numbers, and then the constants.
         constants: the values of its ``tl.constexpr`` parameters by name.
         options: the compiler's, such as ``num_warps``.
     """
@@ -30,35 +29,43 @@ class Launcher:
         self._constants = tuple(constants[name] for name in names[len(names) - len(constants) :])
         self._compiled: dict[tuple[Any, ...], Any] = {}
 
-    def __call__(self, grid: tuple[int, int, int], device: torch.device, *arguments: Tensor | int) -> None:
+    def __call__(
+        self, grid: tuple[int, int, int], device: torch.device, tensors: Sequence[Tensor], *numbers: int
+    ) -> None:
         """Launch on a device's current stream.
 
         Args:
             grid: the numbers of programs.
             device: a GPU; with Triton's interpreter, the CPU.
-            arguments: all of the kernel but the constants. Tensors lie on the device and live until this returns.
+            tensors: where the kernel's pointers point to. They lie on the device and live until this returns.
+            numbers: the kernel's other arguments but the constants.
         """
-        if device.type != "cuda":
-            self._kernel[grid](*arguments, **self._flags)
-            return
         index = device.index
-        with nullcontext() if torch._C._cuda_getDevice() == index else torch.cuda.device(index):
-            kind: list[Any] = [index]
-            values: list[int] = []
-            for argument in arguments:
-                if isinstance(argument, int):
-                    kind.append(1 if argument == 1 else (argument % DIVISOR == 0, argument > LARGEST_INT32))
-                    values.append(argument)
-                else:
-                    address = argument.data_ptr()
-                    kind.append((argument.dtype, address % DIVISOR == 0))
-                    values.append(address)
-            compiled = self._compiled.get(tuple(kind))
-            if compiled is None:
-                self._compile(tuple(kind), grid, arguments)
-            else:
-                stream = torch._C._cuda_getCurrentRawStream(index)
-                compiled[grid](*values, *self._constants, stream=stream)
+        if device.type != "cuda":
+            self._kernel[grid](*tensors, *numbers, **self._flags)
+        elif torch._C._cuda_getDevice() == index:
+            self._launch(grid, index, tensors, numbers)
+        else:
+            with torch.cuda.device(index):
+                self._launch(grid, index, tensors, numbers)
+
+    def _launch(
+        self, grid: tuple[int, int, int], index: int, tensors: Sequence[Tensor], numbers: tuple[int, ...]
+    ) -> None:
+        addresses, bits = [tensor.data_ptr() for tensor in tensors], 0
+        for address in addresses:
+            bits |= address
+        kind = (
+            index,
+            *[tensor.dtype for tensor in tensors],
+            *[1 if number == 1 else (number % DIVISOR == 0, number > LARGEST_INT32) for number in numbers],
+            *([address % DIVISOR == 0 for address in addresses] if bits % DIVISOR else ()),
+        )
+        compiled = self._compiled.get(kind)
+        if compiled is None:
+            self._compile(kind, grid, (*tensors, *numbers))
+        else:
+            compiled[grid](*addresses, *numbers, *self._constants, stream=torch._C._cuda_getCurrentRawStream(index))
 
     def _compile(self, kind: tuple[Any, ...], grid: tuple[int, int, int], arguments: tuple[Tensor | int, ...]) -> None:
         """Launch by Triton's own way, which compiles, and keep the compiled kernel."""

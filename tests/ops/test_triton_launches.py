@@ -69,11 +69,11 @@ def test_calls_of_a_kind_launch_what_the_first_compiled(devices):
     launch = Launcher(kernel, {"FIRST": 1, "SECOND": None}, num_warps=2)
     for count in (32, 48):
         x, y = aligned(5), aligned(3)
-        launch((4, 2, 1), GPU, x, y, count)
+        launch((4, 2, 1), GPU, (x, y), count)
     assert [call[::2] for call in kernel.calls] == [((4, 2, 1), {"FIRST": 1, "SECOND": None, "num_warps": 2})]
     assert kernel.made[0].launches == [((4, 2, 1), (x.data_ptr(), y.data_ptr(), 48, None, 1), 70)]
-    launch((4, 2, 1), torch.device("cuda", 1), x, y, 48)  # another device has kernels of its own
-    launch((4, 2, 1), torch.device("cuda", 1), x, y, 48)
+    launch((4, 2, 1), torch.device("cuda", 1), (x, y), 48)  # another device has kernels of its own
+    launch((4, 2, 1), torch.device("cuda", 1), (x, y), 48)
     assert len(kernel.calls) == 2
     assert kernel.made[1].launches[0][2] == 71
     assert devices == [1, 1]
@@ -87,11 +87,11 @@ def test_a_kind_is_all_that_triton_compiles_for():
         (aligned(4), aligned(4), 16), (aligned(4, offset=1), aligned(4), 16), (aligned(4), aligned(4, offset=1), 16),
         (aligned(4, torch.bfloat16), aligned(4), 16), (aligned(4, torch.float16), aligned(4), 16),
         (aligned(4), aligned(4), 1), (aligned(4), aligned(4), 17), (aligned(4), aligned(4), 1 << 31),
-        (aligned(4), aligned(4), (1 << 31) + 1), (aligned(4), 16, 16),
+        (aligned(4), aligned(4), (1 << 31) + 1), (aligned(4, offset=1), aligned(4, offset=1), 16),
     ]  # fmt: skip
     for _ in range(2):
         for kind in kinds:
-            launch((1, 1, 1), GPU, *kind)
+            launch((1, 1, 1), GPU, kind[:2], *kind[2:])
     assert len(kernel.calls) == len(kinds)
     assert [len(made.launches) for made in kernel.made] == [1] * len(kinds)
 
@@ -101,14 +101,14 @@ def test_what_is_no_compiled_kernel_is_not_kept():
     kernel = Kernel(compile_one=object)
     launch = Launcher(kernel, {"FIRST": 1, "SECOND": 2})
     for _ in range(2):
-        launch((1, 1, 1), GPU, aligned(4), aligned(4), 16)
+        launch((1, 1, 1), GPU, (aligned(4), aligned(4)), 16)
     assert len(kernel.calls) == 2
 
 
 def test_an_interpreter_gets_tensors():
     kernel, x = Kernel(), aligned(4)
     for _ in range(2):
-        Launcher(kernel, {"FIRST": 1, "SECOND": 2}, num_warps=1)((1, 1, 1), torch.device("cpu"), x, x, 16)
+        Launcher(kernel, {"FIRST": 1, "SECOND": 2}, num_warps=1)((1, 1, 1), torch.device("cpu"), (x, x), 16)
     assert [call[1][0] is x for call in kernel.calls] == [True, True]
 
 
@@ -147,7 +147,7 @@ def test_triton_s_own_kernels_are_launched_the_same_way(monkeypatch):
     monkeypatch.setattr(driver, "_active", Driver())
     launch, table = Launcher(step_kernels.advance, {}), aligned(20, torch.int64)
     for _ in range(2):
-        launch((1, 1, 1), GPU, table, 17)
+        launch((1, 1, 1), GPU, (table,), 17)
     first, second = driver.active.launched
     # The grid, the stream and the function; the tables differ, as Triton passes tensors.
     assert first[:5] == second[:5] == (1, 1, 1, 70, 2)

@@ -76,7 +76,7 @@ def backward(saved: Saved, grads: Gradients, needs: Sequence[bool]) -> Gradients
     steps, batch, size = memories.size(0) - 1, memories.size(1), memories.size(2)
     grad_output = gates.new_zeros(steps, batch, size) if grads[0] is None else grads[0].contiguous()
     grad_hidden, grad_memory = (None if g is None else g.contiguous() for g in grads[1:])
-    grad_gates, first_memory = torch.empty_like(gates), torch.empty_like(memories[0])
+    grad_gates, first_memory = torch.empty_like(gates), memories.new_empty(batch, size)
     last = None if keep is None else last_real_step(keep) - 1
     given: tuple[Tensor, ...] = (
         memories, grad_output, _or(grad_hidden, gates), _or(grad_memory, memories), _or(last, gates), grad_gates,
@@ -135,10 +135,8 @@ def _run(
     real = None if keep is None else keep.contiguous().view(torch.uint8)
     normed = size if weights.norm_weight is not None else 0
     launch = _launcher(direction, cell, keep is not None, memories.dtype, normed, *flags)
-    launch(
-        (batch, 1 if normed else -(-size // BLOCK_D), 1), gates.device, gates, *given, _or(real, gates),
-        _or(scale_i, memories), _or(scale_f, memories), steps, batch, size,
-    )  # fmt: skip
+    tensors = gates, *given, _or(real, gates), _or(scale_i, memories), _or(scale_f, memories)
+    launch((batch, 1 if normed else -(-size // BLOCK_D), 1), gates.device, tensors, steps, batch, size)
 
 
 @functools.cache
