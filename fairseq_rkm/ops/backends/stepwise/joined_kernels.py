@@ -133,8 +133,8 @@ def forward(
     weights += (tl.minimum(gate, RECURRENT - 1) * size + tl.minimum(own, size - 1)).to(tl.int64) * length + columns
     first = tl.load(weights)
     candidate, f, i, o = forward_gates(
-        table, None, at, batch, units, 0, inside, size, N_GATES, FIRST_RECURRENT, 0, INPUT, FORGET, OUTPUT, HAS_BIAS,
-        NARROW, None,
+        table, None, at, batch, units, 0, inside, size, size, N_GATES, FIRST_RECURRENT, 0, INPUT, FORGET, OUTPUT,
+        HAS_BIAS, NARROW, None,
     )  # fmt: skip
     real = True
     if MASK:
@@ -217,7 +217,7 @@ def backward(
     to_h += tl.reshape(sums, (ROWS, DEEP * UNITS))
     retreat(
         table, made, carry, held, to_h, to_c, passing, candidate, f, i, o, before, now, to_output, real, t, at, place,
-        rows * length, batch, units, inside, size, N_GATES, FIRST_RECURRENT, RECURRENT, INPUT, FORGET, OUTPUT,
+        rows * length, batch, units, inside, size, size, N_GATES, FIRST_RECURRENT, RECURRENT, INPUT, FORGET, OUTPUT,
         SQUASH_CANDIDATE, SQUASH_OUTPUT, CLIP, MASK, HAS_GRAD_OUTPUT, False, NARROW, None, None, 0, -1, -1, -1, -1, -1,
         -1,
     )  # fmt: skip

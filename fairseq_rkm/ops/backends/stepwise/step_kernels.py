@@ -38,8 +38,8 @@ ENTRIES = 21
 
 @triton.jit(do_not_specialize=["steps", "batch"])
 def fill(
-    table, steps, batch, gates, memories, hiddens, keep, bias, scale_i, scale_f, gain, shift, moments, grad_output,
-    grad_gates, grad_gain, grad_shift, filters, windows, shares, totals,
+    table, gates, memories, hiddens, keep, bias, scale_i, scale_f, gain, shift, moments, grad_output, grad_gates,
+    grad_gain, grad_shift, filters, windows, shares, totals, steps, batch,
 ):  # fmt: skip
     """Begin a sequence: its length, its rows and its tensors."""
     tl.store(table + DONE, 0)
@@ -78,15 +78,16 @@ def address(table, ENTRY: tl.constexpr, TYPE: tl.constexpr):
 
 @triton.jit
 def _pre_activation(
-    gates, bias, sums, place, units, product, inside, size, GATE: tl.constexpr, FIRST_RECURRENT: tl.constexpr,
-    RECURRENT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    gates, bias, sums, place, units, product, inside, size, gate_pitch, GATE: tl.constexpr,
+    FIRST_RECURRENT: tl.constexpr, RECURRENT: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     value = tl.load(gates + place + GATE * size, mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
         value += tl.load(bias + GATE * size + units, mask=inside, other=0.0).to(tl.float32)
     if GATE >= FIRST_RECURRENT and GATE < FIRST_RECURRENT + RECURRENT:
-        at = product + (GATE - FIRST_RECURRENT) * size + units
-        value += tl.load(sums + at, mask=inside, other=0.0).to(tl.float32)
+        at = product + (GATE - FIRST_RECURRENT) * gate_pitch + units
+        # Up to the padding, which is zero: its length lets the compiler read 16 bytes at a time.
+        value += tl.load(sums + at, mask=units < gate_pitch, other=0.0)
     return value
 
 
@@ -114,9 +115,9 @@ def _filters(table, units, inside, size):
 
 @triton.jit
 def forward_gates(
-    table, sums, at, batch, units, product, inside, size, N_GATES: tl.constexpr, FIRST_RECURRENT: tl.constexpr,
-    RECURRENT: tl.constexpr, INPUT: tl.constexpr, FORGET: tl.constexpr, OUTPUT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    NARROW: tl.constexpr, VALUE: tl.constexpr,
+    table, sums, at, batch, units, product, inside, size, gate_pitch, N_GATES: tl.constexpr,
+    FIRST_RECURRENT: tl.constexpr, RECURRENT: tl.constexpr, INPUT: tl.constexpr, FORGET: tl.constexpr,
+    OUTPUT: tl.constexpr, HAS_BIAS: tl.constexpr, NARROW: tl.constexpr, VALUE: tl.constexpr,
 ):  # fmt: skip
     """Fetch the pre-activations of the candidate, the forget, the input and the output gate, or the constant gates.
 
@@ -125,26 +126,29 @@ def forward_gates(
     gates, bias = address(table, GATES, NARROW), address(table, BIAS, NARROW)
     place = at * (N_GATES * size) + units
     candidate = _pre_activation(
-        gates, bias, sums, place, units, product, inside, size, 0, FIRST_RECURRENT, RECURRENT,
+        gates, bias, sums, place, units, product, inside, size, gate_pitch, 0, FIRST_RECURRENT, RECURRENT,
         HAS_BIAS and VALUE is None,
     )  # fmt: skip
     if FORGET >= 0:
         f = _pre_activation(
-            gates, bias, sums, place, units, product, inside, size, FORGET, FIRST_RECURRENT, RECURRENT, HAS_BIAS
+            gates, bias, sums, place, units, product, inside, size, gate_pitch, FORGET, FIRST_RECURRENT, RECURRENT,
+            HAS_BIAS,
         )  # fmt: skip
     else:
         f = tl.load(address(table, SCALE_F, tl.float32) + units, mask=inside, other=0.0)
     i = candidate
     if INPUT >= 0:
         i = _pre_activation(
-            gates, bias, sums, place, units, product, inside, size, INPUT, FIRST_RECURRENT, RECURRENT, HAS_BIAS
+            gates, bias, sums, place, units, product, inside, size, gate_pitch, INPUT, FIRST_RECURRENT, RECURRENT,
+            HAS_BIAS,
         )  # fmt: skip
     elif FORGET < 0:
         i = tl.zeros_like(candidate) + tl.load(address(table, SCALE_I, tl.float32), mask=batch > 0, other=0.0)
     o = candidate
     if OUTPUT >= 0:
         o = _pre_activation(
-            gates, bias, sums, place, units, product, inside, size, OUTPUT, FIRST_RECURRENT, RECURRENT, HAS_BIAS
+            gates, bias, sums, place, units, product, inside, size, gate_pitch, OUTPUT, FIRST_RECURRENT, RECURRENT,
+            HAS_BIAS,
         )  # fmt: skip
     return candidate, f, i, o
 
@@ -220,7 +224,7 @@ def advance_state(
 
 @triton.jit(do_not_specialize=["ahead"])
 def forward(
-    table, sums, fed, ahead, size, sums_pitch, fed_pitch,
+    table, sums, fed, ahead, size, sums_pitch, fed_pitch, gate_pitch,
     N_GATES: tl.constexpr, FIRST_RECURRENT: tl.constexpr, RECURRENT: tl.constexpr, INPUT: tl.constexpr,
     FORGET: tl.constexpr, OUTPUT: tl.constexpr, SQUASH_CANDIDATE: tl.constexpr, SQUASH_OUTPUT: tl.constexpr,
     CLIP: tl.constexpr, MASK: tl.constexpr, HAS_BIAS: tl.constexpr, NORM: tl.constexpr, EPSILON: tl.constexpr,
@@ -228,9 +232,9 @@ def forward(
 ):  # fmt: skip
     """``c_t``, ``h_t`` and the activated gates of a step, from ``W X_t``, in place, and ``sums``, ``U h_{t-1}``.
 
-    ``fed`` holds ``h_{t-1}`` before and ``h_t`` after. The pitches are the rows' lengths of ``sums`` and ``fed``. With
-    ``VALUE``, the candidate's kernel, the candidate's gate keeps ``w^T z``. A kernel that reads no ``|z|^2`` has a
-    ``CHUNK`` of 0.
+    ``fed`` holds ``h_{t-1}`` before and ``h_t`` after. The pitches are the rows' lengths of ``sums`` and ``fed``, and
+    the distance of recurrent gates in a row. With ``VALUE``, the candidate's kernel, the candidate's gate keeps
+    ``w^T z``. A kernel that reads no ``|z|^2`` has a ``CHUNK`` of 0.
     """
     row = tl.program_id(0)
     batch = tl.load(table + BATCH)
@@ -241,8 +245,8 @@ def forward(
         last = fed + row.to(tl.int64) * fed_pitch + units
         # All is fetched before the first store: a load behind a store waits for the stored value's own loads.
         candidate, f, i, o = forward_gates(
-            table, sums, at, batch, units, row.to(tl.int64) * sums_pitch, inside, size, N_GATES, FIRST_RECURRENT,
-            RECURRENT, INPUT, FORGET, OUTPUT, HAS_BIAS, NARROW, VALUE,
+            table, sums, at, batch, units, row.to(tl.int64) * sums_pitch, inside, size, gate_pitch, N_GATES,
+            FIRST_RECURRENT, RECURRENT, INPUT, FORGET, OUTPUT, HAS_BIAS, NARROW, VALUE,
         )  # fmt: skip
         before = tl.load(address(table, MEMORIES, tl.float32) + at * size + units, mask=inside, other=0.0)
         real, h_before = True, before
@@ -261,12 +265,12 @@ def _stored(gates, place, size, inside, GATE: tl.constexpr):
 
 
 @triton.jit
-def _into(grads, fed, place, product, units, size, inside, grad, GATE: tl.constexpr,
+def _into(grads, fed, place, product, units, size, gate_pitch, inside, grad, GATE: tl.constexpr,
           FIRST_RECURRENT: tl.constexpr, RECURRENT: tl.constexpr):  # fmt: skip
     """Store a gate's gradient for the products over all steps, and for the step before."""
     tl.store(grads + place + GATE * size, grad, mask=inside)
     if GATE >= FIRST_RECURRENT and GATE < FIRST_RECURRENT + RECURRENT:
-        tl.store(fed + product + (GATE - FIRST_RECURRENT) * size + units, grad, mask=inside)
+        tl.store(fed + product + (GATE - FIRST_RECURRENT) * gate_pitch + units, grad, mask=inside)
 
 
 @triton.jit
@@ -318,7 +322,7 @@ def fetch_saved(
 @triton.jit
 def retreat(
     table, fed, carry, held, to_h, to_c, passing, candidate, f, i, o, before, now, to_output, real, t, at, own, product,
-    batch, units, inside, size,
+    batch, units, inside, size, gate_pitch,
     N_GATES: tl.constexpr, FIRST_RECURRENT: tl.constexpr, RECURRENT: tl.constexpr, INPUT: tl.constexpr,
     FORGET: tl.constexpr, OUTPUT: tl.constexpr, SQUASH_CANDIDATE: tl.constexpr, SQUASH_OUTPUT: tl.constexpr,
     CLIP: tl.constexpr, MASK: tl.constexpr, HAS_GRAD_OUTPUT: tl.constexpr, NORM: tl.constexpr, NARROW: tl.constexpr,
@@ -365,7 +369,7 @@ def retreat(
         slope = 1 - q * q
     if OUTPUT >= 0:
         to_o = tl.where(real, to_h * q * o * (1 - o), 0.0)
-        _into(grads, fed, place, product, units, size, inside, to_o, OUTPUT, FIRST_RECURRENT, RECURRENT)
+        _into(grads, fed, place, product, units, size, gate_pitch, inside, to_o, OUTPUT, FIRST_RECURRENT, RECURRENT)
         slope = slope * o
     to_raw = to_c + to_h * slope
     if CLIP is not None:
@@ -412,10 +416,10 @@ def retreat(
         if INPUT < 0:
             reach = before - candidate
         to_f = tl.where(real, to_raw * reach * f * (1 - f), 0.0)
-        _into(grads, fed, place, product, units, size, inside, to_f, FORGET, FIRST_RECURRENT, RECURRENT)
+        _into(grads, fed, place, product, units, size, gate_pitch, inside, to_f, FORGET, FIRST_RECURRENT, RECURRENT)
     if INPUT >= 0:
         to_i = tl.where(real, to_raw * candidate * i * (1 - i), 0.0)
-        _into(grads, fed, place, product, units, size, inside, to_i, INPUT, FIRST_RECURRENT, RECURRENT)
+        _into(grads, fed, place, product, units, size, gate_pitch, inside, to_i, INPUT, FIRST_RECURRENT, RECURRENT)
     to_candidate = tl.where(real, to_candidate, 0.0)
     if VALUE is not None:
         _keep(totals, of_bias + to_candidate, inside, pitch, TO_BIAS)
@@ -428,20 +432,22 @@ def retreat(
             mine = tl.sum(tl.where(inside & real, to_candidate * by_windows, 0.0), axis=0)
             tl.store(shares + at * parts + tl.program_id(1), mine)
         to_candidate = tl.where(real, to_candidate * by_dot, 0.0)
-    _into(grads, fed, place, product, units, size, inside, to_candidate, 0, FIRST_RECURRENT, RECURRENT)
+    _into(grads, fed, place, product, units, size, gate_pitch, inside, to_candidate, 0, FIRST_RECURRENT, RECURRENT)
 
 
 @triton.jit(do_not_specialize=["ahead"])
 def backward(
-    table, sums, fed, carry, held, ahead, size, sums_pitch, fed_pitch,
+    table, sums, fed, carry, held, ahead, size, sums_pitch, sums_piece, fed_pitch, gate_pitch,
     N_GATES: tl.constexpr, FIRST_RECURRENT: tl.constexpr, RECURRENT: tl.constexpr, INPUT: tl.constexpr,
     FORGET: tl.constexpr, OUTPUT: tl.constexpr, SQUASH_CANDIDATE: tl.constexpr, SQUASH_OUTPUT: tl.constexpr,
-    CLIP: tl.constexpr, MASK: tl.constexpr, HAS_GRAD_OUTPUT: tl.constexpr, NORM: tl.constexpr, NARROW: tl.constexpr,
-    BLOCK: tl.constexpr, VALUE: tl.constexpr, SLOPES: tl.constexpr, PARTS: tl.constexpr, TO_BIAS: tl.constexpr,
-    TO_FILTERS: tl.constexpr, TO_SCALE: tl.constexpr, TO_OFFSET: tl.constexpr, TO_SIGMA_I: tl.constexpr,
-    TO_SIGMA_F: tl.constexpr,
+    PIECES: tl.constexpr, CLIP: tl.constexpr, MASK: tl.constexpr, HAS_GRAD_OUTPUT: tl.constexpr, NORM: tl.constexpr,
+    NARROW: tl.constexpr, BLOCK: tl.constexpr, VALUE: tl.constexpr, SLOPES: tl.constexpr, PARTS: tl.constexpr,
+    TO_BIAS: tl.constexpr, TO_FILTERS: tl.constexpr, TO_SCALE: tl.constexpr, TO_OFFSET: tl.constexpr,
+    TO_SIGMA_I: tl.constexpr, TO_SIGMA_F: tl.constexpr,
 ):  # fmt: skip
     """The gates' gradients of a step, counted from the last, from ``sums``, the gradient of ``h_t`` by later steps.
+
+    It is the sum of ``PIECES`` of them, ``sums_piece`` numbers apart. The other pitches are as in :func:`forward`.
 
     ``carry``, ``(rows, d)``, holds the gradient of ``c_t`` before and of ``c_{t-1}`` after. ``held`` is the gradient of
     ``h_t`` that passes by a padded step. ``fed`` gets the gradients of the recurrent gates, for the next product.
@@ -458,7 +464,11 @@ def backward(
         units = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = units < size
         own = row.to(tl.int64) * size + units
-        to_h = tl.load(sums + row.to(tl.int64) * sums_pitch + units, mask=inside, other=0.0).to(tl.float32)
+        given = sums + row.to(tl.int64) * sums_pitch + units
+        padded = units < gate_pitch
+        to_h = tl.load(given, mask=padded, other=0.0)
+        for piece in tl.static_range(1, PIECES):
+            to_h += tl.load(given + piece * sums_piece, mask=padded, other=0.0)
         to_c = tl.load(carry + own, mask=inside, other=0.0)
         candidate, f, i, o, before, now, to_output = fetch_saved(
             table, at, batch, units, inside, size, N_GATES, INPUT, FORGET, OUTPUT, HAS_GRAD_OUTPUT, NARROW
@@ -469,7 +479,7 @@ def backward(
             passing = tl.load(held + own, mask=inside, other=0.0)
         retreat(
             table, fed, carry, held, to_h, to_c, passing, candidate, f, i, o, before, now, to_output, real, t, at, own,
-            row.to(tl.int64) * fed_pitch, batch, units, inside, size, N_GATES, FIRST_RECURRENT, RECURRENT, INPUT,
-            FORGET, OUTPUT, SQUASH_CANDIDATE, SQUASH_OUTPUT, CLIP, MASK, HAS_GRAD_OUTPUT, NORM, NARROW, VALUE, SLOPES,
-            PARTS, TO_BIAS, TO_FILTERS, TO_SCALE, TO_OFFSET, TO_SIGMA_I, TO_SIGMA_F,
+            row.to(tl.int64) * fed_pitch, batch, units, inside, size, gate_pitch, N_GATES, FIRST_RECURRENT, RECURRENT,
+            INPUT, FORGET, OUTPUT, SQUASH_CANDIDATE, SQUASH_OUTPUT, CLIP, MASK, HAS_GRAD_OUTPUT, NORM, NARROW, VALUE,
+            SLOPES, PARTS, TO_BIAS, TO_FILTERS, TO_SCALE, TO_OFFSET, TO_SIGMA_I, TO_SIGMA_F,
         )  # fmt: skip
