@@ -42,6 +42,8 @@ class Backend:
             reference.
         step_time: the estimated microseconds of a step of a problem that it takes; None for a backend that is
             preferred to all behind it, whatever the problem.
+        host_time: the microseconds that a call, forward and backward, takes the host at least. Few steps take the GPU
+            less.
         directions: its passes for both directions of a layer at once; None if it has none.
     """
 
@@ -50,6 +52,7 @@ class Backend:
     automatic: bool = True
     step_time: Estimate | None = None
     directions: Directions | None = None
+    host_time: float = 0.0
 
 
 def _linear_alone(refuses: Refusal) -> Refusal:
@@ -65,21 +68,31 @@ def _linear_alone(refuses: Refusal) -> Refusal:
 
 def _backend(
     name: str, passes: Any, refuses: Refusal = _takes_all, automatic: bool = True, step_time: Estimate | None = None,
-    kernels: bool = False, directions: Directions | None = None,
+    kernels: bool = False, directions: Directions | None = None, host_time: float = 0.0,
 ) -> tuple[str, Backend]:  # fmt: skip
     """``kernels``: whether it takes candidates through any kernel; otherwise it refuses all but the linear one."""
     refuses = refuses if kernels else _linear_alone(refuses)
-    return name, Backend(Operator(name, passes, refuses), refuses, automatic, step_time, directions)
+    return name, Backend(Operator(name, passes, refuses), refuses, automatic, step_time, directions, host_time)
 
 
+MOST_HOST_BOUND = 16
+"""The most steps for which the host takes longer than the GPU, or little less."""
+FEW_LAUNCHES, MANY_LAUNCHES = 400.0, 800.0
+"""Host times. On an H200's host, shared with other work, 16 steps of d = 1150 forward took 226 us with ``persistent``
+(B = 16) and 502 with ``stepwise`` (B = 64)."""
 BACKENDS: dict[str, Backend] = dict(
     (
         _backend(
             "blockwise", blockwise.PASSES, blockwise.refuses, step_time=blockwise.step_time,
-            directions=blockwise.DIRECTIONS,
+            directions=blockwise.DIRECTIONS, host_time=FEW_LAUNCHES,
         ),
-        _backend("persistent", persistent.PASSES, persistent.refuses, step_time=persistent.step_time),
-        _backend("stepwise", stepwise.PASSES, stepwise.refuses, step_time=stepwise.step_time, kernels=True),
+        _backend(
+            "persistent", persistent.PASSES, persistent.refuses, step_time=persistent.step_time, host_time=FEW_LAUNCHES
+        ),
+        _backend(
+            "stepwise", stepwise.PASSES, stepwise.refuses, step_time=stepwise.step_time, kernels=True,
+            host_time=MANY_LAUNCHES,
+        ),
         _backend("scan", scan.PASSES, scan.refuses, kernels=True),
         _backend("native", native.PASSES, native.refuses),
         _backend("batched", batched.PASSES, kernels=True),
@@ -95,7 +108,9 @@ def check_backend(name: str) -> None:
         raise RKMError(f"unknown backend {name!r}; choose one of auto, {', '.join(BACKENDS)}")
 
 
-def pick(name: str, cell: Cell, inputs: Tensor, weights: Weights, obstacle: str | None = None) -> Backend:
+def pick(
+    name: str, cell: Cell, inputs: Tensor, weights: Weights, obstacle: str | None = None, few: bool = False
+) -> Backend:
     """The backend called ``name``, or for ``"auto"`` the first that takes the problem, or the fastest by its estimate.
 
     Args:
@@ -104,6 +119,7 @@ def pick(name: str, cell: Cell, inputs: Tensor, weights: Weights, obstacle: str 
         inputs: extended inputs.
         weights: the weights.
         obstacle: the reason why only PyTorch's own operators work, and with them only the reference; None if all do.
+        few: whether there are at most :data:`MOST_HOST_BOUND`, so that the host's time counts, too.
 
     Raises:
         RKMError: the name is unknown, or the named backend cannot take the problem. No other takes its place.
@@ -112,7 +128,7 @@ def pick(name: str, cell: Cell, inputs: Tensor, weights: Weights, obstacle: str 
     if name == "auto":
         if obstacle is not None:
             return BACKENDS["reference"]
-        return _fastest(cell, inputs, weights)
+        return _fastest(cell, inputs, weights, few)
     reason = obstacle if name != "reference" else None
     reason = reason or BACKENDS[name].refuses(cell, inputs, weights)
     if reason is not None:
@@ -120,7 +136,7 @@ def pick(name: str, cell: Cell, inputs: Tensor, weights: Weights, obstacle: str 
     return BACKENDS[name]
 
 
-def _fastest(cell: Cell, inputs: Tensor, weights: Weights) -> Backend:
+def _fastest(cell: Cell, inputs: Tensor, weights: Weights, few: bool) -> Backend:
     """The first automatic backend that takes a problem; of neighbours with estimates, the one with the lowest."""
     best, lowest = None, math.inf
     for backend in BACKENDS.values():
@@ -131,6 +147,7 @@ def _fastest(cell: Cell, inputs: Tensor, weights: Weights) -> Backend:
         if backend.step_time is None:
             return backend
         time = backend.step_time(cell, inputs, weights)
+        time = max(time, backend.host_time / MOST_HOST_BOUND) if few else time
         if time < lowest:
             best, lowest = backend, time
     return BACKENDS["reference"] if best is None else best
@@ -143,12 +160,18 @@ def picked(name: str, cell: Cell, inputs: Tensor, weights: Weights) -> Backend:
     """
     steps, batch, features = inputs.shape
     of_weights = weights.input.size(0), weights.norm_weight is None, weights.recurrent is None
-    kind = str(name), cell.key, min(steps, 2), batch, features, inputs.dtype, inputs.device, tf32(inputs), *of_weights
+    length = _length(steps)
+    kind = str(name), cell.key, length, batch, features, inputs.dtype, inputs.device, tf32(inputs), *of_weights
     chosen = _PROVEN.get(kind)
     if chosen is None:
-        chosen = pick(name, cell, inputs, weights)
+        chosen = pick(name, cell, inputs, weights, None, steps <= MOST_HOST_BOUND)
         _remember(kind, chosen)
     return chosen
+
+
+def _length(steps: int) -> int:
+    """The part of a number of steps that checks and choice depend on: none, one, few, more."""
+    return min(steps, 2) if steps <= MOST_HOST_BOUND else 3
 
 
 def _remember(kind: tuple[Any, ...], chosen: Backend) -> None:
@@ -244,7 +267,8 @@ def proven(
     chosen = _PROVEN.get(kind)
     if chosen is None:
         check(cell, inputs, weights, size, hidden, memory, keep)
-        chosen = pick(backend, cell, inputs, weights)
+        steps = inputs.shape[0] - weights.input.size(-1) // inputs.shape[2] + 1
+        chosen = pick(backend, cell, inputs, weights, None, steps <= MOST_HOST_BOUND)
         _remember(kind, chosen)
     return chosen
 
@@ -281,11 +305,11 @@ def _kind(
     backend: str, cell: Cell, inputs: Tensor, weights: Weights, size: int, hidden: Tensor | None,
     memory: Tensor | None, keep: Tensor | None,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """All that :func:`check` and :func:`pick` look at. Of the number of steps they see none, one and more."""
+    """All that :func:`check` and :func:`pick` look at."""
     length, batch, features = inputs.shape
     steps = length - weights.input.size(-1) // features + 1
     return (
-        str(backend), cell.key, size, min(steps, 2), batch, features, inputs.dtype, inputs.device,
+        str(backend), cell.key, size, _length(steps), batch, features, inputs.dtype, inputs.device,
         tf32(inputs),
         keep is None or (keep.shape == (steps, batch), keep.dtype, keep.device),
         *[

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -86,3 +87,26 @@ def test_auto_asks_backends_for_estimates_in_order(monkeypatch):
     for order in itertools.permutations("cd"):
         monkeypatch.setattr(dispatch, "BACKENDS", {name: rows[name] for name in order})
         assert dispatch.pick("auto", CELLS["rkm_lstm"], *problem(4, 1, torch.float32)) is rows["d"]
+
+
+@pytest.mark.usefixtures("h200")
+@pytest.mark.parametrize(("size", "batch", "few"), [(1150, 64, "persistent"), (1536, 512, "stepwise")])
+def test_few_steps_go_where_the_host_has_less_to_do(size, batch, few, monkeypatch):
+    """Unless the GPU would take much longer for them."""
+    rows = {name: replace(BACKENDS[name], refuses=lambda *_: None) for name in ("persistent", "stepwise")}
+    monkeypatch.setattr(dispatch, "BACKENDS", rows)
+    given = problem(size, batch, torch.float32)
+    assert dispatch.pick("auto", CELLS["rkm_lstm"], *given, None, True) is rows[few]
+    assert dispatch.pick("auto", CELLS["rkm_lstm"], *given) is rows["stepwise"]
+
+
+def test_a_choice_for_few_steps_is_not_one_for_many(monkeypatch):
+    asked = []
+    monkeypatch.setattr(dispatch, "_PROVEN", {})
+    monkeypatch.setattr(dispatch, "pick", lambda *given: asked.append(given[-1]) or dispatch.BACKENDS["batched"])
+    weights = Weights(torch.zeros(16, 3), torch.zeros(16, 4))
+    for steps in (16, 17, 2, 64, 1, 16):
+        x = torch.zeros(steps, 2, 3)
+        dispatch.picked("auto", CELLS["rkm_lstm"], x, weights)
+        dispatch.proven("auto", CELLS["rkm_lstm"], x, weights, 4, None, None, None)
+    assert asked == [True, True, False, False, True, True]
