@@ -85,19 +85,23 @@ struct alignas(WIDTH * ELEMENT) Vector {
 // Numbers that other blocks wrote in this launch. They come from the second-level cache: the first-level cache may hold
 // older ones. volatile: the compiler leaves the read behind the meeting before it.
 __device__ __forceinline__ Vector fresh(const Stored* at) {
-    Vector read;
-    u32* word = reinterpret_cast<u32*>(&read);
+    union {
+        u32 word[4];
+        Vector vector;
+    } read;
 #if WIDTH * ELEMENT == 16
     asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3]) : "l"(at) : "memory");
+                 : "=r"(read.word[0]), "=r"(read.word[1]), "=r"(read.word[2]), "=r"(read.word[3])
+                 : "l"(at) : "memory");
 #elif WIDTH * ELEMENT == 8
-    asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(word[0]), "=r"(word[1]) : "l"(at) : "memory");
+    asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(read.word[0]), "=r"(read.word[1]) : "l"(at) : "memory");
 #elif WIDTH * ELEMENT == 4
-    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(word[0]) : "l"(at) : "memory");
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(read.word[0]) : "l"(at) : "memory");
 #else
-    asm volatile("ld.relaxed.gpu.global.u16 %0, [%1];" : "=h"(read.at[0]) : "l"(at) : "memory");
+    asm volatile("ld.relaxed.gpu.global.u16 %0, [%1];" : "=h"(read.vector.at[0]) : "l"(at) : "memory");
 #endif
-    return read;
+    return read.vector;
 }
 
 // Add this lane's share of the products with COUNT gates, from the gate FIRST on. FRESH: other blocks wrote x.

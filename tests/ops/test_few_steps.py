@@ -187,8 +187,10 @@ def test_who_takes_which_steps(monkeypatch):
     float32, float16, float64 = torch.float32, torch.float16, torch.float64
     for shape, batch_first, size, dtype, norm, wanted in (
         ((1, 8, 64), False, 64, float32, False, few_steps._by_warps),
-        ((8, 8, 64), False, 64, float16, False, few_steps._by_warps),
-        ((8, 4, 64), True, 64, float32, False, few_steps._by_warps),
+        ((2, 8, 64), False, 64, float16, False, few_steps._at_once),
+        ((8, 4, 64), True, 64, float32, False, few_steps._at_once),
+        ((4, 64, 256), False, 256, float32, False, few_steps._at_once),
+        ((4, 64, 512), False, 512, float32, False, few_steps._by_warps),
         ((9, 8, 64), False, 64, float32, False, few_steps._at_once),
         ((16, 64, 64), False, 64, float16, False, few_steps._at_once),
         ((17, 8, 64), False, 64, float32, False, few_steps._by_backend),
