@@ -24,7 +24,7 @@ from fairseq_rkm.ops.segments import Reset
 logger = logging.getLogger(__name__)
 
 States = list[RKMState]
-MOST_SHAPES = 16
+MOST_SEGMENT_SHAPES = 16
 """The most recorded shapes of segments, for each kind of pass. Further shapes go without a graph."""
 
 
@@ -77,9 +77,9 @@ class SegmentPasses:
         self.without = device.type != "cuda" and record is recording.record
         self.modules = list(decoder.modules())
         self.learned: set[torch.Size] = set()
-        self.scoring: Recordings[Hashable, _Graphs] = Recordings(MOST_SHAPES)
+        self.scoring: Recordings[Hashable, _Graphs] = Recordings(MOST_SEGMENT_SHAPES)
         # It stays for as long as the other: memory of graphs that are all gone cannot be used for further ones.
-        self.measuring: Recordings[Hashable, _Graphs] = Recordings(MOST_SHAPES)
+        self.measuring: Recordings[Hashable, _Graphs] = Recordings(MOST_SEGMENT_SHAPES)
 
     def score(self, tokens: Tensor, states: Optional[States], reset: Optional[Reset]) -> Scored:
         """Score a segment.

@@ -234,7 +234,7 @@ def test_on_a_gpu_graphs_give_the_scores_of_plain_passes(dictionary, flags, stre
     assert not learners[0].passes.scoring
     assert shapes(learners[1].passes.measuring) == [(4, 5)]
     assert shapes(learners[1].passes.scoring) == [(streams, 4)]
-    assert (before[-1] - found[0][-1]).abs().max() > 1e-2
+    assert (before[-1] - found[0][-1]).abs().max() > 1e-3
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
