@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fairseq_rkm.triton_presence import is_triton_before
+
 DIVISOR, LARGEST_INT32 = 16, (1 << 31) - 1
 """Triton compiles anew for addresses and numbers that are no multiple of this, for ones, and for larger numbers."""
 
@@ -72,5 +74,6 @@ class Launcher:
         from triton.compiler import CompiledKernel
 
         compiled = self._kernel[grid](*arguments, **self._flags)
-        if isinstance(compiled, CompiledKernel):
+        # Before Triton 3.3 a compiled kernel takes other arguments.
+        if isinstance(compiled, CompiledKernel) and not is_triton_before(3, 3):
             self._compiled[kind] = compiled

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fairseq_rkm.ops import triton_launches
 from fairseq_rkm.ops.triton_launches import Launcher
 from ops.backends.triton_interpreter import INTERPRETED
 
@@ -103,6 +104,17 @@ def test_what_is_no_compiled_kernel_is_not_kept():
     for _ in range(2):
         launch((1, 1, 1), GPU, (aligned(4), aligned(4)), 16)
     assert len(kernel.calls) == 2
+
+
+@pytest.mark.usefixtures("devices")
+def test_an_older_triton_launches_by_its_own_way(monkeypatch):
+    monkeypatch.setattr(triton_launches, "is_triton_before", lambda *version: version == (3, 3))
+    kernel = Kernel()
+    launch = Launcher(kernel, {"FIRST": 1, "SECOND": 2})
+    for _ in range(2):
+        launch((1, 1, 1), GPU, (aligned(4), aligned(4)), 16)
+    assert len(kernel.calls) == 2
+    assert not any(made.launches for made in kernel.made)
 
 
 def test_an_interpreter_gets_tensors():

@@ -138,6 +138,13 @@ def test_no_batch_beyond_the_measured_one_is_joined(cell, monkeypatch):
         assert joined_loop.is_joined(row, batch, units, torch.float32, norm=False, tf32=False) is wanted
 
 
+def test_an_older_triton_takes_two_launches(monkeypatch):
+    asked = []
+    monkeypatch.setattr(joined_loop, "is_triton_before", lambda *version: asked.append(version) or True)
+    assert not joined_loop.is_joined(CELLS["rkm_lstm"], 1, 512, torch.float32, norm=False, tf32=False)
+    assert asked == [joined_loop.OLDEST_TRITON]
+
+
 @pytest.mark.parametrize(
     ("precision", "size", "batch", "measured"),
     [

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fairseq_rkm.ops.backends.stepwise.step_loop import Kind, StepLoop, equation_options, multiply, precision_of
 from fairseq_rkm.ops.cells import Cell
+from fairseq_rkm.triton_presence import is_triton_before
 
 MOST_ROWS = {"float32": 8, "tf32": 1, "float16": 1, "bfloat16": 1}
 """The largest batch for which a step is one kernel, by precision.
@@ -24,6 +25,8 @@ LEAST_UNITS, MOST_UNITS_OF_ROWS = 129, 2048
 MOST_EARLY_UNITS = 1024
 """A step's kernel of one row and so many units begins before the one before has ended, on GPUs that can (Hopper and
 later). On an H200 this saves 6 to 26% up to 1024 units, and costs up to 31% from 1150 on and of more rows."""
+OLDEST_TRITON = 3, 5
+"""The first Triton whose order of threads is known, for one kernel a step; the kernels of 3.3 cannot begin early."""
 WARP, LOAD, SIDE = 32, 16, 64
 """The threads of a warp, the bytes that each fetches at once, and the side of a transposed tile."""
 
@@ -49,6 +52,8 @@ PLANS: dict[tuple[bool, int, int], Plan] = {}
 def is_joined(cell: Cell, batch: int, size: int, dtype: torch.dtype, norm: bool, tf32: bool) -> bool:
     """Whether a step is one kernel: for the linear one without layer normalisation, and small batches."""
     if norm or not cell.kernel.is_linear or size < LEAST_UNITS or (batch > 1 and size > MOST_UNITS_OF_ROWS):
+        return False
+    if is_triton_before(*OLDEST_TRITON):
         return False
     return batch <= min(MOST_ROWS[precision_of(dtype, tf32)], LARGEST_BATCH)
 
