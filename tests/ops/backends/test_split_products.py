@@ -72,6 +72,12 @@ def test_products_are_split_where_this_was_faster():
     assert pieces(torch.bfloat16, 8, backward=False) == 1
 
 
+def test_products_of_16_bits_are_whole_where_pytorch_would_round_their_pieces(monkeypatch):
+    monkeypatch.setattr(step_loop.torch.ops.aten, "bmm", object())
+    for dtype, wanted in ((torch.bfloat16, 1), (torch.float32, 4)):
+        assert Kind(CELLS["rkm_lstm"], True, 8, 512, dtype, False, False, True, False).pieces == wanted
+
+
 @pytest.mark.slow
 def test_these_under_the_interpreter():
     run_interpreted("test_split_products.py")

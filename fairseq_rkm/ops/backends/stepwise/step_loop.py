@@ -101,6 +101,8 @@ class Kind(NamedTuple):
     def pieces(self) -> int:
         """How many products are a step's: one, or backward one for each gate that sees ``h_{t-1}``, to be added up."""
         split = self.backward and 1 < self.rows <= MOST_SPLIT_ROWS[self.precision]
+        # Else each piece of a product of 16 bits would be rounded to them.
+        split = split and (self.dtype == torch.float32 or hasattr(torch.ops.aten.bmm, "dtype_out"))
         return len(self.cell.recurrent_gates) if split else 1
 
 
