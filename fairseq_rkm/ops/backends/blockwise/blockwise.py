@@ -35,6 +35,9 @@ DEPTHS = {False: {1: 6, 2: 4, 4: 3, 8: 2}, True: {1: 4, 2: 2, 4: 1}}
 """How many steps ahead values are fetched, by many threads or few, and rows: as far as registers reach."""
 CLOCKS_PER_STEP, CLOCKS_PER_CHUNK, CLOCKS_PER_REST, GIGAHERTZ = 850, 3.5, 6.0, 1.7
 """A step without products; a warp's product of a chunk and a row; its fetch of a chunk of the rest; the clock."""
+NARROW_ROW = 0.4
+"""Microseconds for a row of a block in 16 bits. On an H200 64 units and 512 rows take 0.40 ms in bfloat16 and float16,
+twice measured, and 0.34 in TF32, of 64 steps; ``persistent`` takes 0.31 in bfloat16."""
 
 
 def refuses(cell: Cell, inputs: Tensor, weights: Weights) -> str | None:
@@ -65,7 +68,8 @@ def step_time(cell: Cell, inputs: Tensor, weights: Weights) -> float:
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     rows = _rows_for(cell, size, batch, device)
     waves = -(-batch // (rows * processors))
-    return waves * block_time(cell, size, rows)
+    narrow = NARROW_ROW if inputs.dtype.itemsize < torch.float32.itemsize else 0.0
+    return waves * (block_time(cell, size, rows) + rows * narrow)
 
 
 def block_time(cell: Cell, size: int, rows: int) -> float:
