@@ -105,7 +105,7 @@ def score(
         timer.start()
         hypotheses = scorer.generate(models, moved)
         timer.stop(moved["ntokens"])
-        for number, (best, *_) in zip(moved["id"].tolist(), hypotheses, strict=True):
+        for number, (best, *_) in zip(batch["id"].tolist(), hypotheses, strict=True):
             yield Sample(number, best["tokens"].cpu(), best["positional_scores"].float().cpu())
 
 
