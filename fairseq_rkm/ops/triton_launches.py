@@ -70,7 +70,7 @@ class Launcher:
             compiled[grid](*addresses, *numbers, *self._constants, stream=torch._C._cuda_getCurrentRawStream(index))
 
     def _compile(self, kind: tuple[Any, ...], grid: tuple[int, int, int], arguments: tuple[Tensor | int, ...]) -> None:
-        """Launch by Triton's own way, which compiles, and keep the compiled kernel."""
+        """Launch by Triton's own way: it compiles. Keep the compiled kernel."""
         from triton.compiler import CompiledKernel
 
         compiled = self._kernel[grid](*arguments, **self._flags)

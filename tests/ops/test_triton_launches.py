@@ -1,4 +1,4 @@
-"""Launches of Triton kernels: which calls go through Triton's own way, and the arguments of all others."""
+"""Launches of Triton kernels: calls that go through Triton's own way, and the arguments of all others."""
 
 import contextlib
 from types import SimpleNamespace

@@ -269,7 +269,7 @@ class RKMLanguageModelDecoder(FairseqIncrementalDecoder):
 
 
 def extras(features: Tensor, raw_features: Tensor, reset: Optional[Reset]) -> dict:
-    """Return what fairseq's models give beside logits (:meth:`RKMLanguageModelDecoder.forward`)."""
+    """Return fairseq's extras beside logits (:meth:`RKMLanguageModelDecoder.forward`)."""
     mask = None if reset is None else reset.mask
     return {"attn": None, "features": features, "raw_features": raw_features, "reset": mask}
 

@@ -1,6 +1,6 @@
 """A language model's passes over the segments of a stream for dynamic evaluation, replayed as CUDA graphs on a GPU.
 
-A segment of five words is some hundred launches, which take the host several times longer than the GPU. As graphs it is
+A segment of five words is some hundred launches: they take the host several times longer than the GPU. As graphs it is
 two: one scores the segment, the other learns it. They share their memory. So a segment is learned before the next one
 is scored, or never.
 """
@@ -67,7 +67,7 @@ class SegmentPasses:
     Args:
         decoder: with a plain softmax, in evaluation.
         dynamic: learns.
-        record: :func:`~fairseq_rkm.graphs.recording.record`, or a test's substitute, which may be for a CPU.
+        record: :func:`~fairseq_rkm.graphs.recording.record`, or a test's substitute, perhaps for a CPU.
     """
 
     def __init__(self, decoder: Any, dynamic: DynamicEvaluation, record: Callable) -> None:
@@ -195,7 +195,7 @@ def _enter(graphs: _Graphs, tokens: Tensor, states: States) -> None:
 
 
 def _leave(graphs: _Graphs, left: States, outputs: list[Tensor]) -> None:
-    """Copy results to their places, which outlast the memory that graphs share."""
+    """Copy results to their places. These outlast the memory that graphs share."""
     if not graphs.outputs:
         graphs.outputs.extend(torch.empty_like(output) for output in outputs)
     copy_all([*state_tensors(graphs.left), *graphs.outputs], [*state_tensors(left), *outputs])

@@ -40,7 +40,7 @@ __device__ __forceinline__ Stored narrow(float x) {
 #define MMA "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
 #endif
 
-// Add to a tile of 16 x 8 sums, of which a lane holds four, the product of 16 x 32 by 32 x 8 bytes.
+// Add the product of 16 x 32 by 32 x 8 bytes to a tile of 16 x 8 sums; a lane holds four of them.
 __device__ __forceinline__ void multiply_tile(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     asm(MMA " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])

@@ -18,7 +18,7 @@ from ops.backends.triton_interpreter import DEVICE, INTERPRETED, run_interpreted
 from ops.test_backends import MISSING, check_missing_numbers_stay_where_they_are, clear_bound, compare
 
 TF32 = not INTERPRETED
-"""Whether float32 is compared with products in TF32: those over all steps are."""
+"""Whether float32 is compared with products in TF32: the ones over all steps are."""
 
 
 @pytest.fixture(autouse=True)

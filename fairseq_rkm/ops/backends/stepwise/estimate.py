@@ -37,11 +37,11 @@ class JoinedCost(NamedTuple):
 
     Attributes:
         fixed: microseconds of two launches.
-        cached: the rate, in terabytes a second, at which weights arrive that stay in the second-level cache.
+        cached: the terabytes a second of weights that stay in the second-level cache.
         uncached: the same for others.
         room: the bytes of a pass's weights that stay there.
         rows: microseconds for more rows than one.
-        teraflops: the rate of the products of those.
+        teraflops: the rate of their products.
     """
 
     fixed: float

@@ -49,7 +49,7 @@ def _along(COUNT: tl.constexpr, PLACE: tl.constexpr):
 
 @triton.jit
 def _columns(SPLIT: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr):
-    """The columns of a round: those of a warp lie together. The order of axes is that of ``_product``."""
+    """The columns of a round: a warp's lie together. The axes have the order of ``_product``'s."""
     columns = (_along(SPLIT, 2) * LANES + _along(LANES, 0)) * WIDE
     return columns + tl.arange(0, WIDE)[None, None, None, None, None, :]
 
@@ -61,9 +61,10 @@ def _product(
 ):  # fmt: skip
     """The products of ``DEEP * UNITS`` rows of weights with ``ROWS`` rows of numbers, ``(ROWS, DEEP, UNITS)``.
 
-    Triton gives threads to one axis after the other. They are therefore ``LANES`` and ``UNITS``, which make a warp,
-    ``SPLIT``, the warps, ``ROWS`` and ``DEEP``, which a thread has all of, or the other way round; and at the end
-    ``WIDE``, what it fetches at once. Both operands have all axes, for an axis that is added later would move them.
+    Triton gives threads to one axis after the other. They are therefore ``LANES`` and ``UNITS``, together a warp;
+    ``SPLIT``, the warps; ``ROWS`` and ``DEEP``, of which a thread has all; or the other way round. At the end is
+    ``WIDE``, a thread's numbers of one fetch. Both operands have all axes, for an axis that is added later would move
+    them.
 
     ``weights`` and ``numbers`` are pointers to the first of the rounds, and ``first`` its weights. ``length``, a row's,
     is a multiple of a round: with masks the compiler fetches late. ``someone`` is 1, or 0 for sums of nothing.
@@ -75,11 +76,11 @@ def _product(
     last = length - SPLIT * LANES * WIDE
     for start in range(0, last * someone, SPLIT * LANES * WIDE):
         following = tl.load(weights + start + SPLIT * LANES * WIDE)
-        those = tl.load(numbers + start).to(tl.float32)
-        total += tl.sum(those * first.to(tl.float32), axis=5)
+        loaded = tl.load(numbers + start).to(tl.float32)
+        total += tl.sum(loaded * first.to(tl.float32), axis=5)
         first = following
-    those = tl.where(someone > 0, tl.load(numbers + last).to(tl.float32), 0.0)
-    total += tl.sum(those * first.to(tl.float32), axis=5)
+    loaded = tl.where(someone > 0, tl.load(numbers + last).to(tl.float32), 0.0)
+    total += tl.sum(loaded * first.to(tl.float32), axis=5)
     if FIRST_AXES_FIRST:
         sums = tl.permute(tl.sum(tl.sum(total, axis=0), axis=1), (1, 2, 0))
     else:
@@ -91,7 +92,7 @@ def _product(
 @triton.jit
 def _of_gate(sums, before, GATE: tl.constexpr, FIRST_RECURRENT: tl.constexpr, RECURRENT: tl.constexpr,
              DEEP: tl.constexpr):  # fmt: skip
-    """``before``, and what the sums ``(ROWS, DEEP, UNITS)`` add to it if the gate sees ``h_{t-1}``."""
+    """``before``, plus the gate's part of the sums ``(ROWS, DEEP, UNITS)`` if it sees ``h_{t-1}``."""
     value = before
     if GATE >= FIRST_RECURRENT and GATE < FIRST_RECURRENT + RECURRENT:
         mine = tl.arange(0, DEEP)[None, :, None] == GATE - FIRST_RECURRENT
@@ -169,10 +170,10 @@ def backward(
     DEEP: tl.constexpr, SPLIT: tl.constexpr, UNITS: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    """The gates' gradients of a step, counted from the last, from those of the step after it.
+    """The gates' gradients of a step, counted from the last, from the gradients of the step after it.
 
-    ``fed``, ``(2, ROWS, length)``, holds the recurrent gates' for an even count in its first half, and gets those of
-    this step in the other. ``weights`` are U transposed, ``(size, length)``. ``sums``, ``(ROWS, size)``, are the
+    ``fed``, ``(2, ROWS, length)``, holds the recurrent gates' for an even count in its first half, and gets this
+    step's in the other. ``weights`` are U transposed, ``(size, length)``. ``sums``, ``(ROWS, size)``, are the
     gradients of the last h from outside; ``carry`` and ``held`` are as ``step_kernels.py`` has them.
     """
     if EARLY:
@@ -206,7 +207,7 @@ def backward(
         gdc_wait()
     half = ROWS * length
     given, made = fed + (count % 2) * half, fed + ((count + 1) % 2) * half
-    # Fetched before the product, for its sums over warps keep apart the threads that fetch from those that store.
+    # Fetched before the product: its sums over warps keep the threads that fetch apart from the ones that store.
     to_c = tl.load(carry + place, mask=inside, other=0.0)
     passing = to_c
     if MASK:

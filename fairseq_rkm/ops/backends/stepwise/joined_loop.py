@@ -1,6 +1,6 @@
 """The loop over the steps of one pass with one kernel a step, ``joined_kernels.py``, for a few rows.
 
-A product with few rows waits for the weights. What else a step has is then worth no launch of its own.
+A product with few rows waits for the weights. The rest of a step is then worth no launch of its own.
 """
 
 from typing import Any, NamedTuple
@@ -13,10 +13,10 @@ from fairseq_rkm.ops.cells import Cell
 from fairseq_rkm.triton_presence import is_triton_before
 
 MOST_ROWS = {"float32": 8, "tf32": 1, "float16": 1, "bfloat16": 1}
-"""The largest batch for which a step is one kernel, by precision.
+"""The largest batch with one kernel a step, by precision.
 
 On an H200 a layer takes 0.35 to 0.93 of the time of two launches a step (20 layers of 256 to 2048 units). With eight
-rows in TF32 and 16 bits, which the tensor cores multiply, it takes 1.0 to 1.5 times as long.
+rows in TF32 and 16 bits it takes 1.0 to 1.5 times as long: the tensor cores multiply these.
 """
 LARGEST_BATCH = 8
 """A thread sums for all rows of the batch: more do not fit into its registers."""
@@ -37,7 +37,7 @@ class Plan(NamedTuple):
     Attributes:
         deep: the rows of weights of a thread: the recurrent gates forward, of as many units backward.
         units: the units that a warp has side by side; ``deep`` times as many for a program backward.
-        split: the warps, which share the sums.
+        split: the warps. They share the sums.
     """
 
     deep: int

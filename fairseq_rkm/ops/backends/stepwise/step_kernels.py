@@ -293,7 +293,7 @@ def fetch_saved(
     table, at, batch, units, inside, size, N_GATES: tl.constexpr, INPUT: tl.constexpr, FORGET: tl.constexpr,
     OUTPUT: tl.constexpr, HAS_GRAD_OUTPUT: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
-    """Fetch what a step's gradients need of the forward pass: the gates, ``c_{t-1}`` and ``c_t``; and ``h_t``'s own."""
+    """Fetch all that a step's gradients need: the gates, ``c_{t-1}``, ``c_t`` and the gradient of ``h_t`` itself."""
     gates = address(table, GATES, NARROW)
     memories = address(table, MEMORIES, tl.float32)
     place = at * (N_GATES * size) + units
@@ -332,7 +332,7 @@ def retreat(
 ):  # fmt: skip
     """Store a step's gradients: of the gates, of ``c_{t-1}`` at ``carry``, and of ``h_{t-1}`` at ``held``.
 
-    ``to_h`` and ``to_c`` are those of ``h_t`` and ``c_t`` by later steps, ``passing`` those by padding. Rows: as in
+    ``to_h`` and ``to_c`` are the gradients of ``h_t`` and ``c_t`` by later steps, ``passing`` by padding. Rows: as in
     :func:`advance_state`.
     """
     grads = address(table, GRAD_GATES, NARROW)

@@ -2,7 +2,7 @@
 
 For layers that do not fit on the chip, batches for which ``persistent`` is slow, and float32 without TF32. Projections
 of the inputs and gradients of the weights are one matrix product each over all steps, as in the other backends.
-Candidates through any kernel are taken within the loop; those that do not see ``h_{t-1}`` before it. For a few rows
+Candidates through any kernel are taken within the loop, or before it if they do not see ``h_{t-1}``. For a few rows
 product and all else are one kernel (``joined_loop.py``).
 """
 
