@@ -14,6 +14,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
 """Where Triton's kernels run in this process, if they do."""
+ONLY_COMPILES = not INTERPRETED and not HAS_GPU
+"""Whether this process compiles Triton's kernels and can launch none."""
 
 
 def runs(test):
