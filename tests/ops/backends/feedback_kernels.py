@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import assert_close
 from torch import Tensor
 
 from fairseq_rkm import CELLS, RKM
 from fairseq_rkm.experiments.sweep_measurement import products_in
+from fairseq_rkm.ops.backends.stepwise import step_loop
 from ops.backends.triton_interpreter import DEVICE, INTERPRETED
 
 FEEDBACK = [name for name, cell in CELLS.items() if cell.has_feedback]
@@ -133,3 +135,17 @@ def outcomes(rkm: RKM, x: Tensor) -> list[Tensor]:
     x = x.detach().requires_grad_()
     output, _ = rkm(x)
     return [output.detach(), *torch.autograd.grad(output.float().pow(2).sum(), [x, *rkm.parameters()])]
+
+
+def check_loops_are_shared():
+    """Layers, lengths and batches of one kind take turns in one loop of ``stepwise``, without harm."""
+    layers = [RKM(16, 100, backend="stepwise", device="cuda", memory_clip=1.0) for _ in range(2)]
+    exact = [RKM(16, 100, backend="batched", device="cuda", memory_clip=1.0) for _ in range(2)]
+    for layer, twin in zip(layers, exact, strict=True):
+        twin.load_state_dict(layer.state_dict())
+    for steps, batch in ((70, 8), (4, 3), (5, 5), (81, 1), (4, 8), (9, 7)):
+        for layer, twin in zip(layers, exact, strict=True):
+            x = torch.randn(steps, batch, 16, device="cuda")
+            for given, wanted in zip(outcomes(layer, x), outcomes(twin, x), strict=True):
+                assert_close(given, wanted, dtype="tf32")
+    assert len(step_loop.LOOPS) == 4  # forward and backward, and both for one row

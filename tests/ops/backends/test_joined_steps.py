@@ -12,7 +12,7 @@ from fairseq_rkm.ops import CELLS
 from fairseq_rkm.ops.backends.stepwise import estimate, joined_loop, step_loop
 from fairseq_rkm.ops.backends.stepwise.estimate import step_time
 from fairseq_rkm.ops.backends.stepwise.step_loop import STRETCHES
-from ops.backends.feedback_kernels import DTYPES, FEEDBACK, SMALL, outcomes
+from ops.backends.feedback_kernels import DTYPES, FEEDBACK, SMALL, check_loops_are_shared, outcomes
 from ops.backends.test_choice import problem
 from ops.backends.triton_interpreter import DEVICE, INTERPRETED, run_interpreted, runs
 from ops.test_backends import MISSING, check_missing_numbers_stay_where_they_are, clear_bound, compare
@@ -216,16 +216,7 @@ def test_the_same_bits_on_a_repeated_run_in_eager_use_and_as_a_graph():
 
 @pytest.mark.gpu
 def test_layers_lengths_and_batches_share_loops_without_harm():
-    layers = [RKM(16, 100, backend="stepwise", device="cuda", memory_clip=1.0) for _ in range(2)]
-    exact = [RKM(16, 100, backend="batched", device="cuda", memory_clip=1.0) for _ in range(2)]
-    for layer, twin in zip(layers, exact, strict=True):
-        twin.load_state_dict(layer.state_dict())
-    for steps, batch in ((70, 8), (4, 3), (5, 5), (81, 1), (4, 8), (9, 7)):
-        for layer, twin in zip(layers, exact, strict=True):
-            x = torch.randn(steps, batch, 16, device="cuda")
-            for given, wanted in zip(outcomes(layer, x), outcomes(twin, x), strict=True):
-                assert_close(given, wanted, dtype="tf32")
-    assert len(step_loop.LOOPS) == 4  # forward and backward, and both for one row
+    check_loops_are_shared()
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from helpers import assert_close
 from fairseq_rkm import RKM
 from fairseq_rkm.ops.backends.stepwise import step_loop
 from fairseq_rkm.ops.backends.stepwise.step_loop import STRETCHES
-from ops.backends.feedback_kernels import outcomes
+from ops.backends.feedback_kernels import check_loops_are_shared, outcomes
 from ops.backends.triton_interpreter import run_interpreted
 
 
@@ -20,16 +20,7 @@ from ops.backends.triton_interpreter import run_interpreted
 def test_layers_lengths_and_batches_share_loops_without_harm():
     """Batches of one loop's rows in turn, of any length: whatever another left in the buffers does no harm."""
     step_loop.LOOPS.clear()
-    layers = [RKM(16, 100, backend="stepwise", device="cuda", memory_clip=1.0) for _ in range(2)]
-    exact = [RKM(16, 100, backend="batched", device="cuda", memory_clip=1.0) for _ in range(2)]
-    for layer, twin in zip(layers, exact, strict=True):
-        twin.load_state_dict(layer.state_dict())
-    for steps, batch in ((70, 8), (4, 3), (5, 5), (81, 1), (4, 8), (9, 7)):
-        for layer, twin in zip(layers, exact, strict=True):
-            x = torch.randn(steps, batch, 16, device="cuda")
-            for given, wanted in zip(outcomes(layer, x), outcomes(twin, x), strict=True):
-                assert_close(given, wanted, dtype="tf32")
-    assert len(step_loop.LOOPS) == 4  # forward and backward, and both for one row
+    check_loops_are_shared()
 
 
 @pytest.mark.gpu
